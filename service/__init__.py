@@ -1,0 +1,1 @@
+"""The service: HTTP API, workers, the outbox they share, and the business domains."""

@@ -1,0 +1,116 @@
+"""The one way to a database session, and the one place where a request's transaction commits.
+
+What must stay true: a handler never calls `commit()`. One request is one transaction; the session dependency commits
+it after the handler returned and before the response leaves, so a success status means committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator  # noqa: TC003  FastAPI resolves the dependency's annotations at run time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import uuid4
+
+from fastapi import Depends, Request
+from sqlalchemy import MetaData, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase
+
+if TYPE_CHECKING:
+    from service.settings import DatabaseSettings
+
+__all__ = ["Base", "Session", "SessionFactory", "commit", "create_engine", "session_factory", "transaction"]
+
+SessionFactory = async_sessionmaker[AsyncSession]
+
+
+class Base(DeclarativeBase):
+    """Base of every mapped class; the naming convention keeps Alembic's constraint names stable."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+def create_engine(
+    settings: DatabaseSettings, *, application_name: str, statement_timeout: float | None = None
+) -> AsyncEngine:
+    """An engine at READ COMMITTED whose waits are all bounded.
+
+    Args:
+        settings: Where PostgreSQL is.
+        application_name: Shown in `pg_stat_activity`.
+        statement_timeout: Seconds; `None` where something else bounds the transaction.
+    """
+    connect_args: dict[str, Any] = {"timeout": settings.connect_timeout}
+    if settings.pooler:
+        # A pooler in transaction mode hands out another server connection for every transaction: no prepared
+        # statement and no session setting may outlive one, and statement names must not collide.
+        connect_args |= {
+            "statement_cache_size": 0,
+            "prepared_statement_cache_size": 0,
+            "prepared_statement_name_func": lambda: f"__asyncpg_{uuid4()}__",
+        }
+    else:
+        server_settings = {"application_name": application_name}
+        if statement_timeout is not None:
+            server_settings["statement_timeout"] = f"{int(statement_timeout * 1000)}"
+            server_settings["idle_in_transaction_session_timeout"] = f"{int(statement_timeout * 1000)}"
+        connect_args["server_settings"] = server_settings
+    return create_async_engine(
+        settings.sqlalchemy_url,
+        isolation_level="READ COMMITTED",
+        pool_size=settings.pool_size,
+        max_overflow=0,
+        pool_timeout=settings.pool_timeout,
+        pool_pre_ping=False,
+        pool_use_lifo=True,
+        connect_args=connect_args,
+    )
+
+
+def session_factory(engine: AsyncEngine) -> SessionFactory:
+    """Sessions that stay readable after a commit and refuse all use after `close()`.
+
+    A session that could be used again after its request would take an event that nobody commits.
+    """
+    return async_sessionmaker(engine, expire_on_commit=False, close_resets_only=False)
+
+
+async def commit(session: AsyncSession) -> None:
+    """Commit, and notice an error that the caller swallowed.
+
+    PostgreSQL answers COMMIT in an aborted transaction with a ROLLBACK and no error; a statement before it raises.
+    The statement also runs deferred constraints here, where a failure can still become an error response.
+    """
+    if not session.in_transaction():
+        return
+    await session.flush()
+    await session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    await session.commit()
+
+
+@asynccontextmanager
+async def transaction(sessions: SessionFactory) -> AsyncIterator[AsyncSession]:
+    """A session whose work is committed at the end of the block, or rolled back if the block raises."""
+    async with sessions() as session:
+        yield session
+        await commit(session)
+
+
+async def _request_session(request: Request) -> AsyncIterator[AsyncSession]:
+    sessions: SessionFactory = request.app.state.sessions
+    async with transaction(sessions) as session:
+        yield session
+
+
+# The scope matters: a plain dependency with `yield` ends after the response was sent, so a client could read
+# "201 Created" of an order whose commit then fails.
+Session = Annotated[AsyncSession, Depends(_request_session, scope="function")]
+"""The request's session: `async def handler(session: Session)`. Commits when the handler returns."""

@@ -1,0 +1,68 @@
+"""Every error this project raises on purpose, in one tree.
+
+    ServiceError
+    ├── ConfigurationError     a setting is missing or wrong; the process does not start
+    ├── OutboxError            a misuse of the outbox; the message says what to do instead
+    │   ├── EventDefinitionError    an event class that cannot be published safely
+    │   ├── ConsumerDefinitionError a consumer that cannot be registered
+    │   ├── PublishError            publish() or accept() refused
+    │   └── DeliveryError           a consumer used its Delivery in a way that would lose or repeat an effect
+    └── BusinessError          an expected refusal of the domain: a 4xx with a stable code
+
+`Retry` and `Fail` are not errors: a consumer raises them to steer its own delivery.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "BusinessError",
+    "ConfigurationError",
+    "ConsumerDefinitionError",
+    "DeliveryError",
+    "EventDefinitionError",
+    "OutboxError",
+    "PublishError",
+    "ServiceError",
+]
+
+
+class ServiceError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigurationError(ServiceError):
+    """A setting is missing or wrong."""
+
+
+class OutboxError(ServiceError):
+    """The outbox was used in a way that could lose or repeat an event."""
+
+
+class EventDefinitionError(OutboxError):
+    """An event class cannot be published safely."""
+
+
+class ConsumerDefinitionError(OutboxError):
+    """A consumer cannot be registered."""
+
+
+class PublishError(OutboxError):
+    """An event was refused; nothing was written."""
+
+
+class DeliveryError(OutboxError):
+    """A consumer used its delivery in a way that would lose or repeat an effect."""
+
+
+class BusinessError(ServiceError):
+    """An expected refusal. Subclasses set `status` (HTTP) and `code` (stable, for machines)."""
+
+    status: ClassVar[int] = 409
+    code: ClassVar[str] = "conflict"
+    title: ClassVar[str] = "The request cannot be carried out in the current state"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail

@@ -1,0 +1,172 @@
+"""Who consumes what: the registry that `publish` fans out over and the worker turns into Dramatiq actors.
+
+A consumer's name is stored in every row that waits for it, so it must survive refactoring: it derives from the
+domain's name and the function's, and after a rename `formerly=` keeps the rows of the old name deliverable.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from service.errors import ConsumerDefinitionError
+from service.outbox.events import MAX_CONSUMERS, Event
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Consumer", "Fail", "Retry", "consumer", "consumer_named", "consumers_of", "registered_consumers"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)+")
+_QUEUE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_-]{0,99}")
+_BY_NAME: dict[str, Consumer] = {}
+_BY_EVENT: dict[str, list[Consumer]] = {}
+
+
+class Retry(Exception):  # noqa: N818  it steers a delivery, it reports no error
+    """Raise it in a consumer to be run again, after `delay` milliseconds or the usual backoff. Uses up an attempt."""
+
+    def __init__(self, reason: str = "the consumer asked for a retry", *, delay: int | None = None) -> None:
+        super().__init__(reason)
+        if delay is not None and not 0 <= delay <= 30 * 86_400_000:
+            raise ValueError("delay is in milliseconds, from 0 to 30 days")
+        self.delay = delay
+
+
+class Fail(Exception):  # noqa: N818
+    """Raise it in a consumer to move the delivery to the dead letters at once, with `reason`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """One consumer. `None` for an option means the setting of the same name under `OUTBOX__`.
+
+    `max_retries` counts retries after the first attempt; `min_backoff`, `max_backoff` and `time_limit` are
+    milliseconds; `throws` are exceptions that mean "never retry"; a lower `priority` runs first.
+    """
+
+    name: str
+    event: type[Event]
+    fn: Callable[..., Any]
+    queue: str
+    max_retries: int | None
+    min_backoff: int | None
+    max_backoff: int | None
+    time_limit: int | None
+    throws: tuple[type[BaseException], ...]
+    priority: int
+    formerly: tuple[str, ...]
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.fn)
+
+
+def consumer(
+    event: type[Event],
+    *,
+    queue: str,
+    name: str | None = None,
+    max_retries: int | None = None,
+    min_backoff: int | None = None,
+    max_backoff: int | None = None,
+    time_limit: int | None = None,
+    throws: type[BaseException] | tuple[type[BaseException], ...] = (),
+    priority: int = 0,
+    formerly: Sequence[str] = (),
+) -> Callable[[F], F]:
+    """Register a function as a consumer of `event`; the function itself is returned unchanged.
+
+        @consumer(OrderPlaced, queue="stock")
+        async def reserve_stock(event: OrderPlaced, delivery: Delivery) -> None: ...
+
+    An `async def` runs on the worker's event loop. A plain `def` runs in a thread, for CPU work or blocking
+    libraries, and cannot call `delivery.begin()`.
+
+    Raises:
+        ConsumerDefinitionError: for a name that is taken or malformed, or a signature that cannot be called.
+    """
+
+    def register(fn: F) -> F:
+        _check_signature(fn)
+        spec = Consumer(
+            name=name or f"{_domain_of(fn)}.{fn.__name__}",
+            event=event,
+            fn=fn,
+            queue=queue,
+            max_retries=_bounded("max_retries", max_retries, 0, 1000),
+            min_backoff=_bounded("min_backoff", min_backoff, 1, 604_800_000),
+            max_backoff=_bounded("max_backoff", max_backoff, 1, 604_800_000),
+            time_limit=_bounded("time_limit", time_limit, 1, 86_400_000),
+            throws=throws if isinstance(throws, tuple) else (throws,),
+            priority=priority,
+            formerly=tuple(formerly),
+        )
+        _register(spec)
+        return fn
+
+    return register
+
+
+def _domain_of(fn: Callable[..., Any]) -> str:
+    module = fn.__module__.removesuffix(".consumers")
+    return module.rpartition(".")[2].lstrip("_").lower()
+
+
+def _bounded(option: str, value: int | None, low: int, high: int) -> int | None:
+    if value is not None and not low <= value <= high:
+        raise ConsumerDefinitionError(f"{option} must be from {low} to {high}, not {value}")
+    return value
+
+
+def _check_signature(fn: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(fn).bind(object(), object())
+    except TypeError:
+        raise ConsumerDefinitionError(
+            f"{fn.__qualname__} must take exactly (event, delivery), like every consumer"
+        ) from None
+
+
+def _register(spec: Consumer) -> None:
+    if not _QUEUE.fullmatch(spec.queue):
+        raise ConsumerDefinitionError(
+            f"{spec.queue!r} is no queue name: letters, digits, _ and -, at most 100"
+        )
+    for name in (spec.name, *spec.formerly):
+        if not _NAME.fullmatch(name) or len(name) > 128:
+            raise ConsumerDefinitionError(f"{name!r} is no consumer name: expected '<domain>.<verb>'")
+        taken = _BY_NAME.get(name)
+        if taken is not None and (taken.fn.__module__, taken.fn.__qualname__) != (
+            spec.fn.__module__,
+            spec.fn.__qualname__,
+        ):
+            raise ConsumerDefinitionError(
+                f"{name!r} is already the name of {taken.fn.__module__}.{taken.fn.__qualname__}"
+            )
+    siblings = [each for each in _BY_EVENT.get(spec.event.event_type, []) if each.name != spec.name]
+    if len(siblings) >= MAX_CONSUMERS:
+        raise ConsumerDefinitionError(f"{spec.event.event_type!r} has {MAX_CONSUMERS} consumers already")
+    for name in (spec.name, *spec.formerly):
+        _BY_NAME[name] = spec
+    _BY_EVENT[spec.event.event_type] = [*siblings, spec]
+
+
+def consumer_named(name: str) -> Consumer | None:
+    """The consumer that handles rows stored under `name`, if this process knows one."""
+    return _BY_NAME.get(name)
+
+
+def consumers_of(event: type[Event]) -> list[Consumer]:
+    """The consumers of an event type, in the order of registration."""
+    return _BY_EVENT.get(event.event_type, [])
+
+
+def registered_consumers() -> list[Consumer]:
+    """Every consumer once, by name."""
+    return sorted({spec.name: spec for spec in _BY_NAME.values()}.values(), key=lambda spec: spec.name)

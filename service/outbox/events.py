@@ -1,0 +1,129 @@
+"""What an event is: a typed, frozen fact with a stable name, holding IDs and small scalars.
+
+Events live in the ledger for days and cross deployments, so they are stored under a name that no refactoring changes
+(`order.placed`), never under a class path, and they carry no business data: a consumer reads what it needs, as it is
+by then, from the rows the IDs point to.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal, NewType, Union, get_args, get_origin
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict
+from uuid_utils.compat import uuid7
+
+from service.errors import EventDefinitionError
+
+__all__ = [
+    "MAX_CONSUMERS",
+    "Event",
+    "delivery_id",
+    "event_type_of",
+    "new_event_id",
+    "new_id",
+    "registered_events",
+]
+
+MAX_CONSUMERS = 255
+"""Consumers one event type can have: as many deliveries as fit between two event ids."""
+
+_SCALARS = (UUID, str, int, float, bool, Decimal, datetime, date, time, timedelta, type(None))
+_TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
+_EVENTS: dict[str, type[Event]] = {}
+
+
+class Event(BaseModel):
+    """Base of every event.
+
+        class OrderPlaced(Event, type="order.placed", version=1):
+            order_id: UUID
+
+    Args:
+        type: Stable dotted name in the past tense; the class may be renamed, this may not.
+        version: Raise it when a consumer of the old version must not read the new one. A new field with a default
+            needs no new version: older consumers ignore it.
+        unconsumed: Declare that nobody consumes this event yet; otherwise publishing it is an error.
+
+    Raises:
+        EventDefinitionError: for a name that is taken or malformed, or a field that is no ID or small scalar.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_timedelta="iso8601")
+
+    event_type: ClassVar[str]
+    event_version: ClassVar[int]
+    unconsumed: ClassVar[bool]
+
+    @classmethod
+    def __pydantic_init_subclass__(
+        cls,
+        *,
+        type: str | None = None,
+        version: int = 1,
+        unconsumed: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if type is None or not _TYPE_NAME.fullmatch(type) or len(type) > 128:
+            raise EventDefinitionError(
+                f"{cls.__name__} needs a dotted name in the past tense: class {cls.__name__}(Event, type='order.placed')"
+            )
+        if not isinstance(version, int) or not 1 <= version <= 32_767:
+            raise EventDefinitionError(f"{cls.__name__}: version must be a whole number from 1")
+        taken = _EVENTS.get(type)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise EventDefinitionError(
+                f"{type!r} is already the type of {taken.__module__}.{taken.__qualname__}"
+            )
+        for name, field in cls.model_fields.items():
+            if not _is_scalar(field.annotation):
+                raise EventDefinitionError(
+                    f"{cls.__name__}.{name}: an event holds IDs and small scalars; store the rest in a row and "
+                    "publish the row's ID"
+                )
+        cls.event_type, cls.event_version, cls.unconsumed = type, version, unconsumed
+        _EVENTS[type] = cls
+
+
+def _is_scalar(annotation: Any) -> bool:
+    if isinstance(annotation, NewType):
+        return _is_scalar(annotation.__supertype__)
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _is_scalar(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return all(_is_scalar(member) for member in get_args(annotation))
+    if origin is Literal:
+        return True
+    return isinstance(annotation, type) and issubclass(annotation, (*_SCALARS, Enum))
+
+
+def event_type_of(name: str) -> type[Event] | None:
+    """The event class registered under a stored name, if any."""
+    return _EVENTS.get(name)
+
+
+def registered_events() -> list[type[Event]]:
+    """Every event class, by name."""
+    return [_EVENTS[name] for name in sorted(_EVENTS)]
+
+
+def new_id() -> UUID:
+    """A UUID v7: unique, and in index order by time. Make it when the object is constructed, not by the database."""
+    return uuid7()
+
+
+def new_event_id() -> UUID:
+    """A UUID v7 whose last byte is free for the numbers of its deliveries."""
+    return UUID(int=uuid7().int & ~0xFF)
+
+
+def delivery_id(event_id: UUID, number: int) -> UUID:
+    """The id of an event's delivery `number` (from 1): next to the event's id, so one index finds them all."""
+    return UUID(int=event_id.int + number)

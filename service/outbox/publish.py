@@ -1,0 +1,174 @@
+"""Writing to the ledger: one row per consumer, in the caller's own transaction.
+
+What must stay true: an event exists if and only if the transaction that published it committed. So `publish` only
+ever adds rows to the session it is given, it refuses a session whose work nobody will commit, and it touches neither
+the broker nor any connection of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy import func
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.errors import PublishError
+from service.outbox.consumers import Consumer, consumers_of
+from service.outbox.events import Event, delivery_id, new_event_id
+from service.outbox.tables import AcceptedEvent, OutboxMessage
+from service.telemetry import current_headers
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Mapper
+
+__all__ = ["MAX_DELAY", "MAX_PAYLOAD_BYTES", "READ_ONLY", "accept", "publish"]
+
+MAX_PAYLOAD_BYTES = 8_192
+"""Size of an event's JSON at most: it holds IDs and small scalars."""
+
+MAX_DELAY = timedelta(days=366)
+"""How far ahead an event can be scheduled."""
+
+READ_ONLY = "outbox.read_only"
+"""Key in `session.info` of sessions that are never committed."""
+
+
+def publish(session: AsyncSession, event: Event, *, delay: timedelta | None = None) -> UUID:
+    """Publish `event` in the session's transaction, to every consumer that is registered now.
+
+    Args:
+        session: The request's or the delivery's session. Its commit is what makes the event exist.
+        event: What happened.
+        delay: Hand it over no earlier than this much after the row is written, by the database's clock.
+
+    Returns:
+        The event's id, for `outbox events show`.
+
+    Raises:
+        PublishError: when the event or the session cannot be used safely; nothing was written.
+    """
+    payload = _payload(event)
+    _check_session(session)
+    if delay is not None and not timedelta() <= delay <= MAX_DELAY:
+        raise PublishError(f"delay must be from 0 to {MAX_DELAY.days} days, not {delay}")
+    event_id = new_event_id()
+    session.add_all(_messages(event_id, event, payload, delay))
+    return event_id
+
+
+async def accept(session: AsyncSession, key: str, event: Event) -> bool:
+    """Take over an event from elsewhere (a webhook, another service) once, under its sender's idempotency key.
+
+    Args:
+        session: As for `publish`; acknowledge to the sender only after it committed.
+        key: The sender's key, unique across all senders: prefix it with the sender's name.
+        event: The event to publish here.
+
+    Returns:
+        Whether it was new; `False` means that it was accepted before and nothing was written.
+
+    Raises:
+        PublishError: as for `publish`, or for a key that is empty or longer than 255 characters.
+    """
+    payload = _payload(event)
+    _check_session(session)
+    if not key or len(key) > 255:
+        raise PublishError("the key must have 1 to 255 characters: pass the sender's idempotency key")
+    await (await session.connection()).run_sync(_refuse_autocommit)
+    event_id = new_event_id()
+    # ON CONFLICT waits for a transaction that holds the same key, then sees whether it committed.
+    statement = insert(AcceptedEvent).values(key=key, event_id=event_id)
+    new = await session.scalar(statement.on_conflict_do_nothing().returning(AcceptedEvent.event_id))
+    if new is None:
+        return False
+    session.add_all(_messages(event_id, event, payload, None))
+    return True
+
+
+def _messages(
+    event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelta | None
+) -> list[OutboxMessage]:
+    headers = current_headers()
+
+    def message(number: int, consumer: Consumer) -> OutboxMessage:
+        row = OutboxMessage(
+            id=delivery_id(event_id, number),
+            event_id=event_id,
+            event_type=event.event_type,
+            version=event.event_version,
+            consumer=consumer.name,
+            queue=consumer.queue,
+            payload=payload,
+            headers=headers,
+        )
+        if delay:
+            row.due_at = func.clock_timestamp() + delay  # type: ignore[assignment]
+        return row
+
+    return [message(number, consumer) for number, consumer in enumerate(consumers_of(type(event)), start=1)]
+
+
+def _payload(event: Event) -> dict[str, Any]:
+    if not isinstance(event, Event) or not hasattr(event, "event_type"):
+        raise PublishError(f"publish takes an instance of an Event class, not {type(event).__name__}")
+    if not consumers_of(type(event)) and not event.unconsumed:
+        raise PublishError(
+            f"nobody consumes {event.event_type!r}: add a @consumer for it, check that its module is imported, or "
+            f"declare it: class {type(event).__name__}(Event, type={event.event_type!r}, unconsumed=True)"
+        )
+    for name, value in event:
+        if value is None and (name == "id" or name.endswith("_id")):
+            raise PublishError(
+                f"{type(event).__name__}.{name} is None: make ids when the object is constructed (id=new_id()), "
+                "so that they exist before the row is flushed"
+            )
+    payload: dict[str, Any] = event.model_dump(mode="json")
+    size = len(json.dumps(payload))
+    if size > MAX_PAYLOAD_BYTES:
+        raise PublishError(
+            f"{type(event).__name__} is {size} bytes of JSON, over {MAX_PAYLOAD_BYTES}: store the data in a row and "
+            "publish its ID"
+        )
+    return payload
+
+
+def _check_session(session: AsyncSession) -> None:
+    if not isinstance(session, AsyncSession):
+        raise PublishError(
+            f"publish takes the AsyncSession whose commit publishes the event, not {type(session).__name__}"
+        )
+    if session.info.get(READ_ONLY):
+        raise PublishError(
+            "delivery.read() is never committed: publish inside `async with delivery.begin() as session`"
+        )
+    if not session.is_active:
+        raise PublishError("the session's transaction has failed: roll it back before publishing")
+    if not session.in_transaction():
+        try:
+            session.sync_session.begin()
+        except InvalidRequestError:
+            raise PublishError(
+                "the session is closed, so nothing would commit the event: publish inside the request or delivery that "
+                "owns the session"
+            ) from None
+
+
+def _refuse_autocommit(connection: Connection) -> None:
+    if connection.dialect.detect_autocommit_setting(connection.connection.dbapi_connection):  # type: ignore[arg-type]
+        raise PublishError(
+            "an AUTOCOMMIT connection has no transaction to publish in: use the default isolation level"
+        )
+
+
+@sqlalchemy_event.listens_for(OutboxMessage, "before_insert")
+def _before_insert(_mapper: Mapper[OutboxMessage], connection: Connection, _row: OutboxMessage) -> None:
+    _refuse_autocommit(connection)

@@ -1,0 +1,125 @@
+"""The ledger: one row per event and consumer, from `publish` until its effect has happened, and a while after.
+
+                          claim                        complete, in the effect's own transaction
+    publish ─► pending ◄───────────────► running ───────────────────────────────► completed ─► purged
+                 │  ▲  fail, release,      ▲ │                                       ▲
+        dispatch │  │  lease expired       │ │ dispatch (its lease expired)          │ complete
+                 ▼  │                claim │ ▼                                       │
+               dispatched ─────────────────┴─────────────────────────────────────────┘
+                 │
+                 └─ any of the three may die ─► dead_letter ── replay ─► pending (same id, a fresh budget)
+
+`due_at` says when the relay must act on a row next, in every state but `completed`; so the relay's whole job is to
+hand over each row that is due. A fresh event, a delayed one, a retry, a dead worker and a lost broker are that one
+query. The states change only in `publish.py`, `statements.py` and the relay's statements, and each change matches the
+state it comes from and, once claimed, the claim's token.
+
+What must stay true: nothing but PostgreSQL's clock writes or compares a time here; leases are written with
+`clock_timestamp()`, since `now()` is stale after a lock wait or in a long transaction.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, ClassVar
+from uuid import UUID
+
+from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, Integer, Text, func, text
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.orm import Mapped, mapped_column
+
+from service.database import Base
+
+__all__ = ["AcceptedEvent", "DeadLetter", "OutboxMessage", "PausedQueue"]
+
+Timestamp = TIMESTAMP(timezone=True)
+
+
+class OutboxMessage(Base):
+    """A to-do for one consumer. `id` is the idempotency key and the Dramatiq message id."""
+
+    __tablename__ = "outbox_message"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    event_id: Mapped[UUID]
+    event_type: Mapped[str] = mapped_column(Text)
+    version: Mapped[int] = mapped_column(Integer)
+    consumer: Mapped[str] = mapped_column(Text)
+    queue: Mapped[str] = mapped_column(Text)
+    payload: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    headers: Mapped[dict[str, str]] = mapped_column(JSONB)
+    state: Mapped[str] = mapped_column(Text, server_default="pending")
+    due_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    claim_token: Mapped[UUID | None]
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    dispatches: Mapped[int] = mapped_column(Integer, server_default="0")
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    dispatched_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    started_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    completed_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    errors: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
+
+    __table_args__ = (
+        CheckConstraint("state IN ('pending', 'dispatched', 'running', 'completed')", name="state"),
+        # Every change of state writes a new entry into every index, so there is no third one. The deliveries of an
+        # event are a range of the primary key (see `events.delivery_id`), and so are the oldest rows for the purge.
+        Index(
+            "ix_outbox_message_due", "queue", "due_at", "id", postgresql_where=text("state <> 'completed'")
+        ),
+    )
+    # publish() needs none of the server's defaults back, and an INSERT without RETURNING can be batched.
+    __mapper_args__: ClassVar[dict[str, Any]] = {"eager_defaults": False}
+
+
+class DeadLetter(Base):
+    """A delivery that failed for good. It stays as the record after it was replayed or discarded."""
+
+    __tablename__ = "dead_letter"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    message_id: Mapped[UUID]
+    event_id: Mapped[UUID]
+    event_type: Mapped[str] = mapped_column(Text)
+    version: Mapped[int] = mapped_column(Integer)
+    consumer: Mapped[str] = mapped_column(Text)
+    queue: Mapped[str] = mapped_column(Text)
+    payload: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    headers: Mapped[dict[str, str]] = mapped_column(JSONB)
+    attempts: Mapped[int] = mapped_column(Integer)
+    dispatches: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(Timestamp)
+    errors: Mapped[list[dict[str, Any]]] = mapped_column(JSONB)
+    reason: Mapped[str] = mapped_column(Text)
+    died_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    resolution: Mapped[str | None] = mapped_column(Text)
+    resolved_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    resolved_by: Mapped[str | None] = mapped_column(Text)
+    resolved_why: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        CheckConstraint("resolution IN ('replayed', 'discarded')", name="resolution"),
+        CheckConstraint("(resolution IS NULL) = (resolved_at IS NULL)", name="resolved"),
+        Index("ix_dead_letter_message_id", "message_id"),
+        Index("ix_dead_letter_open", "died_at", "id", postgresql_where=text("resolution IS NULL")),
+    )
+
+
+class AcceptedEvent(Base):
+    """The keys under which events from elsewhere were accepted. Kept for good: a sender may repeat itself late."""
+
+    __tablename__ = "accepted_event"
+
+    key: Mapped[str] = mapped_column(Text, primary_key=True)
+    event_id: Mapped[UUID]
+    accepted_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+
+
+class PausedQueue(Base):
+    """A queue that no relay hands anything over to until it is resumed; `*` pauses all of them."""
+
+    __tablename__ = "paused_queue"
+
+    queue: Mapped[str] = mapped_column(Text, primary_key=True)
+    paused_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    paused_by: Mapped[str] = mapped_column(Text)
+    why: Mapped[str | None] = mapped_column(Text)

@@ -1,0 +1,182 @@
+"""Every setting of every process, read once at start from the environment and from `.env`.
+
+Nested names use a double underscore: `DATABASE__URL`, `BROKER__URL`, `OUTBOX__LEASE`. A wrong value stops the
+process before it does anything and says which variable is wrong and what it should look like.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from service.errors import ConfigurationError
+
+__all__ = ["BrokerSettings", "DatabaseSettings", "OutboxSettings", "Settings", "load_settings"]
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+"""A duration in seconds."""
+
+
+def _postgres_url(value: SecretStr) -> SecretStr:
+    try:
+        url = make_url(value.get_secret_value())
+    except ArgumentError:
+        raise ValueError("expected postgresql://user:password@host:5432/database") from None
+    if url.drivername not in ("postgresql", "postgres", "postgresql+asyncpg"):
+        raise ValueError(
+            "expected a postgresql:// URL, such as postgresql://user:password@host:5432/database"
+        )
+    if not url.database:
+        raise ValueError("the URL names no database: expected postgresql://user:password@host:5432/database")
+    return value
+
+
+def _broker_url(value: SecretStr) -> SecretStr:
+    scheme = urlsplit(value.get_secret_value()).scheme
+    if scheme not in ("redis", "rediss", "valkey", "valkeys", "unix", "amqp", "amqps"):
+        raise ValueError(
+            "expected redis://host:6379/0, valkey://host:6379/0 or amqp://user:password@host:5672/"
+        )
+    return value
+
+
+class DatabaseSettings(BaseModel):
+    """How to reach PostgreSQL (15 or newer)."""
+
+    url: Annotated[SecretStr, AfterValidator(_postgres_url)] = Field(
+        description="PostgreSQL, as postgresql://user:password@host:5432/database"
+    )
+    pool_size: int = Field(10, ge=1, le=500, description="Connections an API or worker process keeps")
+    pool_timeout: Seconds = Field(5, description="Seconds to wait for a free connection before answering 503")
+    connect_timeout: Seconds = Field(5, description="Seconds to wait for PostgreSQL to accept a connection")
+    statement_timeout: Seconds = Field(30, description="Seconds a statement of the API may run")
+    pooler: bool = Field(
+        False, description="Set when API and workers connect through a pooler in transaction mode (PgBouncer)"
+    )
+
+    @property
+    def sqlalchemy_url(self) -> URL:
+        """The URL with the asyncpg driver, for SQLAlchemy and Alembic."""
+        return make_url(self.url.get_secret_value()).set(drivername="postgresql+asyncpg")
+
+    @property
+    def dsn(self) -> str:
+        """The URL as asyncpg itself takes it."""
+        url = make_url(self.url.get_secret_value()).set(drivername="postgresql")
+        return url.render_as_string(hide_password=False)
+
+
+class BrokerSettings(BaseModel):
+    """How to reach the broker: Redis, Valkey or RabbitMQ, chosen by the URL's scheme."""
+
+    url: Annotated[SecretStr, AfterValidator(_broker_url)] = Field(
+        description="redis://, rediss://, valkey://, unix:// or amqp(s)://"
+    )
+    namespace: str = Field(
+        "dramatiq", pattern=r"^[\w.-]{1,64}$", description="Prefix of every key in Redis or Valkey"
+    )
+    quorum_queues: bool = Field(
+        False, description="RabbitMQ: declare quorum queues (replicated) instead of classic ones"
+    )
+    publish_timeout: Seconds = Field(
+        5, le=8, description="Seconds the relay waits for the broker to confirm a batch"
+    )
+
+    @property
+    def is_rabbitmq(self) -> bool:
+        """Whether the URL names RabbitMQ rather than Redis or Valkey."""
+        return self.url.get_secret_value().startswith("amqp")
+
+    @property
+    def redis_url(self) -> str:
+        """The URL with a scheme that redis-py knows."""
+        url = self.url.get_secret_value()
+        return "redis" + url.removeprefix("valkey") if url.startswith("valkey") else url
+
+
+class OutboxSettings(BaseModel):
+    """The clock of a delivery. All durations are in seconds and are measured by the database."""
+
+    redispatch_after: Seconds = Field(
+        60,
+        description="Seconds until a dispatched event that no worker claimed is handed to the broker again",
+    )
+    lease: Seconds = Field(30, ge=1, description="Seconds a claim lasts without a heartbeat")
+    grace: Seconds = Field(
+        5, description="Seconds beyond its time limit before a delivery's lease ends for good"
+    )
+    max_retries: int = Field(
+        10, ge=0, le=1000, description="Retries of a consumer that does not say otherwise"
+    )
+    min_backoff: int = Field(1_000, ge=1, le=86_400_000, description="Milliseconds before the first retry")
+    max_backoff: int = Field(
+        3_600_000, ge=1, le=604_800_000, description="Milliseconds between retries at most"
+    )
+    time_limit: int = Field(60_000, ge=100, le=86_400_000, description="Milliseconds a consumer may run")
+    unknown_consumer_after: Seconds = Field(
+        86_400,
+        description="Seconds an event waits for a worker that knows its consumer before it is dead-lettered",
+    )
+    batch_size: int = Field(500, ge=1, le=5_000, description="Rows the relay hands over in one transaction")
+    high_water_mark: int = Field(
+        5_000,
+        ge=1,
+        le=1_000_000,
+        description="Messages the relay lets wait in one broker queue; the rest wait in PostgreSQL",
+    )
+    keep_completed: float = Field(
+        7 * 86_400,
+        ge=0,
+        le=366 * 86_400,
+        description="Seconds a completed row is kept for `outbox events show`",
+    )
+    shutdown_grace: Seconds = Field(
+        20, description="Seconds a stopping worker lets running consumers finish before it releases them"
+    )
+
+    @property
+    def lease_interval(self) -> timedelta:
+        return timedelta(seconds=self.lease)
+
+
+class Settings(BaseSettings):
+    """All settings of a process."""
+
+    model_config = SettingsConfigDict(
+        env_nested_delimiter="__", env_file=".env", extra="ignore", hide_input_in_errors=True
+    )
+
+    database: DatabaseSettings
+    broker: BrokerSettings
+    outbox: OutboxSettings = OutboxSettings()
+    log_format: Literal["console", "json"] = Field("json", description="console or json")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severity that is logged"
+    )
+
+
+def load_settings() -> Settings:
+    """Read the settings.
+
+    Raises:
+        ConfigurationError: naming every variable that is missing or wrong, never its value.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False, include_input=False):
+            variable = "__".join(str(part) for part in problem["loc"]).upper()
+            if problem["type"] == "missing" and variable in ("DATABASE", "BROKER"):
+                variable += "__URL"
+            reason = (
+                "is not set" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
+            )
+            lines.append(f"{variable}: {reason}")
+        raise ConfigurationError("; ".join(lines) + " (see .env.example)") from None

@@ -1,0 +1,88 @@
+"""Structured logs, and the ids that tie a request, its outbox rows and the workers' log lines together.
+
+A request's correlation id travels in the outbox row's `headers` and is bound again around the delivery, so that one
+search finds everything that a request caused. `traceparent` (W3C) is passed on as it came.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["Headers", "configure_logging", "current_headers", "request_headers", "trace_context"]
+
+Headers = dict[str, str]
+"""`correlation_id`, and where known `traceparent`, `tracestate` and `causation_id`."""
+
+_HEADERS: ContextVar[Headers | None] = ContextVar("outbox_headers", default=None)
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+def current_headers() -> Headers:
+    """The headers an event published here carries; a new correlation id where none is bound."""
+    headers = _HEADERS.get()
+    return dict(headers) if headers is not None else {"correlation_id": str(uuid4())}
+
+
+def request_headers(incoming: Mapping[str, str]) -> Headers:
+    """Headers for a request, from its `X-Correlation-ID` and W3C trace headers; malformed ones are dropped."""
+    correlation = incoming.get("x-correlation-id", "")
+    headers = {"correlation_id": correlation if _SAFE_ID.fullmatch(correlation) else str(uuid4())}
+    if _TRACEPARENT.fullmatch(incoming.get("traceparent", "")):
+        headers["traceparent"] = incoming["traceparent"]
+        if 0 < len(incoming.get("tracestate", "")) <= 512:
+            headers["tracestate"] = incoming["tracestate"]
+    return headers
+
+
+@contextmanager
+def trace_context(headers: Headers, **fields: Any) -> Iterator[None]:
+    """Bind `headers` for events published inside, and `fields` with the correlation id for log lines."""
+    token = _HEADERS.set(headers)
+    try:
+        with structlog.contextvars.bound_contextvars(correlation_id=headers.get("correlation_id"), **fields):
+            yield
+    finally:
+        _HEADERS.reset(token)
+
+
+def configure_logging(log_format: str, log_level: str) -> None:
+    """Send structlog and the standard library's loggers to stderr in one format."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderers: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        if log_format == "console"
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(log_level)
