@@ -29,9 +29,7 @@ def _postgres_url(value: SecretStr) -> SecretStr:
     except ArgumentError:
         raise ValueError("expected postgresql://user:password@host:5432/database") from None
     if url.drivername not in ("postgresql", "postgres", "postgresql+asyncpg"):
-        raise ValueError(
-            "expected a postgresql:// URL, such as postgresql://user:password@host:5432/database"
-        )
+        raise ValueError("expected a postgresql:// URL, such as postgresql://user:password@host:5432/database")
     if not url.database:
         raise ValueError("the URL names no database: expected postgresql://user:password@host:5432/database")
     return value
@@ -40,9 +38,7 @@ def _postgres_url(value: SecretStr) -> SecretStr:
 def _broker_url(value: SecretStr) -> SecretStr:
     scheme = urlsplit(value.get_secret_value()).scheme
     if scheme not in ("redis", "rediss", "valkey", "valkeys", "unix", "amqp", "amqps"):
-        raise ValueError(
-            "expected redis://host:6379/0, valkey://host:6379/0 or amqp://user:password@host:5672/"
-        )
+        raise ValueError("expected redis://host:6379/0, valkey://host:6379/0 or amqp://user:password@host:5672/")
     return value
 
 
@@ -78,15 +74,11 @@ class BrokerSettings(BaseModel):
     url: Annotated[SecretStr, AfterValidator(_broker_url)] = Field(
         description="redis://, rediss://, valkey://, unix:// or amqp(s)://"
     )
-    namespace: str = Field(
-        "dramatiq", pattern=r"^[\w.-]{1,64}$", description="Prefix of every key in Redis or Valkey"
-    )
+    namespace: str = Field("dramatiq", pattern=r"^[\w.-]{1,64}$", description="Prefix of every key in Redis or Valkey")
     quorum_queues: bool = Field(
         False, description="RabbitMQ: declare quorum queues (replicated) instead of classic ones"
     )
-    publish_timeout: Seconds = Field(
-        5, le=8, description="Seconds the relay waits for the broker to confirm a batch"
-    )
+    publish_timeout: Seconds = Field(5, le=8, description="Seconds the relay waits for the broker to confirm a batch")
 
     @property
     def is_rabbitmq(self) -> bool:
@@ -108,16 +100,10 @@ class OutboxSettings(BaseModel):
         description="Seconds until a dispatched event that no worker claimed is handed to the broker again",
     )
     lease: Seconds = Field(30, ge=1, description="Seconds a claim lasts without a heartbeat")
-    grace: Seconds = Field(
-        5, description="Seconds beyond its time limit before a delivery's lease ends for good"
-    )
-    max_retries: int = Field(
-        10, ge=0, le=1000, description="Retries of a consumer that does not say otherwise"
-    )
+    grace: Seconds = Field(5, description="Seconds beyond its time limit before a delivery's lease ends for good")
+    max_retries: int = Field(10, ge=0, le=1000, description="Retries of a consumer that does not say otherwise")
     min_backoff: int = Field(1_000, ge=1, le=86_400_000, description="Milliseconds before the first retry")
-    max_backoff: int = Field(
-        3_600_000, ge=1, le=604_800_000, description="Milliseconds between retries at most"
-    )
+    max_backoff: int = Field(3_600_000, ge=1, le=604_800_000, description="Milliseconds between retries at most")
     time_limit: int = Field(60_000, ge=100, le=86_400_000, description="Milliseconds a consumer may run")
     unknown_consumer_after: Seconds = Field(
         86_400,
@@ -156,9 +142,7 @@ class Settings(BaseSettings):
     broker: BrokerSettings
     outbox: OutboxSettings = OutboxSettings()
     log_format: Literal["console", "json"] = Field("json", description="console or json")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Least severity that is logged"
-    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged")
 
 
 def load_settings() -> Settings:
@@ -175,8 +159,6 @@ def load_settings() -> Settings:
             variable = "__".join(str(part) for part in problem["loc"]).upper()
             if problem["type"] == "missing" and variable in ("DATABASE", "BROKER"):
                 variable += "__URL"
-            reason = (
-                "is not set" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
-            )
+            reason = "is not set" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
             lines.append(f"{variable}: {reason}")
         raise ConfigurationError("; ".join(lines) + " (see .env.example)") from None

@@ -135,9 +135,7 @@ def _check_signature(fn: Callable[..., Any]) -> None:
 
 def _register(spec: Consumer) -> None:
     if not _QUEUE.fullmatch(spec.queue):
-        raise ConsumerDefinitionError(
-            f"{spec.queue!r} is no queue name: letters, digits, _ and -, at most 100"
-        )
+        raise ConsumerDefinitionError(f"{spec.queue!r} is no queue name: letters, digits, _ and -, at most 100")
     for name in (spec.name, *spec.formerly):
         if not _NAME.fullmatch(name) or len(name) > 128:
             raise ConsumerDefinitionError(f"{name!r} is no consumer name: expected '<domain>.<verb>'")

@@ -78,9 +78,7 @@ class Event(BaseModel):
             raise EventDefinitionError(f"{cls.__name__}: version must be a whole number from 1")
         taken = _EVENTS.get(type)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise EventDefinitionError(
-                f"{type!r} is already the type of {taken.__module__}.{taken.__qualname__}"
-            )
+            raise EventDefinitionError(f"{type!r} is already the type of {taken.__module__}.{taken.__qualname__}")
         for name, field in cls.model_fields.items():
             if not _is_scalar(field.annotation):
                 raise EventDefinitionError(

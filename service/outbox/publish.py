@@ -94,9 +94,7 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
     return True
 
 
-def _messages(
-    event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelta | None
-) -> list[OutboxMessage]:
+def _messages(event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelta | None) -> list[OutboxMessage]:
     headers = current_headers()
 
     def message(number: int, consumer: Consumer) -> OutboxMessage:
@@ -164,9 +162,7 @@ def _check_session(session: AsyncSession) -> None:
 
 def _refuse_autocommit(connection: Connection) -> None:
     if connection.dialect.detect_autocommit_setting(connection.connection.dbapi_connection):  # type: ignore[arg-type]
-        raise PublishError(
-            "an AUTOCOMMIT connection has no transaction to publish in: use the default isolation level"
-        )
+        raise PublishError("an AUTOCOMMIT connection has no transaction to publish in: use the default isolation level")
 
 
 @sqlalchemy_event.listens_for(OutboxMessage, "before_insert")
