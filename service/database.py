@@ -19,7 +19,16 @@ from sqlalchemy.orm import DeclarativeBase
 if TYPE_CHECKING:
     from service.settings import DatabaseSettings
 
-__all__ = ["Base", "Session", "SessionFactory", "commit", "create_engine", "session_factory", "transaction"]
+__all__ = [
+    "Base",
+    "Session",
+    "SessionFactory",
+    "commit",
+    "create_engine",
+    "driver_arguments",
+    "session_factory",
+    "transaction",
+]
 
 SessionFactory = async_sessionmaker[AsyncSession]
 
@@ -75,12 +84,24 @@ def create_engine(
     )
 
 
-def session_factory(engine: AsyncEngine) -> SessionFactory:
+def driver_arguments(settings: DatabaseSettings, application_name: str, **server_settings: str) -> dict[str, Any]:
+    """Arguments for `asyncpg.connect` and `asyncpg.create_pool`, for the ledger's own statements.
+
+    The timeouts stand here, so that defaults set on the database role cannot end a statement in the middle.
+    """
+    arguments: dict[str, Any] = {"dsn": settings.dsn, "timeout": settings.connect_timeout, "command_timeout": 30}
+    if settings.pooler:
+        return arguments | {"statement_cache_size": 0}
+    bounds = {"statement_timeout": "30s", "lock_timeout": "0", "idle_in_transaction_session_timeout": "10s"}
+    return arguments | {"server_settings": {"application_name": application_name, **bounds, **server_settings}}
+
+
+def session_factory(engine: AsyncEngine, class_: type[AsyncSession] = AsyncSession) -> SessionFactory:
     """Sessions that stay readable after a commit and refuse all use after `close()`.
 
     A session that could be used again after its request would take an event that nobody commits.
     """
-    return async_sessionmaker(engine, expire_on_commit=False, close_resets_only=False)
+    return async_sessionmaker(engine, class_=class_, expire_on_commit=False, close_resets_only=False)
 
 
 async def commit(session: AsyncSession) -> None:

@@ -7,6 +7,7 @@
     │   ├── ConsumerDefinitionError a consumer that cannot be registered
     │   ├── PublishError            publish() or accept() refused
     │   └── DeliveryError           a consumer used its Delivery in a way that would lose or repeat an effect
+    ├── DatabaseUnavailableError  PostgreSQL cannot be reached; nothing is wrong with the work
     └── BusinessError          an expected refusal of the domain: a 4xx with a stable code
 
 `Retry` and `Fail` are not errors: a consumer raises them to steer its own delivery.
@@ -20,6 +21,7 @@ __all__ = [
     "BusinessError",
     "ConfigurationError",
     "ConsumerDefinitionError",
+    "DatabaseUnavailableError",
     "DeliveryError",
     "EventDefinitionError",
     "OutboxError",
@@ -54,6 +56,10 @@ class PublishError(OutboxError):
 
 class DeliveryError(OutboxError):
     """A consumer used its delivery in a way that would lose or repeat an effect."""
+
+
+class DatabaseUnavailableError(ServiceError):
+    """PostgreSQL cannot be reached."""
 
 
 class BusinessError(ServiceError):

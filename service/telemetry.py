@@ -19,7 +19,7 @@ import structlog
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Headers", "configure_logging", "current_headers", "request_headers", "trace_context"]
+__all__ = ["Headers", "configure_logging", "current_headers", "get_logger", "request_headers", "trace_context"]
 
 Headers = dict[str, str]
 """`correlation_id`, and where known `traceparent`, `tracestate` and `causation_id`."""
@@ -55,6 +55,12 @@ def trace_context(headers: Headers, **fields: Any) -> Iterator[None]:
             yield
     finally:
         _HEADERS.reset(token)
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """A logger whose events are constant dotted names with fields."""
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger(name)
+    return logger
 
 
 def configure_logging(log_format: str, log_level: str) -> None:

@@ -3,3 +3,10 @@
 `publish` writes an event in the caller's transaction; `@consumer` registers what is done about it; `Delivery` is how
 a consumer opens the session whose commit also completes the delivery.
 """
+
+from service.outbox.consumers import Fail, Retry, consumer
+from service.outbox.delivery import Delivery
+from service.outbox.events import Event, new_id
+from service.outbox.publish import accept, publish
+
+__all__ = ["Delivery", "Event", "Fail", "Retry", "accept", "consumer", "new_id", "publish"]

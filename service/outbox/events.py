@@ -72,9 +72,9 @@ class Event(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         if type is None or not _TYPE_NAME.fullmatch(type) or len(type) > 128:
             raise EventDefinitionError(
-                f"{cls.__name__} needs a dotted name in the past tense: class {cls.__name__}(Event, type='order.placed')"
+                f"{cls.__name__} needs a dotted name in the past tense, such as type='order.placed'"
             )
-        if not isinstance(version, int) or not 1 <= version <= 32_767:
+        if not 1 <= version <= 32_767:
             raise EventDefinitionError(f"{cls.__name__}: version must be a whole number from 1")
         taken = _EVENTS.get(type)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):

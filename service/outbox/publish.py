@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import func
@@ -25,6 +24,7 @@ from service.outbox.tables import AcceptedEvent, OutboxMessage
 from service.telemetry import current_headers
 
 if TYPE_CHECKING:
+    from uuid import UUID
     from typing import Any
 
     from sqlalchemy import Connection
@@ -109,14 +109,14 @@ def _messages(event_id: UUID, event: Event, payload: dict[str, Any], delay: time
             headers=headers,
         )
         if delay:
-            row.due_at = func.clock_timestamp() + delay  # type: ignore[assignment]
+            row.due_at = func.clock_timestamp() + delay
         return row
 
     return [message(number, consumer) for number, consumer in enumerate(consumers_of(type(event)), start=1)]
 
 
 def _payload(event: Event) -> dict[str, Any]:
-    if not isinstance(event, Event) or not hasattr(event, "event_type"):
+    if not isinstance(event, Event) or type(event) is Event:
         raise PublishError(f"publish takes an instance of an Event class, not {type(event).__name__}")
     if not consumers_of(type(event)) and not event.unconsumed:
         raise PublishError(

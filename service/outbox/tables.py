@@ -21,7 +21,7 @@ What must stay true: nothing but PostgreSQL's clock writes or compares a time he
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, Integer, Text, func, text
@@ -66,7 +66,7 @@ class OutboxMessage(Base):
         Index("ix_outbox_message_due", "queue", "due_at", "id", postgresql_where=text("state <> 'completed'")),
     )
     # publish() needs none of the server's defaults back, and an INSERT without RETURNING can be batched.
-    __mapper_args__: ClassVar[dict[str, Any]] = {"eager_defaults": False}
+    __mapper_args__ = {"eager_defaults": False}  # noqa: RUF012
 
 
 class DeadLetter(Base):

@@ -1,0 +1,111 @@
+"""The worker's broker, chosen by `BROKER__URL`: Dramatiq's own, with the gaps closed that would stop a worker.
+
+An actor this worker does not know would be dead-lettered in the broker before any code of ours ran; here it reaches
+the ledger, which keeps the row for a worker that does. A body that names another queue would end a thread for good.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import dramatiq
+from dramatiq.broker import Broker, Consumer, MessageProxy
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.errors import ActorNotFound
+
+from service.doorbell import DoorbellRedisBroker
+from service.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from service.settings import BrokerSettings
+
+__all__ = ["make_broker"]
+
+_log = get_logger(__name__)
+
+UNKNOWN_ACTOR = "outbox.unknown_consumer"
+
+
+class _KnowsUnknownActors(Broker):
+    """Hands messages for unknown actors to the actor `UNKNOWN_ACTOR`, once that is declared."""
+
+    def get_actor(self, actor_name: str) -> dramatiq.Actor[Any, Any]:
+        try:
+            return super().get_actor(actor_name)
+        except ActorNotFound:
+            fallback = self.actors.get(UNKNOWN_ACTOR)
+            if fallback is None:
+                raise
+            return fallback
+
+
+class _RedisBroker(_KnowsUnknownActors, DoorbellRedisBroker):
+    pass
+
+
+class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
+    def __init__(self, settings: BrokerSettings, middleware: list[Any]) -> None:
+        super().__init__(url=settings.url.get_secret_value(), confirm_delivery=True, middleware=middleware)
+        self._quorum = settings.quorum_queues
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
+        return _OwnQueueOnly(super().consume(queue_name, prefetch, timeout), queue_name)
+
+    def _declare_queue(self, queue_name: str) -> Any:
+        arguments = self._build_queue_arguments(queue_name)
+        if self._quorum:
+            arguments["x-queue-type"] = "quorum"
+        return self.channel.queue_declare(queue=queue_name, durable=True, arguments=arguments)
+
+
+class _OwnQueueOnly(Consumer):
+    """Passes on what belongs to the queue it was fetched from."""
+
+    def __init__(self, consumer: Consumer, queue: str) -> None:
+        self._consumer = consumer
+        self._queue = queue
+
+    def __next__(self) -> MessageProxy | None:
+        message = next(self._consumer)
+        if message is not None and message.queue_name != self._queue:
+            _log.error("broker.wrong_queue", queue=self._queue)
+            self._consumer.nack(message)
+            return None
+        return message
+
+    def ack(self, message: MessageProxy) -> None:
+        self._consumer.ack(message)
+
+    def nack(self, message: MessageProxy) -> None:
+        self._consumer.nack(message)
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        self._consumer.requeue(messages)
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+def make_broker(settings: BrokerSettings, middleware: list[Any]) -> Broker:
+    """The broker that `BROKER__URL` names. It connects when it is first used."""
+    if settings.is_rabbitmq:
+        return _RabbitmqBroker(settings, middleware)
+    return _RedisBroker(settings.redis_url, namespace=settings.namespace, middleware=middleware)
+
+
+def declare_unknown(broker: Broker, run: Callable[[UUID], None], queue: str) -> None:
+    """Let `run` handle ledger messages for actors this process does not know."""
+
+    def unknown(*args: Any, **_kwargs: Any) -> None:
+        try:
+            message_id = UUID(args[0])
+        except (IndexError, TypeError, ValueError, AttributeError):
+            raise ActorNotFound("the message is for an actor that this worker does not know") from None
+        run(message_id)
+
+    dramatiq.Actor(
+        unknown, broker=broker, actor_name=UNKNOWN_ACTOR, queue_name=queue, priority=0, options={"max_retries": 0}
+    )

@@ -1,0 +1,89 @@
+"""What is kept of a failure: enough to understand it at 3 am, bounded, and without the values it happened on.
+
+Errors are stored for as long as the row is and shown by the CLI, so they hold no payload values, no SQL parameters
+and no more than a few frames of code positions.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from service.errors import DatabaseUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ERRORS_KEPT", "backoff", "describe", "lost_database"]
+
+ERRORS_KEPT = 10
+"""Errors a row keeps: the first one and the latest."""
+
+_MESSAGE_LENGTH = 500
+_FRAMES = 6
+
+
+def describe(error: BaseException, payload: Mapping[str, Any]) -> dict[str, str]:
+    """`type`, `message` and a short `traceback` of an error, without the payload's values."""
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+    positions = "\n".join(f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames)
+    return {"type": type(error).__qualname__, "message": _message(error, payload), "traceback": positions}
+
+
+def _short(filename: str) -> str:
+    return "/".join(filename.rsplit("/", 3)[-3:])
+
+
+def _message(error: BaseException, payload: Mapping[str, Any]) -> str:
+    match error:
+        case ValidationError():
+            fields = (
+                ".".join(map(str, each["loc"])) + ": " + each["msg"] for each in error.errors(include_input=False)
+            )
+            text = "; ".join(fields)
+        case DBAPIError():
+            # Below the first line PostgreSQL repeats the row's values.
+            text = (str(error.orig) or type(error.orig).__name__).partition("\n")[0]
+        case _:
+            text = str(error)
+    for value in payload.values():
+        if isinstance(value, str) and len(value) >= 4:
+            text = text.replace(value, "[payload]")
+    # PostgreSQL's jsonb refuses NUL characters and lone surrogates.
+    text = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    return text if len(text) <= _MESSAGE_LENGTH else text[: _MESSAGE_LENGTH - 1] + "…"
+
+
+def backoff(attempt: int, minimum: int, maximum: int) -> timedelta:
+    """Time before the retry that follows `attempt` (from 1): doubled each time, between a half and the whole of it.
+
+    Args:
+        attempt: Which attempt failed.
+        minimum: Milliseconds after the first.
+        maximum: Milliseconds at most.
+    """
+    longest = min(maximum, minimum * 2 ** min(attempt - 1, 40))
+    return timedelta(milliseconds=longest * random.uniform(0.5, 1.0))  # noqa: S311  jitter, not a secret
+
+
+def lost_database(error: BaseException) -> bool:
+    """Whether an error means that PostgreSQL went away, rather than that it refused something."""
+    match error:
+        case DatabaseUnavailableError() | PoolTimeoutError() | asyncpg.PostgresConnectionError():
+            return True
+        case DBAPIError():
+            return error.connection_invalidated or (error.orig is not None and lost_database(error.orig))
+        case asyncpg.QueryCanceledError():
+            return False
+        case asyncpg.OperatorInterventionError() | asyncpg.TooManyConnectionsError():
+            return True
+        case asyncpg.InterfaceError():
+            return "connection" in str(error)
+    return error.__cause__ is not None and lost_database(error.__cause__)

@@ -1,0 +1,200 @@
+"""Every statement a worker changes a delivery's state with; the diagram is in `tables.py`.
+
+What must stay true: each statement names the row's id, the claim's token and the state it comes from, and the caller
+treats "no row" as "somebody else has it now". Token alone or state alone would let an effect happen twice: after a
+COMMIT whose reply was lost, or in a worker that comes back to life after its row was recovered, replayed or purged.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from service.outbox.failures import ERRORS_KEPT
+
+if TYPE_CHECKING:
+    from uuid import UUID
+    import asyncpg
+
+    Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+
+__all__ = ["Claim", "claim", "complete", "complete_in_transaction", "die", "fail", "heartbeat", "release"]
+
+# The states a claim may come from must cover what the row looked like before the relay's dispatch commits: a worker
+# can be faster than that commit, and READ COMMITTED waits only for rows whose committed version matches.
+#
+# A claim of a first dispatch need not survive a crash of PostgreSQL: it would only run again. From the second on it
+# must, or a message that crashes its backend would never use up its attempts.
+_CLAIM = """
+UPDATE outbox_message
+SET state = 'running',
+    claim_token = $2,
+    attempts = attempts + CASE WHEN state = 'running' AND claim_token = $2 THEN 0 ELSE 1 END,
+    started_at = clock_timestamp(),
+    due_at = clock_timestamp() + $3
+WHERE id = $1
+  AND (state = 'dispatched'
+       OR (state IN ('pending', 'running') AND due_at <= now())
+       OR (state = 'running' AND claim_token = $2))
+RETURNING id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches,
+          CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
+"""
+
+# The transaction's number tells whether the effect is still whole: it changes when a consumer commits or rolls back
+# behind the session's back.
+_COMPLETE_IN_TRANSACTION = """
+WITH transaction AS (SELECT pg_current_xact_id() = $3::text::xid8 AS unbroken),
+completed AS (
+    UPDATE outbox_message
+    SET state = 'completed', completed_at = clock_timestamp()
+    WHERE id = $1 AND claim_token = $2 AND state IN ('running', 'dispatched')
+      AND (SELECT unbroken FROM transaction)
+    RETURNING id
+)
+SELECT (SELECT unbroken FROM transaction) AS unbroken, EXISTS (SELECT FROM completed) AS completed
+"""
+
+_COMPLETE = """
+UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp()
+WHERE id = $1 AND claim_token = $2 AND state IN ('running', 'dispatched')
+RETURNING id
+"""
+
+# The oldest error stays: it says what went wrong first.
+_ERRORS = f"""
+CASE WHEN jsonb_array_length(errors) >= {ERRORS_KEPT} THEN errors - 1 ELSE errors END
+|| jsonb_build_array(jsonb_build_object('at', clock_timestamp(), 'attempt', attempts) || $3::jsonb)
+"""
+
+# A retry may be due before the moment a sleeping relay wakes up at.
+_FAIL = f"""
+UPDATE outbox_message
+SET state = 'pending', due_at = clock_timestamp() + $4, errors = {_ERRORS}
+WHERE id = $1 AND claim_token = $2 AND state = 'running'
+RETURNING outbox_wake()
+"""  # noqa: S608
+
+_RELEASE = f"""
+UPDATE outbox_message
+SET state = 'pending', due_at = clock_timestamp() + $4, attempts = attempts - 1,
+    errors = CASE WHEN $3::jsonb IS NULL THEN errors ELSE {_ERRORS} END
+WHERE id = $1 AND claim_token = $2 AND state = 'running'
+RETURNING outbox_wake(), (
+    SELECT min((error ->> 'at')::timestamptz) < clock_timestamp() - $5::interval
+    FROM jsonb_array_elements(errors) AS error
+    WHERE error ->> 'type' = $3::jsonb ->> 'type'
+) AS overdue
+"""  # noqa: S608
+
+_DIE = f"""
+WITH dead AS (
+    DELETE FROM outbox_message
+    WHERE id = $1 AND claim_token = $2 AND state = ANY($5)
+    RETURNING *
+)
+INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
+                         dispatches, created_at, errors, reason)
+SELECT id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches, created_at,
+       {_ERRORS}, $4
+FROM dead
+RETURNING id
+"""  # noqa: S608
+
+# SKIP LOCKED: rows locked by a complete would otherwise be waited for in another order than the completes lock them.
+# A row the relay handed out again is taken back as long as nobody claimed it.
+_HEARTBEAT = """
+WITH mine AS (
+    SELECT message.id, lease.until
+    FROM unnest($1::uuid[], $2::uuid[], $3::interval[]) AS lease (id, token, until)
+    JOIN outbox_message AS message ON message.id = lease.id AND message.claim_token = lease.token
+    WHERE message.state IN ('running', 'dispatched') AND clock_timestamp() < message.started_at + lease.until
+    FOR UPDATE OF message SKIP LOCKED
+)
+UPDATE outbox_message AS message
+SET state = 'running', due_at = LEAST(clock_timestamp() + $4, message.started_at + mine.until)
+FROM mine WHERE message.id = mine.id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A row that is this worker's until its lease ends."""
+
+    id: UUID
+    token: UUID
+    event_id: UUID
+    event_type: str
+    version: int
+    consumer: str
+    queue: str
+    payload: dict[str, Any]
+    headers: dict[str, str]
+    attempts: int
+    dispatches: int
+
+
+async def claim(connection: Connection, message_id: UUID, token: UUID, lease: timedelta) -> Claim | None:
+    """Take the row, or `None` if it is done, somebody else's, or not due. Repeatable with the same token."""
+    row = await connection.fetchrow(_CLAIM, message_id, token, lease)
+    if row is None:
+        return None
+    return Claim(
+        id=row["id"],
+        token=token,
+        event_id=row["event_id"],
+        event_type=row["event_type"],
+        version=row["version"],
+        consumer=row["consumer"],
+        queue=row["queue"],
+        payload=json.loads(row["payload"]),
+        headers=json.loads(row["headers"]),
+        attempts=row["attempts"],
+        dispatches=row["dispatches"],
+    )
+
+
+async def complete_in_transaction(connection: Connection, mine: Claim, xid: str) -> tuple[bool, bool]:
+    """Tick the row off inside the effect's transaction: (it is still transaction `xid`, the row was still mine)."""
+    row = await connection.fetchrow(_COMPLETE_IN_TRANSACTION, mine.id, mine.token, xid)
+    assert row is not None
+    return row["unbroken"], row["completed"]
+
+
+async def complete(connection: Connection, mine: Claim) -> bool:
+    """Tick the row off after an effect outside the database; whether it was still mine."""
+    return await connection.fetchval(_COMPLETE, mine.id, mine.token) is not None
+
+
+async def fail(connection: Connection, mine: Claim, error: dict[str, str], backoff: timedelta) -> bool:
+    """Put the row back, due after `backoff`; whether it was still mine."""
+    return await connection.fetchrow(_FAIL, mine.id, mine.token, json.dumps(error), backoff) is not None
+
+
+async def release(
+    connection: Connection,
+    mine: Claim,
+    *,
+    error: dict[str, str] | None = None,
+    delay: timedelta = timedelta(),
+    patience: timedelta = timedelta(),
+) -> bool:
+    """Put the row back with its attempt refunded; whether errors of this type have gone on for `patience`."""
+    document = None if error is None else json.dumps(error)
+    row = await connection.fetchrow(_RELEASE, mine.id, mine.token, document, delay, patience)
+    return bool(row and row["overdue"])
+
+
+async def die(
+    connection: Connection, mine: Claim, error: dict[str, str], reason: str, *, states: tuple[str, ...] = ("running",)
+) -> int | None:
+    """Move the row to the dead letters; the dead letter's id, or `None` if the row was not mine any more."""
+    number: int | None = await connection.fetchval(_DIE, mine.id, mine.token, json.dumps(error), reason, list(states))
+    return number
+
+
+async def heartbeat(connection: Connection, leases: list[tuple[UUID, UUID, timedelta]], lease: timedelta) -> None:
+    """Extend the leases of `(id, token, longest run)`, none of them past its longest run."""
+    ids, tokens, limits = (list(column) for column in zip(*leases, strict=True))
+    await connection.execute(_HEARTBEAT, ids, tokens, limits, lease)

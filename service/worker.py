@@ -1,0 +1,176 @@
+"""The worker process, under the stock Dramatiq CLI: `dramatiq service.worker:setup_broker`.
+
+Every consumer becomes a Dramatiq actor of its name whose one argument is the row's id. What must stay true: an actor
+returns whatever happened, so Dramatiq acknowledges and never retries; the row alone decides what comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import dramatiq
+from dramatiq.asyncio import get_event_loop_thread
+from dramatiq.middleware import (
+    AgeLimit,
+    AsyncIO,
+    Callbacks,
+    CurrentMessage,
+    Middleware,
+    Pipelines,
+    Retries,
+    ShutdownNotifications,
+    TimeLimit,
+)
+from dramatiq.middleware.threading import Interrupt
+
+import service.domains
+from service.broker import declare_unknown, make_broker
+from service.database import create_engine
+from service.errors import ConfigurationError
+from service.outbox.consumers import Consumer, consumer_named, registered_consumers
+from service.outbox.runner import Runner
+from service.settings import Settings, load_settings
+from service.telemetry import configure_logging, get_logger, trace_context
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from dramatiq.broker import Broker
+
+    from service.outbox.statements import Claim
+
+__all__ = ["setup_broker"]
+
+_log = get_logger(__name__)
+
+
+class _Outbox(Middleware):
+    """Gives every worker process an engine and a runner, made and disposed of on its event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.settings = settings.outbox
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        assert self._runner is not None, "the worker has not booted"
+        return self._runner
+
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        # Dramatiq only logs an exception raised here, and would run a worker that can do nothing.
+        try:
+            threading.excepthook = _exit_on_dead_thread
+            _on_loop(self._open(worker.worker_threads))
+        except Exception as error:
+            _log.exception("worker.boot_failed")
+            raise SystemExit(1) from error
+
+    async def _open(self, threads: int) -> None:
+        database = self._settings.database.model_copy(update={"pool_size": max(threads, 1)})
+        self._engine = create_engine(database, application_name="outbox-worker")
+        self._runner = Runner(self._settings, self._engine)
+        await self._runner.open()
+
+    def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        thread = get_event_loop_thread()
+        assert thread is not None
+        thread.loop.call_soon_threadsafe(self.runner.stop)
+
+    def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        _on_loop(self._close())
+
+    async def _close(self) -> None:
+        await self.runner.close()
+        await self._engine.dispose()
+
+
+def _on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    thread = get_event_loop_thread()
+    assert thread is not None, "the AsyncIO middleware comes first"
+    return thread.run_coroutine(coroutine)
+
+
+def _exit_on_dead_thread(args: threading.ExceptHookArgs) -> None:
+    """End the process when a thread of it dies: Dramatiq would go on without it, and nobody would notice."""
+    _log.critical("worker.thread_died", thread=args.thread and args.thread.name, error=repr(args.exc_value))
+    sys.stderr.flush()
+    os._exit(70)
+
+
+def _deliver(outbox: _Outbox, message_id: UUID) -> None:
+    """Run one delivery from a worker thread; a `def` consumer runs in this very thread."""
+    runner = outbox.runner
+    try:
+        claim = _on_loop(runner.deliver(message_id))
+        if claim is not None:
+            _run_in_thread(runner, claim)
+    except (Interrupt, RuntimeError, asyncio.CancelledError) as error:
+        # A coroutine that outlives its time limit is abandoned by Dramatiq while it still runs: its fence and its
+        # transaction's timeout end it, and the row comes due when its lease does.
+        _log.error("worker.abandoned", message_id=str(message_id), error=repr(error))
+
+
+def _run_in_thread(runner: Runner, claim: Claim) -> None:
+    spec = consumer_named(claim.consumer)
+    assert spec is not None
+    delivery = runner.delivery(claim, spec)
+    headers = claim.headers | {"causation_id": str(claim.id)}
+    with trace_context(headers, consumer=claim.consumer, message_id=str(claim.id)):
+        try:
+            try:
+                spec.fn(spec.event.model_validate(claim.payload), delivery)
+                outcome = runner.returned(claim, spec, delivery)
+            except BaseException as error:  # noqa: BLE001  the time limit is an exception in this thread
+                outcome = runner.judge(error, claim, spec, delivery)
+            _on_loop(runner.settle(claim, outcome))
+        finally:
+            runner.forget(claim)
+
+
+def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
+    # For a coroutine Dramatiq's limit is the backstop behind the runner's own, which ends it in good order.
+    limit = (spec.time_limit or outbox.settings.time_limit) + (outbox.settings.grace * 1000 if spec.is_async else 0)
+    for name in (spec.name, *spec.formerly):
+        dramatiq.Actor(
+            lambda message_id: _deliver(outbox, UUID(message_id)),
+            broker=broker,
+            actor_name=name,
+            queue_name=spec.queue,
+            priority=spec.priority,
+            options={"max_retries": 0, "time_limit": limit},
+        )
+
+
+def setup_broker() -> None:
+    """Make the broker from the settings and declare every consumer on it."""
+    try:
+        settings = load_settings()
+    except ConfigurationError as error:
+        sys.stderr.write(f"worker: {error}\n")
+        raise SystemExit(2) from None
+    configure_logging(settings.log_format, settings.log_level)
+    service.domains.discover()
+    dramatiq.set_broker(build(settings))
+
+
+def build(settings: Settings) -> Broker:
+    """A broker with every registered consumer as an actor."""
+    outbox = _Outbox(settings)
+    # `before_*` hooks run in this order, `after_*` hooks in reverse: the loop is there before and after the runner.
+    middleware = [
+        AsyncIO(), outbox, AgeLimit(), TimeLimit(), ShutdownNotifications(), Callbacks(), Pipelines(), Retries(),
+        CurrentMessage(),
+    ]  # fmt: skip
+    broker = make_broker(settings.broker, middleware)
+    consumers = registered_consumers()
+    for spec in consumers:
+        _declare(broker, outbox, spec)
+    if consumers:
+        declare_unknown(broker, lambda message_id: _deliver(outbox, message_id), consumers[0].queue)
+    return broker
