@@ -1,0 +1,75 @@
+# Everything a developer does, on a machine with Python 3.11 or newer and make. `make` alone lists it.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# One stamp per place: a virtual environment that was moved or copied is made anew.
+STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
+# The first of these that is new enough; say PYTHON=/path/to/python3.13 to choose.
+PYTHON ?=
+PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
+JOBS ?= logical
+
+.PHONY: help demo test dev reset migrate migration lint fmt lock install
+
+help: ## List what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+demo: $(STAMP) ## Kill workers, relays and the broker under load, and count what was lost (under 90 s)
+	@$(PY) -m service.dev demo
+
+test: $(STAMP) ## Run the tests in parallel on PostgreSQL and Valkey (ARGS="-k name" for some of them)
+	@$(PY) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+dev: $(STAMP) ## Run everything until Ctrl-C; the data stays for the next time
+	@$(PY) -m service.dev dev
+
+reset: $(STAMP) ## Delete the data of `make dev` (YES=1 does not ask)
+	@$(PY) -m service.dev reset
+
+migrate: $(STAMP) ## Bring the database of `make dev` up to date
+	@$(PY) -m service.dev migrate
+
+migration: $(STAMP) ## Write a migration from the models: make migration m="Add coupons"
+	@$(PY) -m service.dev migration "$(m)"
+
+lint: $(STAMP) ## Check style, types and the layers
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+fmt: $(STAMP) ## Format and mend what can be mended
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+UV_COMPILE := uv pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-annotate \
+	--python-version 3.11 --custom-compile-command "make lock" --quiet
+lock: ## Pin the newest versions that pyproject.toml allows (needs uv)
+	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv" >&2; exit 1; }
+	$(UV_COMPILE) --upgrade -o requirements.lock
+	$(UV_COMPILE) --upgrade --group dev -o requirements-dev.lock
+
+install: $(STAMP) ## Only set up the virtual environment
+
+$(STAMP): pyproject.toml requirements-dev.lock
+	@found=; for python in $(PYTHONS); do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			found=$$python; $$python -c 'import ensurepip, venv' 2>/dev/null && break; \
+		fi; \
+	done; \
+	[ -n "$$found" ] || { echo "no Python 3.11 or newer among: $(PYTHONS); install one, or run make with PYTHON=/path/to/python" >&2; exit 1; }; \
+	$$found -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$$found has no venv: install it (on Debian and Ubuntu: apt install python3-venv), or run make with PYTHON=..." >&2; exit 1; }; \
+	ls $(VENV)/.installed-* >/dev/null 2>&1 && [ ! -e $(STAMP) ] && rm -rf $(VENV); \
+	if ! $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "creating $(VENV) with $$found"; $$found -m venv --clear $(VENV) || exit 1; \
+	fi
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade >/dev/null
+	@echo "installing the pinned dependencies (the first time takes a minute)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,69 @@
+"""The fixtures keep tests apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+from sqlalchemy import text
+
+from service.dev.postgres import psql
+from service.outbox.tables import PausedQueue
+from service.settings import load_settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from service.database import SessionFactory
+    from service.dev.postgres import Postgres
+    from service.dev.valkey import Valkey
+    from service.settings import Settings
+
+_COUNT = "SELECT count(*) FROM paused_queue"
+_INSERT = "INSERT INTO paused_queue (queue, paused_by) VALUES ('*', 'test')"
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+async def test_every_test_has_an_empty_migrated_database(
+    sessions: SessionFactory, database_url: str, turn: int
+) -> None:
+    async with sessions() as session:
+        assert await session.scalar(text(_COUNT)) == 0
+        session.add(PausedQueue(queue="*", paused_by="test"))
+        await session.commit()
+    assert psql(database_url, _COUNT) == "1"
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+async def test_a_rolled_back_session_leaves_nothing(
+    rolled_back_session: AsyncSession, worker_database_url: str, turn: int
+) -> None:
+    assert await rolled_back_session.scalar(text(_COUNT)) == 0
+    await rolled_back_session.execute(text(_INSERT))
+    await rolled_back_session.commit()
+    assert await rolled_back_session.scalar(text(_COUNT)) == 1
+    assert psql(worker_database_url, _COUNT) == "0"
+
+
+def test_the_environment_gives_a_process_the_same_settings(
+    settings: Settings, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    given = load_settings()
+    assert given.outbox == settings.outbox
+    assert given.broker == settings.broker
+    assert given.database.url == settings.database.url
+
+
+def test_own_servers_are_private_and_migrated(own_postgres: Postgres, own_valkey: Valkey, broker_url: str) -> None:
+    own_postgres.sql(_INSERT, "service")
+    own_postgres.kill()
+    own_postgres.start()
+    assert own_postgres.sql(_COUNT, "service") == "1"
+    with redis.Redis.from_url(broker_url) as shared, redis.Redis.from_url(own_valkey.url) as own:
+        shared.set("test-shared", "kept")
+        own.flushall()
+        assert shared.get("test-shared") == b"kept"
+        shared.delete("test-shared")

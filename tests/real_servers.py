@@ -1,0 +1,91 @@
+"""The servers of one test run: a PostgreSQL with one migrated template database, and a Valkey.
+
+They are started once, by the process that controls the run, in a temporary folder; the workers are told where.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from service.dev.places import ROOT, scratch
+from service.dev.postgres import Postgres
+from service.dev.valkey import Valkey
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["TEMPLATE", "RealServers", "Where", "migrate", "outside_environment"]
+
+TEMPLATE = "service"
+"""The migrated database that every test's database is copied from."""
+
+_PREFIXES = ("DATABASE__", "BROKER__", "OUTBOX__", "SMTP__", "LOG_", "DRAMATIQ_", "dramatiq_")
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the servers are, in a form that travels to the workers."""
+
+    folder: str
+    postgres: str
+    """URL of the maintenance database."""
+    valkey: str
+    seed: str
+    """A stopped PostgreSQL's data directory with the migrated database, to copy."""
+
+
+def outside_environment() -> dict[str, str]:
+    """The environment of this process without any setting of the service."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(_PREFIXES)}
+
+
+def migrate(database_url: str, revision: str = "heads", environment: Mapping[str, str] | None = None) -> None:
+    """Run Alembic's `upgrade` in a process of its own."""
+    settings = {"DATABASE__URL": database_url, "BROKER__URL": "redis://127.0.0.1:1/0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", revision],
+        cwd=ROOT,
+        env={**(environment or outside_environment()), **settings},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class RealServers:
+    """Starts and stops them."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def start(self) -> Where:
+        """Start both and migrate the template."""
+        with ExitStack() as stack:
+            folder = stack.enter_context(scratch())
+            seed = self._make_seed(folder / "seed")
+            postgres = stack.enter_context(Postgres(copy_of(seed, folder / "postgres"), durable=False))
+            valkey = stack.enter_context(Valkey(folder / "valkey"))
+            self._stack = stack.pop_all()
+        return Where(str(folder), postgres.url(), valkey.url, str(seed))
+
+    def stop(self) -> None:
+        """Stop both and remove their data."""
+        self._stack.close()
+
+    @staticmethod
+    def _make_seed(data_dir: Path) -> Path:
+        with Postgres(data_dir, durable=False) as postgres:
+            migrate(postgres.ensure_database(TEMPLATE))
+        return data_dir
+
+
+def copy_of(seed: Path, data_dir: Path) -> Path:
+    """Copy a stopped server's data directory, with its owner and permissions."""
+    subprocess.run(["cp", "-a", str(seed), str(data_dir)], check=True)
+    return data_dir
