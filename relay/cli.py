@@ -1,0 +1,90 @@
+"""The `outbox` command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+from typer.exceptions import TyperException
+
+from relay import dead_letter_commands
+from relay.console import CommandError, Exit
+from relay.output import error, note
+from service.errors import ConfigurationError
+from service.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="outbox",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Run the relay, and look after what goes through the outbox.
+
+    \b
+    Exit codes:
+      0    done
+      1    refused or declined, or the condition of --fail-if is true
+      2    wrong usage, or a setting is missing or wrong
+      3    PostgreSQL or the broker cannot be reached, or the database is not migrated
+      4    no such event, dead letter or paused queue, or it was dealt with already
+      130  interrupted
+    """,
+)
+app.add_typer(dead_letter_commands.app, name="dead-letters")
+
+
+@app.command()
+def relay() -> int:
+    """Run the relay: hand over whatever is due, until SIGTERM or Ctrl-C."""
+    # Its brokers' clients are needed by no other command.
+    from relay.loop import run
+
+    return asyncio.run(run(load_settings()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: every problem is one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = app(args=list(arguments), prog_name="outbox", standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or Exit.OK)
+    except CommandError as problem:
+        error(str(problem))
+        return problem.code
+    except ConfigurationError as problem:
+        error(str(problem))
+        return Exit.USAGE
+    except TyperException as problem:
+        return _usage(problem)
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output had enough. The interpreter flushes stdout again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.OK
+
+
+def _usage(problem: TyperException) -> int:
+    message = problem.format_message()
+    if message.startswith("Usage:"):  # a group without a command: its help is the message
+        note(message)
+    else:
+        context = getattr(problem, "ctx", None)
+        error(f"{message.rstrip('.')}: see `{context.command_path if context else 'outbox'} --help`")
+    return Exit.USAGE

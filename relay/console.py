@@ -1,0 +1,152 @@
+"""What every command shares: a database connection, exit codes, and one line per error.
+
+What must stay true: whatever a person did wrong, or whatever is down, they read one line on stderr that says what to
+do, never a traceback and never a password.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import socket
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy.engine import make_url
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from service.settings import DatabaseSettings
+
+    Connection = asyncpg.Connection[asyncpg.Record]
+
+__all__ = [
+    "CommandError",
+    "Exit",
+    "connect",
+    "database_problem",
+    "parse_duration",
+    "parse_moment",
+    "parse_uuid",
+    "whoami",
+]
+
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)([smhd])")
+_UNREACHABLE = (
+    OSError,  # includes TimeoutError and name resolution
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+)
+
+
+class Exit(IntEnum):
+    """The exit codes, as `outbox --help` documents them."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    NOT_FOUND = 4
+    INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked; the message says what to do instead."""
+
+    def __init__(self, message: str, code: Exit = Exit.USAGE) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@asynccontextmanager
+async def connect(settings: DatabaseSettings) -> AsyncIterator[Connection]:
+    """A connection for one command; what goes wrong on it is raised as a `CommandError`."""
+    connection: Connection | None = None
+    try:
+        connection = await asyncpg.connect(
+            settings.dsn,
+            timeout=settings.connect_timeout,
+            statement_cache_size=0 if settings.pooler else 100,
+            server_settings={"application_name": "outbox-cli"},
+        )
+        await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+        yield connection
+    except (asyncpg.PostgresError, *_UNREACHABLE) as error:
+        # Writing to a closed pipe is an OSError too, and none of the database's.
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise database_problem(error, settings) from None
+    finally:
+        if connection is not None:
+            connection.terminate()
+
+
+def database_problem(error: BaseException, settings: DatabaseSettings) -> CommandError:
+    """One line for an error of the database: what it is and what to do about it."""
+    url = make_url(settings.url.get_secret_value())
+    where = f"{url.host or url.query.get('host', 'localhost')}:{url.port or 5432}/{url.database}"
+    match error:
+        case asyncpg.UndefinedTableError() | asyncpg.UndefinedColumnError() | asyncpg.UndefinedFunctionError():
+            message = (
+                f"the database {where} lacks the outbox's tables or their newest version: run `alembic upgrade heads`"
+            )
+        case asyncpg.InvalidCatalogNameError():
+            message = f"PostgreSQL has no database {where}: create it, or correct DATABASE__URL"
+        case asyncpg.InvalidAuthorizationSpecificationError():
+            message = f"PostgreSQL at {where} refuses user {url.username!r}: check user and password in DATABASE__URL"
+        case asyncpg.InsufficientPrivilegeError():
+            message = f"the role {url.username!r} may not do this ({error}): use the relay's or an operator's role"
+        case _ if isinstance(error, _UNREACHABLE):
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            message = f"cannot reach PostgreSQL at {where} ({reason}): is it running, and is DATABASE__URL right?"
+        case _:
+            return CommandError(f"PostgreSQL refused: {str(error).splitlines()[0]}", Exit.FAILED)
+    return CommandError(message, Exit.UNREACHABLE)
+
+
+def parse_uuid(text: str) -> UUID:
+    """A message or event id as a person typed it."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise CommandError(f"{text!r} is no id: expected a UUID such as 01937e5c-8a4e-7cc0-98c4-dc0c0c07398f") from None
+
+
+def parse_duration(text: str, option: str) -> timedelta:
+    """`30s`, `5m`, `2h` or `7d`."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or float(match[1]) * _UNITS[match[2]] > 3_660 * 86_400:
+        raise CommandError(f"{option}: {text!r} is no duration; expected something like 30s, 5m, 2h or 7d")
+    return timedelta(seconds=float(match[1]) * _UNITS[match[2]])
+
+
+def parse_moment(text: str, now: datetime, option: str) -> datetime:
+    """A duration before now, or an ISO timestamp (UTC where it has no offset)."""
+    if _DURATION.fullmatch(text.strip()):
+        return now - parse_duration(text, option)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise CommandError(
+            f"{option}: {text!r} is no time; expected 2h (two hours ago) or 2026-11-20T14:30:00+00:00"
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def whoami() -> str:
+    """Who runs this command, for the audit record."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

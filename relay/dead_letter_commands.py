@@ -1,0 +1,138 @@
+"""`outbox dead-letters list | show | replay | discard`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+
+from relay import dead_letters
+from relay.console import CommandError, connect, whoami
+from relay.dead_letter_text import describe, summary
+from relay.output import line, note, print_json
+from relay.resolution import Order, carry_out
+from service.settings import load_settings
+
+app = typer.Typer(
+    help="Deliveries that failed for good: look at them, replay them, or discard them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Numbers or message ids.")]
+Consumer = Annotated[str | None, typer.Option(help="Only of this consumer.")]
+EventType = Annotated[str | None, typer.Option(help="Only of this event type.")]
+Queue = Annotated[str | None, typer.Option(help="Only of this queue.")]
+Since = Annotated[str | None, typer.Option(help="Died since: 2h (ago), or an ISO time (UTC unless it says so).")]
+Until = Annotated[str | None, typer.Option(help="Died before: 30m (ago), or an ISO time.")]
+Error = Annotated[str | None, typer.Option(help="Only with this text in the reason or an error, in any case.")]
+Everything = Annotated[bool, typer.Option("--all", help="All open dead letters.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before doing more than one.")]
+Rate = Annotated[float | None, typer.Option(min=0.1, max=100_000, help="At most this many per second.")]
+By = Annotated[str | None, typer.Option(help="Who does it, for the record; by default your user and host.")]
+Why = Annotated[str | None, typer.Option(help="Why, for the record.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("list")
+def list_(
+    consumer: Consumer = None,
+    event_type: EventType = None,
+    queue: Queue = None,
+    since: Since = None,
+    until: Until = None,
+    error: Error = None,
+    state: Annotated[str, typer.Option(help="open, replayed, discarded or any.")] = "open",
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many, the latest first.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """List dead letters, the latest first."""
+    if state not in dead_letters.STATES:
+        raise CommandError(f"--state: {state!r} is not one of {', '.join(dead_letters.STATES)}")
+    wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error, state)
+    total, rows = asyncio.run(_find(wanted, limit))
+    if as_json:
+        print_json({"total": total, "dead_letters": rows})
+        return
+    if not rows:
+        line("There are no open dead letters." if wanted == dead_letters.Filter() else "No dead letter matches.")
+        return
+    line(summary(rows, resolved=state != "open"))
+    if total > len(rows):
+        note(f"The latest {len(rows):,} of {total:,}; --limit shows more.")
+
+
+async def _find(wanted: dead_letters.Filter, limit: int) -> tuple[int, list[dict[str, Any]]]:
+    async with connect(load_settings().database) as connection:
+        return await dead_letters.find(connection, wanted, limit)
+
+
+@app.command()
+def show(
+    dead_letter: Annotated[str, typer.Argument(metavar="ID", help="A number or a message id.")], as_json: Json = False
+) -> None:
+    """Show one dead letter: what it was, every error that is kept, and how to replay it."""
+    row = asyncio.run(_look_up(dead_letter))
+    if as_json:
+        print_json(row | {"replay": f"outbox dead-letters replay {row['id']}"})
+    else:
+        line(describe(row))
+
+
+async def _look_up(reference: str) -> dict[str, Any]:
+    async with connect(load_settings().database) as connection:
+        return await dead_letters.look_up(connection, reference)
+
+
+@app.command()
+def replay(
+    ids: Ids = None,
+    consumer: Consumer = None,
+    event_type: EventType = None,
+    queue: Queue = None,
+    since: Since = None,
+    until: Until = None,
+    error: Error = None,
+    everything: Everything = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    rate: Rate = None,
+    by: By = None,
+    why: Why = None,
+    as_json: Json = False,
+) -> int:
+    """Hand dead letters over again, under the same id and with a fresh budget of attempts.
+
+    Takes ids or filters. The dead letter stays as the record of who replayed it, when and why.
+    """
+    wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error)
+    order = Order("replay", ids or [], wanted, everything, dry_run, yes, rate, by or whoami(), why, as_json)
+    return carry_out(order)
+
+
+@app.command()
+def discard(
+    ids: Ids = None,
+    consumer: Consumer = None,
+    event_type: EventType = None,
+    queue: Queue = None,
+    since: Since = None,
+    until: Until = None,
+    error: Error = None,
+    everything: Everything = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    rate: Rate = None,
+    by: By = None,
+    why: Why = None,
+    as_json: Json = False,
+) -> int:
+    """Close dead letters without handing them over: their effects will not happen.
+
+    Takes ids or filters. The dead letter stays as the record of who discarded it, when and why.
+    """
+    wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error)
+    order = Order("discard", ids or [], wanted, everything, dry_run, yes, rate, by or whoami(), why, as_json)
+    return carry_out(order)

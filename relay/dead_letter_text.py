@@ -1,0 +1,85 @@
+"""How dead letters look on a terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from relay.output import Column, age, plain, table, timestamp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["describe", "summary"]
+
+
+def summary(rows: Sequence[dict[str, Any]], *, resolved: bool = False) -> str:
+    """One line for each."""
+    columns = [
+        Column("ID", right=True),
+        Column("DIED", right=True),
+        Column("CONSUMER", least=20),
+        Column("TRIES", right=True),
+        *([Column("STATE")] if resolved else []),
+        Column("REASON", least=16),
+    ]
+    lines = [
+        [
+            str(row["id"]),
+            age(row["age"]),
+            row["consumer"],
+            str(row["attempts"]),
+            *([row["resolution"] or "open"] if resolved else []),
+            row["reason"],
+        ]
+        for row in rows
+    ]
+    return table(columns, lines)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Everything that is known of one, and what can be done about it."""
+    return "\n".join(_description(row))
+
+
+def _description(row: dict[str, Any]) -> Iterator[str]:
+    yield f"Dead letter {row['id']}: {plain(row['reason'])}"
+    yield ""
+    fields = {
+        "consumer": f"{row['consumer']} (queue {row['queue']})",
+        "event": f"{row['event_type']}, version {row['version']}",
+        "event id": row["event_id"],
+        "message id": row["message_id"],
+        "published": timestamp(row["created_at"]),
+        "died": f"{timestamp(row['died_at'])} ({age(row['age'])} ago)",
+        "tried": f"{row['attempts']} attempts, handed to the broker {row['dispatches']} times",
+        "payload": json.dumps(row["payload"], ensure_ascii=False),
+        **{key.replace("_", " "): value for key, value in sorted(row["headers"].items())},
+    }
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        yield f"  {name:{width}}  {plain(str(value))}"
+    yield ""
+    yield from _errors(row["errors"])
+    yield ""
+    yield from _resolution(row)
+
+
+def _errors(errors: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield "Errors, the first and the latest are kept:" if errors else "No errors are recorded."
+    for error in errors:
+        yield f"  attempt {error.get('attempt', '?')} at {error.get('at', '?')}"
+        yield f"    {plain(str(error.get('type', 'error')))}: {plain(str(error.get('message', '')))}"
+        for position in str(error.get("traceback") or "").splitlines():
+            yield f"      {plain(position)}"
+
+
+def _resolution(row: dict[str, Any]) -> Iterator[str]:
+    if row["resolution"] is None:
+        yield "To hand it over again, once its cause is repaired:"
+        yield f"  outbox dead-letters replay {row['id']}"
+    else:
+        why = f": {plain(row['resolved_why'])}" if row["resolved_why"] else ""
+        yield f"It was {row['resolution']} by {plain(row['resolved_by'])} at {timestamp(row['resolved_at'])}{why}"
+    yield "What happened to the event:"
+    yield f"  outbox events show {row['event_id']}"

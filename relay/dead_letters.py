@@ -1,0 +1,122 @@
+"""What died for good: finding it, by number, by message, or by what its rows have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from relay.console import CommandError, Exit, parse_moment, parse_uuid
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from relay.console import Connection
+
+__all__ = ["STATES", "Filter", "find", "find_ids", "look_up", "overview"]
+
+_WHERE = {
+    "open": "WHERE resolution IS NULL",
+    "replayed": "WHERE resolution = 'replayed'",
+    "discarded": "WHERE resolution = 'discarded'",
+    "any": "WHERE true",
+}
+STATES = tuple(_WHERE)
+"""States a dead letter can be listed by."""
+
+_FILTER = """
+  AND ($1::text IS NULL OR consumer = $1)
+  AND ($2::text IS NULL OR event_type = $2)
+  AND ($3::text IS NULL OR queue = $3)
+  AND ($4::timestamptz IS NULL OR died_at >= $4)
+  AND ($5::timestamptz IS NULL OR died_at < $5)
+  AND ($6::text IS NULL OR strpos(lower(reason), lower($6)) > 0 OR EXISTS (
+        SELECT FROM jsonb_array_elements(errors) AS error
+        WHERE strpos(lower(concat_ws(': ', error ->> 'type', error ->> 'message')), lower($6)) > 0))
+"""
+_IDS = "SELECT id FROM dead_letter {where} {filter} ORDER BY id"
+_PAGE = """
+SELECT *, clock_timestamp() - died_at AS age FROM dead_letter {where} {filter} ORDER BY died_at DESC, id DESC LIMIT $7
+"""
+_COUNT = "SELECT count(*) FROM dead_letter {where} {filter}"
+_OVERVIEW = """
+SELECT consumer, event_type, reason, count(*) AS count FROM dead_letter WHERE id = ANY($1)
+GROUP BY consumer, event_type, reason ORDER BY count(*) DESC, consumer, reason
+"""
+
+_BY_NUMBER = "SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE id = $1"
+_BY_MESSAGE = """
+SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE message_id = $1
+ORDER BY resolution IS NULL DESC, id DESC
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which dead letters a command is about; what is `None` does not narrow it."""
+
+    consumer: str | None = None
+    event_type: str | None = None
+    queue: str | None = None
+    since: str | None = None
+    until: str | None = None
+    error: str | None = None
+    state: str = "open"
+
+    @property
+    def narrows(self) -> bool:
+        return any((self.consumer, self.event_type, self.queue, self.since, self.until, self.error))
+
+
+async def find(connection: Connection, wanted: Filter, limit: int) -> tuple[int, list[dict[str, Any]]]:
+    """How many dead letters there are, and the latest `limit` of them."""
+    arguments = await _arguments(connection, wanted)
+    total = await connection.fetchval(_sql(_COUNT, wanted), *arguments)
+    rows = await connection.fetch(_sql(_PAGE, wanted), *arguments, limit)
+    return total, [dict(row) for row in rows]
+
+
+async def find_ids(connection: Connection, wanted: Filter) -> list[int]:
+    """The ids of all of them, oldest first."""
+    rows = await connection.fetch(_sql(_IDS, wanted), *await _arguments(connection, wanted))
+    return [row["id"] for row in rows]
+
+
+def _sql(template: str, wanted: Filter) -> str:
+    return template.format(where=_WHERE[wanted.state], filter=_FILTER)
+
+
+async def _arguments(connection: Connection, wanted: Filter) -> list[Any]:
+    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    since = parse_moment(wanted.since, now, "--since") if wanted.since else None
+    until = parse_moment(wanted.until, now, "--until") if wanted.until else None
+    return [wanted.consumer, wanted.event_type, wanted.queue, since, until, wanted.error]
+
+
+async def look_up(connection: Connection, reference: str) -> dict[str, Any]:
+    """The dead letter a person named by its number or its message's id; of several the open or latest one."""
+    if reference.isascii() and reference.isdigit():
+        number = int(reference)
+        rows = await connection.fetch(_BY_NUMBER, number) if number < 2**63 else []
+    else:
+        rows = await connection.fetch(_BY_MESSAGE, _uuid(reference))
+    if not rows:
+        raise CommandError(
+            f"there is no dead letter {reference}: `outbox dead-letters list` shows the open ones", Exit.NOT_FOUND
+        )
+    return dict(rows[0])
+
+
+def _uuid(reference: str) -> UUID:
+    try:
+        return parse_uuid(reference)
+    except CommandError:
+        raise CommandError(
+            f"{reference!r} is no dead letter's id: expected its number, such as 17, or its message's UUID"
+        ) from None
+
+
+async def overview(connection: Connection, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """How many there are per consumer, event type and reason: what a person confirms."""
+    return [dict(row) for row in await connection.fetch(_OVERVIEW, list(ids))]

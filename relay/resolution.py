@@ -1,0 +1,168 @@
+"""What a person asks for with `replay` or `discard`: which dead letters, whether they are sure, and how it went."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from relay import dead_letters
+from relay.console import CommandError, Exit, connect
+from relay.output import cut, line, note, plain, print_json
+from relay.resolve import Action, Outcome, refusals, resolve
+from service.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Order", "carry_out"]
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for."""
+
+    action: Action
+    references: Sequence[str]
+    wanted: dead_letters.Filter
+    everything: bool
+    dry_run: bool
+    yes: bool
+    rate: float | None
+    by: str
+    why: str | None
+    as_json: bool
+
+    @property
+    def past(self) -> str:
+        return "replayed" if self.action == "replay" else "discarded"
+
+
+def carry_out(order: Order) -> int:
+    """Do it, after asking where that is due; the exit code."""
+    given = [bool(order.references), order.wanted.narrows, order.everything]
+    if not any(given):
+        raise CommandError(f"{order.action} what? Give ids, a filter such as --consumer, or --all")
+    if order.references and any(given[1:]):
+        raise CommandError("give either ids or filters, not both")
+    # Nobody's transaction or connection stays open while a person thinks.
+    ids, groups = asyncio.run(_select(order))
+    if order.dry_run:
+        return _rehearse(order, ids, groups)
+    if not ids:
+        _report(order, Outcome(), {})
+        return Exit.OK
+    if len(ids) > 1 and not order.yes and not _confirmed(order, len(ids), groups):
+        note("Nothing was done.")
+        return Exit.FAILED
+    outcome, refused = asyncio.run(_resolve(order, ids))
+    _report(order, outcome, refused)
+    return _exit_code(order, outcome, refused)
+
+
+async def _select(order: Order) -> tuple[list[int], list[dict[str, Any]]]:
+    async with connect(load_settings().database) as connection:
+        if order.references:
+            rows = [await dead_letters.look_up(connection, each) for each in order.references]
+            ids = list(dict.fromkeys(row["id"] for row in rows))
+        else:
+            ids = await dead_letters.find_ids(connection, order.wanted)
+        return ids, await dead_letters.overview(connection, ids)
+
+
+async def _resolve(order: Order, ids: Sequence[int]) -> tuple[Outcome, dict[int, str]]:
+    async with connect(load_settings().database) as connection:
+        outcome = await resolve(
+            connection,
+            order.action,
+            ids,
+            by=order.by,
+            why=order.why,
+            rate=order.rate,
+            progress=_progress(order.past, len(ids)),
+        )
+        return outcome, await refusals(connection, outcome.refused)
+
+
+def _rehearse(order: Order, ids: Sequence[int], groups: Sequence[dict[str, Any]]) -> int:
+    if order.as_json:
+        print_json({"action": order.action, "dry_run": True, "count": len(ids), "ids": ids, "groups": groups})
+        return Exit.OK
+    line(f"{_count(len(ids))} would be {order.past}; nothing was done.")
+    for text in _group_lines(groups):
+        line(text)
+    return Exit.OK
+
+
+def _confirmed(order: Order, count: int, groups: Sequence[dict[str, Any]]) -> bool:
+    for text in _group_lines(groups):
+        note(text)
+    sys.stderr.write(f"{order.action.capitalize()} {_count(count)}? [y/N] ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        note("\nNobody answered; --yes does it without asking.")
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _group_lines(groups: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        cut(plain(f"  {each['count']:>7,} x {each['consumer']}, {each['event_type']}: {each['reason']}"), 79)
+        for each in groups[:_SHOWN]
+    ]
+    if len(groups) > _SHOWN:
+        lines.append(f"  and {sum(each['count'] for each in groups[_SHOWN:]):,} for other reasons")
+    return lines
+
+
+def _progress(past: str, total: int) -> Callable[[int], None]:
+    """Reports on stderr: in place on a terminal, a line a second elsewhere; nothing for what is over at once."""
+    began = last = time.monotonic()
+
+    def report(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total and last == began:
+            return
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{past} {done:,} of {total:,}" + ("\n" if done == total else ""))
+            sys.stderr.flush()
+        elif now - last >= 1 or done == total:
+            note(f"{past} {done:,} of {total:,}")
+        else:
+            return
+        last = now
+
+    return report
+
+
+def _report(order: Order, outcome: Outcome, refused: dict[int, str]) -> None:
+    if order.as_json:
+        print_json({"action": order.action, "dry_run": False, "done": outcome.done, "refused": refused,
+                    "interrupted": outcome.interrupted})  # fmt: skip
+        return
+    for reason in list(refused.values())[:_SHOWN]:
+        note(plain(reason))
+    if len(refused) > _SHOWN:
+        note(f"and {len(refused) - _SHOWN:,} more were left alone")
+    if outcome.interrupted:
+        note("Interrupted: what is done is done, the rest is untouched; the same command goes on with it.")
+    which = f"dead letter {outcome.done[0]}" if len(outcome.done) == 1 else _count(len(outcome.done))
+    line(f"{order.past.capitalize()} {which}." if outcome.done or refused else "No open dead letter matches.")
+
+
+def _exit_code(order: Order, outcome: Outcome, refused: dict[int, str]) -> int:
+    if outcome.interrupted:
+        return Exit.INTERRUPTED
+    if any("stays open" in reason for reason in refused.values()):
+        return Exit.FAILED
+    # With a filter somebody else was faster; with an id somebody is mistaken.
+    return Exit.NOT_FOUND if refused and order.references else Exit.OK
+
+
+def _count(number: int) -> str:
+    return f"{number:,} dead letter{'' if number == 1 else 's'}"

@@ -1,0 +1,133 @@
+"""Replaying and discarding dead letters.
+
+What must stay true: a dead letter is resolved exactly once, and never without its effect. So a replay writes the row
+back, under its old id and with a fresh budget, in the statement that marks the dead letter, and that statement takes
+only open dead letters: of two replays at once one wins, and one that is interrupted loses nothing. The dead letter
+stays as the record of who did it, when and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from relay.output import timestamp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from relay.console import Connection
+
+__all__ = ["Action", "Outcome", "refusals", "resolve"]
+
+Action = Literal["replay", "discard"]
+
+BATCH = 200
+"""Dead letters resolved in one transaction."""
+
+# Rows are locked in one order, so that two commands at once wait for each other instead of deadlocking; who waited
+# sees the other's resolution and takes what is left. The insert's trigger wakes a sleeping relay.
+_REPLAY = """
+WITH locked AS (
+    SELECT * FROM dead_letter WHERE id = ANY($1) AND resolution IS NULL ORDER BY id FOR UPDATE
+), chosen AS (
+    SELECT DISTINCT ON (message_id) * FROM locked ORDER BY message_id, id DESC
+), inserted AS (
+    INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, created_at)
+    SELECT message_id, event_id, event_type, version, consumer, queue, payload, headers, created_at
+    FROM chosen ORDER BY id
+    ON CONFLICT (id) DO NOTHING
+    RETURNING id
+)
+UPDATE dead_letter
+SET resolution = 'replayed', resolved_at = clock_timestamp(), resolved_by = $2, resolved_why = $3
+FROM chosen JOIN inserted ON inserted.id = chosen.message_id
+WHERE dead_letter.id = chosen.id
+RETURNING dead_letter.id
+"""
+_DISCARD = """
+WITH locked AS (
+    SELECT id FROM dead_letter WHERE id = ANY($1) AND resolution IS NULL ORDER BY id FOR UPDATE
+)
+UPDATE dead_letter
+SET resolution = 'discarded', resolved_at = clock_timestamp(), resolved_by = $2, resolved_why = $3
+FROM locked WHERE dead_letter.id = locked.id
+RETURNING dead_letter.id
+"""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How far a command came."""
+
+    done: list[int] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
+    interrupted: bool = False
+
+
+async def resolve(
+    connection: Connection,
+    action: Action,
+    ids: Sequence[int],
+    *,
+    by: str,
+    why: str | None,
+    rate: float | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Outcome:
+    """Replay or discard, in short transactions. Cancelled, it finishes the one it is in and says how far it came.
+
+    Args:
+        connection: Outside a transaction.
+        action: What to do with them.
+        ids: Which ones; those that are not open any more are left alone.
+        by: Who does it, for the record.
+        why: And why.
+        rate: How many per second at most.
+        progress: Called with the number dealt with so far.
+    """
+    outcome = Outcome()
+    size = BATCH if rate is None else max(1, min(BATCH, int(rate / 4)))
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    for begin in range(0, len(ids), size):
+        batch = list(ids[begin : begin + size])
+        statement = asyncio.ensure_future(connection.fetch(_REPLAY if action == "replay" else _DISCARD, batch, by, why))
+        try:
+            rows = await asyncio.shield(statement)
+        except asyncio.CancelledError:
+            rows = await statement
+            outcome.interrupted = True
+        done = {row["id"] for row in rows}
+        outcome.done += sorted(done)
+        outcome.refused += [each for each in batch if each not in done]
+        progress(begin + len(batch))
+        if rate is not None and begin + len(batch) < len(ids) and not outcome.interrupted:
+            try:
+                await asyncio.sleep(started + (begin + len(batch)) / rate - clock())
+            except asyncio.CancelledError:
+                outcome.interrupted = True
+        if outcome.interrupted:
+            break
+    return outcome
+
+
+async def refusals(connection: Connection, ids: Sequence[int]) -> dict[int, str]:
+    """Why these were left alone."""
+    rows = await connection.fetch("SELECT * FROM dead_letter WHERE id = ANY($1)", list(ids))
+    found = {row["id"]: row for row in rows}
+    return {number: _refusal(number, found.get(number)) for number in ids}
+
+
+def _refusal(number: int, row: Any) -> str:
+    if row is None:
+        return f"there is no dead letter {number}"
+    if row["resolution"] is not None:
+        return (
+            f"dead letter {number} was {row['resolution']} by {row['resolved_by']} at {timestamp(row['resolved_at'])}"
+        )
+    return (
+        f"dead letter {number} stays open: its delivery {row['message_id']} is in the outbox already; see "
+        f"`outbox events show {row['event_id']}`"
+    )
