@@ -17,7 +17,15 @@ from sqlalchemy.exc import ArgumentError
 
 from service.errors import ConfigurationError
 
-__all__ = ["BrokerSettings", "DatabaseSettings", "OutboxSettings", "Settings", "load_settings"]
+__all__ = [
+    "ApiSettings",
+    "BrokerSettings",
+    "DatabaseSettings",
+    "OutboxSettings",
+    "Settings",
+    "SmtpSettings",
+    "load_settings",
+]
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 """A duration in seconds."""
@@ -39,6 +47,18 @@ def _broker_url(value: SecretStr) -> SecretStr:
     scheme = urlsplit(value.get_secret_value()).scheme
     if scheme not in ("redis", "rediss", "valkey", "valkeys", "unix", "amqp", "amqps"):
         raise ValueError("expected redis://host:6379/0, valkey://host:6379/0 or amqp://user:password@host:5672/")
+    return value
+
+
+def _smtp_url(value: SecretStr) -> SecretStr:
+    expected = "expected smtp://host:1025, smtp+starttls://user:password@host:587 or smtps://user:password@host:465"
+    try:
+        url = urlsplit(value.get_secret_value())
+        valid = url.scheme in ("smtp", "smtp+starttls", "smtps") and url.hostname and (url.port is None or url.port > 0)
+    except ValueError:  # a port that is no port; the message would quote the URL
+        valid = False
+    if not valid:
+        raise ValueError(expected)
     return value
 
 
@@ -131,6 +151,31 @@ class OutboxSettings(BaseModel):
         return timedelta(seconds=self.lease)
 
 
+class ApiSettings(BaseModel):
+    """What bounds a request."""
+
+    max_body_bytes: int = Field(65_536, ge=1, le=100_000_000, description="Largest request body; a larger one gets 413")
+    request_timeout: Seconds = Field(
+        10, description="Seconds until a request without a response is rolled back and gets 504"
+    )
+    keep_idempotency_keys: Seconds = Field(
+        86_400, le=366 * 86_400, description="Seconds for which a request repeated under its key gets the same response"
+    )
+
+
+class SmtpSettings(BaseModel):
+    """Where e-mail goes out."""
+
+    url: Annotated[SecretStr, AfterValidator(_smtp_url)] = Field(
+        SecretStr("smtp://127.0.0.1:1025"),
+        description="smtp://, smtp+starttls:// (TLS required) or smtps://user:password@host:port",
+    )
+    sender: str = Field(
+        "orders@example.com", pattern=r"^[^@\s<>]+@[A-Za-z0-9.-]+$", description="Address that e-mails come from"
+    )
+    timeout: Seconds = Field(10, description="Seconds the mail server may take for one e-mail")
+
+
 class Settings(BaseSettings):
     """All settings of a process."""
 
@@ -141,6 +186,8 @@ class Settings(BaseSettings):
     database: DatabaseSettings
     broker: BrokerSettings
     outbox: OutboxSettings = OutboxSettings()
+    api: ApiSettings = ApiSettings()
+    smtp: SmtpSettings = SmtpSettings()
     log_format: Literal["console", "json"] = Field("json", description="console or json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged")
 
