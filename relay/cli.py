@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import typer
 from typer.exceptions import TyperException
 
-from relay import dead_letter_commands
+from relay import dead_letter_commands, queues
 from relay.console import CommandError, Exit
 from relay.output import error, note
+from relay.status_command import status
 from service.errors import ConfigurationError
 from service.settings import load_settings
 
@@ -40,7 +41,6 @@ app = typer.Typer(
       130  interrupted
     """,
 )
-app.add_typer(dead_letter_commands.app, name="dead-letters")
 
 
 @app.command()
@@ -50,6 +50,11 @@ def relay() -> int:
     from relay.loop import run
 
     return asyncio.run(run(load_settings()))
+
+
+app.command()(status)
+app.add_typer(dead_letter_commands.app, name="dead-letters")
+app.add_typer(queues.app, name="queues")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,134 @@
+"""How the status looks on a terminal and as JSON, and the conditions of `--fail-if`."""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from relay.console import CommandError, parse_duration
+from relay.output import Column, age, compact, plain, table
+from relay.queues import EVERY_QUEUE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from relay.status import Counts, Status
+
+__all__ = ["METRICS", "as_json", "as_text", "check_conditions", "failing"]
+
+METRICS = ("pending", "dispatched", "running", "failed", "unclaimed", "dead", "oldest", "relays", "paused")
+"""What a condition can be about."""
+
+_CONDITION = re.compile(r"\s*([a-z]+)\s*(>=|<=|>|<|=)\s*(\d+(?:\.\d+)?)([smhd]?)\s*")
+_COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "=": operator.eq}
+
+
+def as_text(status: Status) -> str:
+    """What a person reads."""
+    return "\n".join(_lines(status))
+
+
+def _lines(status: Status) -> Iterator[str]:
+    yield f"PostgreSQL  {'DOWN: ' + plain(status.database_problem) if status.database_problem else 'ok'}"
+    yield f"broker      {'DOWN: ' + plain(status.broker_problem) if status.broker_problem else 'ok, ' + status.broker}"
+    if status.database_problem:
+        return
+    sessions = f"connected ({status.relays} session{'' if status.relays == 1 else 's'})"
+    yield f"relay       {sessions if status.relays else 'NONE is connected, so nothing is handed over: outbox relay'}"
+    yield ""
+    yield _table(status) if status.consumers else "Nothing is open."
+    if status.completed.estimated:
+        about = "unknown, never analyzed" if status.completed.count is None else f"~{status.completed.count:,}"
+        yield f"completed: {about} (--exact counts them)"
+    yield from _hints(status)
+
+
+def _table(status: Status) -> str:
+    columns = [
+        Column("QUEUE, CONSUMER", least=18),
+        *(
+            Column(name, right=True)
+            for name in ("PENDING", "DISPATCHED", "RUNNING", "FAILED", "DEAD", "DONE", "OLDEST")
+        ),
+    ]
+    paused = {each.queue for each in status.paused}
+    rows: list[list[str]] = []
+    for queue, consumers in groupby(sorted(status.consumers.items()), key=lambda item: item[0][0]):
+        rows.append([f"{queue} (paused)" if paused & {queue, EVERY_QUEUE} else queue, *[""] * 7])
+        rows += [[f"  {consumer}", *_cells(counts)] for (_, consumer), counts in consumers]
+    return table(columns, rows, gap=1)
+
+
+def _cells(counts: Counts) -> list[str]:
+    numbers = (counts.pending, counts.dispatched, counts.running, counts.failed, counts.dead, counts.completed)
+    return [*map(compact, numbers), age(counts.oldest)]
+
+
+def _hints(status: Status) -> Iterator[str]:
+    for each in status.paused:
+        name = "all queues are" if each.queue == EVERY_QUEUE else f"queue {each.queue} is"
+        why = f": {each.why}" if each.why else ""
+        yield plain(f"{name} paused for {age(each.age)} by {each.paused_by}{why}")
+    for (queue, consumer), counts in sorted(status.consumers.items()):
+        if counts.unclaimed:
+            yield f"{consumer}: {counts.unclaimed:,} handed over repeatedly and not taken; is a worker on {queue}?"
+    if dead := status.total("dead"):
+        yield f"{dead:,} dead: outbox dead-letters list"
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    """The same for machines; `oldest` in seconds."""
+    return {
+        "postgresql": {"ok": status.database_problem is None, "problem": status.database_problem},
+        "broker": {"ok": status.broker_problem is None, "problem": status.broker_problem, "address": status.broker},
+        "relays": status.relays,
+        "totals": {name: _metric(status, name) for name in METRICS},
+        "completed": asdict(status.completed),
+        "paused": [asdict(each) for each in status.paused],
+        "consumers": [
+            {"queue": queue, "consumer": consumer} | asdict(counts)
+            for (queue, consumer), counts in sorted(status.consumers.items())
+        ],
+    }
+
+
+def _metric(status: Status, name: str) -> float:
+    match name:
+        case "oldest":
+            return status.oldest or 0
+        case "relays":
+            return status.relays
+        case "paused":
+            return len(status.paused)
+    return status.total(name)
+
+
+def check_conditions(text: str) -> list[tuple[str, str, float]]:
+    """`dead>0,oldest>300s` as (metric, comparison, number).
+
+    Raises:
+        CommandError: naming the condition that makes no sense.
+    """
+    return [_condition(each) for each in text.split(",")]
+
+
+def _condition(text: str) -> tuple[str, str, float]:
+    match = _CONDITION.fullmatch(text)
+    if match is None or match[1] not in METRICS or (match[4] and match[1] != "oldest"):
+        raise CommandError(
+            f"--fail-if: {text.strip()!r} is no condition; expected 'dead>0' or 'oldest>300s', of {', '.join(METRICS)}"
+        )
+    number = parse_duration(match[3] + match[4], "--fail-if").total_seconds() if match[4] else float(match[3])
+    return match[1], match[2], number
+
+
+def failing(status: Status, conditions: list[tuple[str, str, float]]) -> list[str]:
+    """The conditions that are true, with what was found."""
+    return [
+        f"{name} is {_metric(status, name):g} (fails if {name}{comparison}{limit:g})"
+        for name, comparison, limit in conditions
+        if _COMPARE[comparison](_metric(status, name), limit)
+    ]
