@@ -60,11 +60,15 @@ class Event(BaseModel):
     event_version: ClassVar[int]
     unconsumed: ClassVar[bool]
 
+    def __init_subclass__(cls, **_arguments: Any) -> None:
+        # The arguments of the class statement are for the method below; `object` takes none.
+        super().__init_subclass__()
+
     @classmethod
     def __pydantic_init_subclass__(
         cls,
         *,
-        type: str | None = None,
+        type: str | None = None,  # noqa: A002
         version: int = 1,
         unconsumed: bool = False,
         **kwargs: Any,
