@@ -63,11 +63,12 @@ class DatabaseUnavailableError(ServiceError):
 
 
 class BusinessError(ServiceError):
-    """An expected refusal. Subclasses set `status` (HTTP) and `code` (stable, for machines)."""
+    """An expected refusal. Subclasses set `status` (HTTP), `code` (stable, for machines) and `title`."""
 
     status: ClassVar[int] = 409
     code: ClassVar[str] = "conflict"
     title: ClassVar[str] = "The request cannot be carried out in the current state"
+    headers: ClassVar[dict[str, str]] = {}
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
