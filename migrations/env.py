@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import service.domains
+import service.idempotency
 import service.outbox.tables
 from service.database import Base
 from service.settings import load_settings

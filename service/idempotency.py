@@ -1,0 +1,191 @@
+"""`Idempotency-Key` (IETF draft-ietf-httpapi-idempotency-key-header): a repeated request has the first one's effect.
+
+    router = APIRouter(route_class=IdempotentRoute)     # every POST and PATCH of this router takes the header
+
+The response is stored in the transaction that it answers for. So a request whose answer was lost can be repeated: if
+it had been committed, its response is replayed; if not, it runs now. Only committed responses are stored; a refused
+request left nothing behind and may be repeated, corrected, under the same key.
+
+What must stay true: while a request runs it holds an advisory lock of its transaction. PostgreSQL makes a commit
+visible before it releases the lock, so whoever gets the lock also sees the stored response.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from fastapi import Depends, Header, Request, Response
+from fastapi.routing import APIRoute
+from sqlalchemy import Integer, LargeBinary, Text, func, select
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy.orm import Mapped, mapped_column
+
+from service.database import Base, Session
+from service.errors import BusinessError
+from service.problems import problem_responses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+__all__ = ["IdempotencyKey", "IdempotentRoute"]
+
+MAX_KEY_LENGTH = 255
+
+# The draft asks for a structured-field string, in quotes; a bare token is taken too, for many clients send one.
+_QUOTED = r'"(?:[ !#-\[\]-~]|\\["\\])+"'
+_BARE = r"[A-Za-z0-9._~:/+=@-]+"
+
+
+class MalformedKeyError(BusinessError):
+    """The header cannot be read."""
+
+    status = 400
+    code = "idempotency_key_malformed"
+    title = "The Idempotency-Key header is malformed"
+
+
+class ReusedKeyError(BusinessError):
+    """The key belongs to another request."""
+
+    status = 422
+    code = "idempotency_key_reused"
+    title = "The Idempotency-Key was used for another request"
+
+
+class RequestInProgressError(BusinessError):
+    """The first request under the key still runs."""
+
+    status = 409
+    code = "request_in_progress"
+    title = "A request with this Idempotency-Key is still running"
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class IdempotencyKey(Base):
+    """A request that was carried out, and its response. Purged by `created_at`."""
+
+    __tablename__ = "idempotency_key"
+
+    scope: Mapped[str] = mapped_column(Text, primary_key=True)
+    key: Mapped[str] = mapped_column(Text, primary_key=True)
+    fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
+    status: Mapped[int] = mapped_column(Integer)
+    headers: Mapped[list[list[str]]] = mapped_column(JSONB)
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(
+        TIMESTAMP(timezone=True), server_default=func.clock_timestamp(), index=True
+    )
+    __mapper_args__ = {"eager_defaults": False}  # noqa: RUF012
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    session: AsyncSession
+    scope: str
+    key: str
+    fingerprint: bytes
+
+
+class _Replay(Exception):  # noqa: N818  it carries the answer, it reports no error
+    def __init__(self, stored: IdempotencyKey) -> None:
+        self.stored = stored
+
+
+async def _claim(
+    request: Request,
+    session: Session,
+    header: Annotated[
+        str | None,
+        Header(
+            alias="Idempotency-Key",
+            description="A key of your choice, new for each request you mean and the same when you repeat one; best a "
+            "UUID, in double quotes.",
+            json_schema_extra={"pattern": f"^(?:{_QUOTED}|{_BARE})$", "maxLength": MAX_KEY_LENGTH + 2},
+        ),
+    ] = None,
+) -> None:
+    if header is None:
+        return
+    key = _parsed(request.headers.getlist("idempotency-key"))
+    scope = f"{getattr(request.state, 'principal', '')} {request.method} {request.url.path}"
+    fingerprint = hashlib.sha256(request.url.query.encode() + b"\0" + await request.body()).digest()
+    lock = int.from_bytes(hashlib.sha256(f"{scope} {key}".encode()).digest()[:8], "big", signed=True)
+    if not await session.scalar(select(func.pg_try_advisory_xact_lock(lock))):
+        raise RequestInProgressError("The first request with this key has not been answered yet: repeat it later.")
+    stored = await session.get(IdempotencyKey, (scope, key))
+    if stored is None:
+        request.state.idempotency_claim = _Claim(session, scope, key, fingerprint)
+    elif stored.fingerprint != fingerprint:
+        raise ReusedKeyError("The key came with another body before: use a new key for a new request.")
+    else:
+        raise _Replay(stored)
+
+
+def _parsed(values: list[str]) -> str:
+    value = values[0].strip() if len(values) == 1 else ""
+    if re.fullmatch(_BARE, value):
+        key = value
+    elif re.fullmatch(_QUOTED, value):
+        key = re.sub(r"\\(.)", r"\1", value[1:-1])
+    else:
+        raise MalformedKeyError('Send it once, as a string in double quotes: Idempotency-Key: "8e03978e-40d5-43e8"')
+    if len(key) > MAX_KEY_LENGTH:
+        raise MalformedKeyError(f"A key has {MAX_KEY_LENGTH} characters at most.")
+    return key
+
+
+class IdempotentRoute(APIRoute):
+    """A route whose POST and PATCH take `Idempotency-Key`: `APIRouter(route_class=IdempotentRoute)`.
+
+    A key is scoped to the method and the path, and to `request.state.principal`. Set that where you authenticate
+    (in a middleware), or one caller could be answered with the response of another who chose the same key.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if set(options.get("methods") or ()) & {"POST", "PATCH"}:
+            options["dependencies"] = [Depends(_claim), *(options.get("dependencies") or [])]
+            known = problem_responses(MalformedKeyError, RequestInProgressError)
+            options["responses"] = known | (options.get("responses") or {})
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The usual handler; what it returns is stored before the session dependency commits."""
+        handle = super().get_route_handler()
+
+        async def handle_once(request: Request) -> Response:
+            try:
+                response = await handle(request)
+            except _Replay as replay:
+                return _replayed(replay.stored)
+            claim: _Claim | None = getattr(request.state, "idempotency_claim", None)
+            if claim is not None:
+                claim.session.add(_stored(claim, response))
+            return response
+
+        return handle_once
+
+
+def _stored(claim: _Claim, response: Response) -> IdempotencyKey:
+    if not isinstance(getattr(response, "body", None), bytes):
+        raise TypeError("a streamed response cannot be stored for its Idempotency-Key: return a plain one")
+    return IdempotencyKey(
+        scope=claim.scope,
+        key=claim.key,
+        fingerprint=claim.fingerprint,
+        status=response.status_code,
+        headers=[[name.decode("latin-1"), value.decode("latin-1")] for name, value in response.raw_headers],
+        body=response.body,
+    )
+
+
+def _replayed(stored: IdempotencyKey) -> Response:
+    response = Response(stored.body, stored.status)
+    response.raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in stored.headers]
+    response.headers["Idempotency-Replayed"] = "true"
+    return response
