@@ -1,0 +1,74 @@
+"""The HTTP API's composition root: `uvicorn service.api:create_app --factory`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from service import domains, health
+from service.database import create_engine, session_factory
+from service.errors import ConfigurationError
+from service.middleware import BodyLimit, Deadline, RequestContext
+from service.openapi import install_openapi
+from service.problems import install_handlers, name_connect_failures
+from service.settings import Settings, load_settings
+from service.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+__all__ = ["create_app"]
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        settings: What to run with; by default the environment's, and then the process's logging is set up too.
+    """
+    if settings is None:
+        settings = _settings_of_process()
+    domains.discover()
+    app = FastAPI(title="Outbox service", version="1", lifespan=_lifespan, redirect_slashes=False)
+    app.state.settings = settings
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)
+    app.add_middleware(Deadline, seconds=settings.api.request_timeout)
+    app.add_middleware(RequestContext)
+    install_handlers(app)
+    app.include_router(health.router)
+    for router in domains.routers():
+        app.include_router(router)
+    install_openapi(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    app.state.revisions = await asyncio.to_thread(health.Revisions)
+    # The engine belongs to the running event loop, so it is made here and not when the module is imported.
+    engine = create_engine(
+        settings.database, application_name="api", statement_timeout=settings.database.statement_timeout
+    )
+    name_connect_failures(engine)
+    app.state.engine, app.state.sessions = engine, session_factory(engine)
+    yield
+    await engine.dispose()
+
+
+def _settings_of_process() -> Settings:
+    try:
+        settings = load_settings()
+    except ConfigurationError as error:
+        raise SystemExit(f"configuration: {error}") from None
+    configure_logging(settings.log_format, settings.log_level)
+    for name in ("uvicorn", "uvicorn.error"):  # through the root's handler, in our format
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.getLogger("uvicorn.access").disabled = True  # `http.request` says it, with the correlation id
+    return settings
