@@ -1,0 +1,72 @@
+"""Sending e-mail over SMTP, at least once.
+
+The Message-ID derives from the delivery's idempotency key, so an e-mail that had to be sent again is recognisable as
+the same one.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from email.message import EmailMessage
+from email.utils import format_datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+import aiosmtplib
+
+from service.settings import load_settings
+
+if TYPE_CHECKING:
+    from service.settings import SmtpSettings
+
+__all__ = ["MailRefusedError", "send"]
+
+# Refusals of our own account rather than of this e-mail: someone can repair it, so it is worth a retry.
+_ACCOUNT_CODES = {530, 534, 535, 538}
+
+
+class MailRefusedError(Exception):
+    """The server refused this e-mail for good (SMTP 5xx); sending it again would not help."""
+
+
+async def send(to: str, subject: str, text: str, *, idempotency_key: str) -> None:
+    """Send a plain-text e-mail.
+
+    Raises:
+        MailRefusedError: the server refused it for good.
+        aiosmtplib.SMTPException, OSError: anything that a retry may cure.
+    """
+    settings = load_settings().smtp
+    message = EmailMessage()
+    message["From"], message["To"], message["Subject"] = settings.sender, to, subject
+    message["Date"] = format_datetime(datetime.now(UTC))
+    message["Message-ID"] = f"<{idempotency_key}@{settings.sender.rpartition('@')[2]}>"
+    message.set_content(text)
+    try:
+        await aiosmtplib.send(message, sender=settings.sender, recipients=[to], **_connection(settings))
+    except aiosmtplib.SMTPRecipientsRefused as error:
+        _raise_if_permanent(error.recipients[0])
+        raise
+    except (aiosmtplib.SMTPSenderRefused, aiosmtplib.SMTPDataError) as error:
+        _raise_if_permanent(error)
+        raise
+
+
+def _connection(settings: SmtpSettings) -> dict[str, Any]:
+    url = urlsplit(settings.url.get_secret_value())
+    implicit_tls = url.scheme == "smtps"
+    return {
+        "hostname": url.hostname,
+        "port": url.port or (465 if implicit_tls else 587 if url.username else 25),
+        "username": unquote(url.username) if url.username else None,
+        "password": unquote(url.password) if url.password else None,
+        "use_tls": implicit_tls,
+        # None: encrypt where the server offers it, as between mail servers; a scheme of its own insists.
+        "start_tls": True if url.scheme == "smtp+starttls" else False if implicit_tls else None,
+        "timeout": settings.timeout,
+    }
+
+
+def _raise_if_permanent(error: aiosmtplib.SMTPResponseException) -> None:
+    if 500 <= error.code < 600 and error.code not in _ACCOUNT_CODES:
+        raise MailRefusedError(f"{error.code} {error.message}") from error
