@@ -1,0 +1,103 @@
+"""HTTP routes of the orders domain."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+import structlog
+from fastapi import APIRouter, BackgroundTasks, Response
+from sqlalchemy import select
+
+from service.database import Session
+from service.domains.orders.errors import DuplicateProductError, UnknownOrderError, UnknownProductError
+from service.domains.orders.events import OrderPlaced
+from service.domains.orders.models import Order, OrderLine, OrderStatus, Product
+from service.domains.orders.schemas import OrderRead, PlaceOrder, ProductRead, ProductWrite
+from service.idempotency import IdempotentRoute
+from service.outbox import new_id, publish
+from service.pagination import Page, PageQuery, page_of
+from service.problems import problem_responses
+
+__all__ = ["router"]
+
+# One line makes every POST of this router repeatable under an Idempotency-Key.
+router = APIRouter(route_class=IdempotentRoute)
+_log = structlog.get_logger(__name__)
+
+
+@router.post("/products", status_code=201, tags=["products"], operation_id="add_product")
+async def add_product(body: ProductWrite, session: Session, response: Response) -> ProductRead:
+    """Add a product."""
+    product = Product(id=new_id(), name=body.name, stock=body.stock, created_at=datetime.now(UTC))
+    session.add(product)
+    response.headers["Location"] = f"/products/{product.id}"
+    return ProductRead.model_validate(product)
+
+
+@router.get("/products", tags=["products"], operation_id="list_products")
+async def list_products(query: PageQuery, session: Session) -> Page[ProductRead]:
+    """The products, the newest first."""
+    rows, next_cursor = await page_of(session, select(Product), Product.id, query)
+    return Page(items=[ProductRead.model_validate(row) for row in rows], next_cursor=next_cursor)
+
+
+@router.get(
+    "/products/{product_id}",
+    tags=["products"],
+    operation_id="get_product",
+    responses=problem_responses(UnknownProductError),
+)
+async def get_product(product_id: UUID, session: Session) -> ProductRead:
+    """One product, with the stock that is left."""
+    product = await session.get(Product, product_id)
+    if product is None:
+        raise UnknownProductError(f"There is no product {product_id}.")
+    return ProductRead.model_validate(product)
+
+
+@router.post(
+    "/orders",
+    status_code=201,
+    tags=["orders"],
+    operation_id="place_order",
+    responses=problem_responses(UnknownProductError),
+)
+async def place_order(body: PlaceOrder, session: Session, tasks: BackgroundTasks, response: Response) -> OrderRead:
+    """Place an order; whether the stock suffices is decided afterwards."""
+    wanted = {line.product_id for line in body.lines}
+    if unknown := wanted - set(await session.scalars(select(Product.id).where(Product.id.in_(wanted)))):
+        raise UnknownProductError(f"There is no product {min(unknown)}.")
+    if len(wanted) < len(body.lines):
+        raise DuplicateProductError("Several lines want the same product: add up their quantities.")
+    order = Order(id=new_id(), email=body.email, status=OrderStatus.PLACED, created_at=datetime.now(UTC))
+    order.lines = [OrderLine(product_id=line.product_id, quantity=line.quantity) for line in body.lines]
+    session.add(order)
+    # Must happen: committed with the order, it survives every crash until a worker has done it.
+    publish(session, OrderPlaced(order_id=order.id))
+    # May be lost: runs in this process after the response, and is gone if the process ends before.
+    tasks.add_task(_note_order, order.id, len(order.lines))
+    response.headers["Location"] = f"/orders/{order.id}"
+    return OrderRead.model_validate(order)
+
+
+def _note_order(order_id: UUID, lines: int) -> None:
+    _log.info("order.noted", order_id=str(order_id), lines=lines)
+
+
+@router.get("/orders", tags=["orders"], operation_id="list_orders")
+async def list_orders(query: PageQuery, session: Session) -> Page[OrderRead]:
+    """The orders, the newest first."""
+    rows, next_cursor = await page_of(session, select(Order), Order.id, query)
+    return Page(items=[OrderRead.model_validate(row) for row in rows], next_cursor=next_cursor)
+
+
+@router.get(
+    "/orders/{order_id}", tags=["orders"], operation_id="get_order", responses=problem_responses(UnknownOrderError)
+)
+async def get_order(order_id: UUID, session: Session) -> OrderRead:
+    """One order."""
+    order = await session.get(Order, order_id)
+    if order is None:
+        raise UnknownOrderError(f"There is no order {order_id}.")
+    return OrderRead.model_validate(order)
