@@ -55,7 +55,7 @@ class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
         return _OwnQueueOnly(super().consume(queue_name, prefetch, timeout), queue_name)
 
     def _declare_queue(self, queue_name: str) -> Any:
-        arguments = self._build_queue_arguments(queue_name)
+        arguments: dict[str, Any] = self._build_queue_arguments(queue_name)  # type: ignore[no-untyped-call]
         if self._quorum:
             arguments["x-queue-type"] = "quorum"
         return self.channel.queue_declare(queue=queue_name, durable=True, arguments=arguments)

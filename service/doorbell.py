@@ -55,7 +55,7 @@ class DoorbellRedisBroker(RedisBroker):
             # A command repeated by the client would fetch twice, and nobody would see the first reply.
             retry=Retry(NoBackoff(), 0),
         )
-        super().__init__(client=client, namespace=namespace, middleware=middleware)
+        super().__init__(client=client, namespace=namespace, middleware=middleware)  # type: ignore[no-untyped-call]
         self._held: dict[str, set[str]] = {}
         self._held_lock = threading.Lock()
 

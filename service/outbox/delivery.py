@@ -99,7 +99,7 @@ class Delivery:
 
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncSession]:
-        async with self._sessions(class_=DeliverySession) as session:
+        async with self._sessions() as session:
             xid = await self._start(session)
             yield session
             await session.flush()

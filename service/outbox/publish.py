@@ -116,7 +116,7 @@ def _messages(event_id: UUID, event: Event, payload: dict[str, Any], delay: time
 
 
 def _payload(event: Event) -> dict[str, Any]:
-    if not isinstance(event, Event) or type(event) is Event:
+    if not isinstance(event, Event) or type(event) is Event:  # type: ignore[redundant-expr]
         raise PublishError(f"publish takes an instance of an Event class, not {type(event).__name__}")
     if not consumers_of(type(event)) and not event.unconsumed:
         raise PublishError(

@@ -264,10 +264,14 @@ class Runner:
                     _log.warning("outbox.lease_lost", consumer=claim.consumer, message_id=str(claim.id))
             case _Failed(error, delay):
                 await statements.fail(connection, claim, describe(error, claim.payload), delay)
-                _log.warning("outbox.failed", error=type(error).__name__, attempt=claim.attempts, retry_in=delay)
+                _log.warning(
+                    "outbox.failed", attempt=claim.attempts, retry_in=delay.total_seconds(), **_shown(error)
+                )
             case _Dead(error, reason):
                 number = await statements.die(connection, claim, describe(error, claim.payload), reason[:500])
-                _log.error("outbox.dead_lettered", dead_letter=number, reason=reason, attempt=claim.attempts)
+                _log.error(
+                    "outbox.dead_lettered", dead_letter=number, reason=reason, attempt=claim.attempts, **_shown(error)
+                )
             case _Released(error, delay):
                 await self._apply_release(connection, claim, error, delay)
 
@@ -304,6 +308,11 @@ class Runner:
 
 def _headers(claim: Claim) -> dict[str, str]:
     return claim.headers | {"causation_id": str(claim.id)}
+
+
+def _shown(error: BaseException) -> dict[str, Any]:
+    """How a failure is logged: what a consumer raised to steer needs no traceback."""
+    return {"error": type(error).__name__, "exc_info": None if isinstance(error, Retry | Fail) else error}
 
 
 async def _keep(_connection: asyncpg.Connection[asyncpg.Record]) -> None:

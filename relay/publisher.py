@@ -1,0 +1,68 @@
+"""What the relay needs of a broker: hand over a batch, and say who is at fault when that fails.
+
+A failure is never the row's. `BrokerUnavailableError` concerns every queue: the relay rolls back and waits. A
+`QueueRefusedError` concerns one: the others go on. Either way nothing is counted against any event.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from service.settings import BrokerSettings
+
+__all__ = ["BrokerUnavailableError", "Handover", "Publisher", "QueueRefusedError", "make_publisher"]
+
+
+class BrokerUnavailableError(Exception):
+    """The broker cannot be reached or takes nothing at all: down, out of memory, read-only, loading, not logged in."""
+
+
+class QueueRefusedError(Exception):
+    """The broker is fine but this queue takes nothing: missing, of another type or with other arguments."""
+
+
+class Handover(NamedTuple):
+    """One row to hand over. `id` is the row's, as text; `trace` its traceparent, where it has one."""
+
+    id: str
+    consumer: str
+    trace: str | None
+
+
+class Publisher(Protocol):
+    """A broker connection that is made when it is first used and made anew after an error."""
+
+    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+        """Hand over a batch and return how many messages then wait in the queue.
+
+        Args:
+            queue: The Dramatiq queue.
+            batch: Rows of this queue.
+            transaction: New for every relay transaction: within one, a repeated hand-over is queued once.
+
+        Raises:
+            BrokerUnavailableError, QueueRefusedError: nothing may be assumed to have been queued.
+        """
+
+    async def depth(self, queue: str) -> int:
+        """How many messages wait in the queue."""
+
+    async def ping(self) -> None:
+        """Return if the broker would take messages now; raise `BrokerUnavailableError` if not."""
+
+    async def close(self) -> None:
+        """End the connection."""
+
+
+def make_publisher(settings: BrokerSettings) -> Publisher:
+    """The publisher for the broker that `BROKER__URL` names."""
+    if settings.is_rabbitmq:
+        from relay.rabbitmq_publisher import RabbitmqPublisher
+
+        return RabbitmqPublisher(settings)
+    from relay.redis_publisher import RedisPublisher
+
+    return RedisPublisher(settings)

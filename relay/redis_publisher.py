@@ -1,0 +1,146 @@
+"""Hands batches to Redis or Valkey, in one call of a script that runs whole or not at all.
+
+The keys and bodies are those of Dramatiq's own Redis broker, so that any of its workers can consume them. What must
+stay true: a body is never in the hash without its id in the list or the other way round, the body's
+`redis_message_id` is that id, and an id is pushed only once while it is queued or in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    MaxConnectionsError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+
+    from service.settings import BrokerSettings
+
+__all__ = ["RedisPublisher"]
+
+# Only a push onto an empty queue rings: every waiting worker has seen it empty since.
+_SCRIPT = """
+local list, bodies, doorbell = KEYS[1], KEYS[2], KEYS[3]
+local waiting = redis.call('llen', list)
+local was_empty = waiting == 0
+for i = 1, #ARGV, 2 do
+    if redis.call('hsetnx', bodies, ARGV[i], ARGV[i + 1]) == 1 then
+        waiting = redis.call('rpush', list, ARGV[i])
+    end
+end
+if was_empty then
+    redis.call('publish', doorbell, '')
+end
+return waiting
+"""
+
+# A probe must be a write: a server that is full or a replica answers PING.
+_PROBE_SCRIPT = """
+redis.call('set', KEYS[1], '1', 'px', 1000)
+return 1
+"""
+
+_BROKER_AT_FAULT = (
+    RedisConnectionError,
+    RedisTimeoutError,
+    TimeoutError,
+    OSError,
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    MaxConnectionsError,
+    OutOfMemoryError,
+    ReadOnlyError,
+)
+
+# Error codes that redis-py has no class for, at the start of the reply.
+_BROKER_AT_FAULT_CODES = ("OOM", "READONLY", "LOADING", "NOAUTH", "NOPERM", "MISCONF", "MASTERDOWN", "NOREPLICAS",
+                          "CLUSTERDOWN", "BUSY", "TRYAGAIN", "UNKILLABLE", "WRONGPASS")  # fmt: skip
+
+
+class RedisPublisher:
+    """The publisher for `redis://` and `valkey://`."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._namespace = settings.namespace
+        self._timeout = settings.publish_timeout
+        self._client = redis.asyncio.Redis.from_url(
+            settings.redis_url,
+            socket_timeout=settings.publish_timeout,
+            socket_connect_timeout=settings.publish_timeout,
+            socket_keepalive=True,
+            # The relay's own loop decides about trying again, in a transaction of its own.
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._script = self._client.register_script(_SCRIPT)
+        self._probe = self._client.register_script(_PROBE_SCRIPT)
+
+    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+        """See `Publisher.publish`."""
+        list_key = f"{self._namespace}:{queue}"
+        arguments: list[str] = []
+        timestamp = int(time.time() * 1000)
+        for row in batch:
+            unique = f"{row.id}:{transaction}"
+            arguments += (unique, _body(queue, row, unique, timestamp))
+        keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell"]
+        return int(await self._call(self._script(keys=keys, args=arguments)))
+
+    async def depth(self, queue: str) -> int:
+        """See `Publisher.depth`."""
+        return int(await self._call(self._client.llen(f"{self._namespace}:{queue}")))
+
+    async def ping(self) -> None:
+        """See `Publisher.ping`."""
+        try:
+            await self._call(self._probe(keys=[f"{self._namespace}:__outbox_probe__"]))
+        except QueueRefusedError as error:
+            raise BrokerUnavailableError(str(error)) from error
+
+    async def close(self) -> None:
+        """See `Publisher.close`."""
+        await self._client.aclose()
+
+    async def _call(self, command: Awaitable[Any]) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await command
+        except _BROKER_AT_FAULT as error:
+            raise BrokerUnavailableError(_reason(error)) from error
+        except ResponseError as error:
+            if _reason(error).removeprefix("-").startswith(_BROKER_AT_FAULT_CODES):
+                raise BrokerUnavailableError(_reason(error)) from error
+            raise QueueRefusedError(_reason(error)) from error
+        except RedisError as error:
+            raise BrokerUnavailableError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__)[:200]
+
+
+def _body(queue: str, row: Handover, unique: str, timestamp: int) -> str:
+    """What `dramatiq.Message(...).encode()` makes of the same fields; names and ids need no escaping in JSON."""
+    trace = f',"traceparent":"{row.trace}"' if row.trace else ""
+    return (
+        f'{{"queue_name":"{queue}","actor_name":"{row.consumer}","args":["{row.id}"],"kwargs":{{}},'
+        f'"options":{{"redis_message_id":"{unique}"{trace}}},"message_id":"{row.id}","message_timestamp":{timestamp}}}'
+    )

@@ -1,0 +1,113 @@
+"""Sleeping until there is something to do, without slowing the writers down.
+
+A trigger that always notifies takes PostgreSQL's database-wide notification lock in every commit. So writers notify
+only a sleeping relay: it holds the exclusive advisory lock `outbox_gate()`, and a writer that gets the shared lock
+instead holds it until its transaction ends. What must stay true:
+
+- The lock and LISTEN are on one session, and the lock is only ever tried for: a session that waits for it would not be
+  told of notifications and would hold back vacuum.
+- After the lock is granted, a look in a new statement comes before the sleep; whoever wrote without notifying had
+  committed by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from service.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import asyncpg
+
+__all__ = ["SHORTEST_SLEEP", "Wakeup"]
+
+SHORTEST_SLEEP = 0.05
+"""Seconds between looks while a writer's open transaction keeps this relay from falling asleep."""
+
+_STANDBY = 2.0
+"""Seconds between looks of a relay beside another one that sleeps and is told of everything."""
+
+_TRY = """
+SELECT pg_try_advisory_lock(outbox_gate()) AS granted,
+       EXISTS (
+           SELECT FROM pg_locks
+           WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND pid <> pg_backend_pid()
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+             AND (classid::bigint << 32 | objid::bigint) = outbox_gate()
+       ) AS standby
+"""
+
+
+class Wakeup:
+    """Sleeps on one connection, which it shares with nobody while it sleeps."""
+
+    def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        self._connection = connection
+        self._notified = asyncio.Event()
+        self._closing = False
+
+    async def open(self) -> None:
+        """Listen, and prove it: a relay behind a pooler in transaction mode would never be told of anything.
+
+        Raises:
+            ConfigurationError: when the session does not receive its own notification.
+        """
+        await self._connection.add_listener("outbox", self._on_notify)
+        await self._connection.execute("SELECT pg_notify('outbox', '')")
+        try:
+            async with asyncio.timeout(5):
+                await self._notified.wait()
+        except TimeoutError:
+            raise ConfigurationError(
+                "DATABASE__URL: the relay does not receive its own notifications; give it a direct connection or a "
+                "pooler in session mode (PgBouncer in transaction mode swallows them)"
+            ) from None
+
+    def _on_notify(self, *_: Any) -> None:
+        self._notified.set()
+
+    def wake(self) -> None:
+        """End this sleep and every later one."""
+        self._closing = True
+        self._notified.set()
+
+    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> None:
+        """Return when there may be something to do.
+
+        Args:
+            look: Seconds until the next row is due, 0 or less if one is; asked after the lock was granted.
+            longest: Seconds to sleep at most.
+        """
+        self._notified.clear()
+        if self._closing:
+            return
+        row = await self._connection.fetchrow(_TRY)
+        assert row is not None
+        if not row["granted"]:
+            await self._wait(_STANDBY if row["standby"] else SHORTEST_SLEEP)
+            return
+        try:
+            due_in = await look()
+            if due_in > 0:
+                await self._wait(min(max(due_in, SHORTEST_SLEEP), longest))
+        finally:
+            if not self._connection.is_closed():
+                await self._connection.execute("SELECT pg_advisory_unlock_all()")
+
+    async def _wait(self, seconds: float) -> None:
+        closed = asyncio.get_running_loop().create_future()
+
+        def on_close(_: Any) -> None:
+            if not closed.done():
+                closed.set_result(None)
+
+        self._connection.add_termination_listener(on_close)
+        notified = asyncio.ensure_future(self._notified.wait())
+        try:
+            await asyncio.wait((notified, closed), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            notified.cancel()
+            self._connection.remove_termination_listener(on_close)

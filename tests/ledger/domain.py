@@ -1,0 +1,116 @@
+"""A small domain for the ledger's own tests, which outlives the example domain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+from uuid import UUID  # noqa: TC003  pydantic reads the annotations at run time
+
+from sqlalchemy import text
+
+from service.outbox import Delivery, Event, Fail, Retry, consumer
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+# No constraint on message_id: an effect that happens twice must show as two rows.
+SCHEMA = "CREATE TABLE IF NOT EXISTS effect (message_id uuid NOT NULL, consumer text NOT NULL, note text)"
+
+
+class Happened(Event, type="ledger.happened"):
+    """Every consumer below that takes it does as `how` says."""
+
+    subject_id: UUID
+    how: str = ""
+
+
+class FannedOut(Event, type="ledger.fanned_out"):
+    subject_id: UUID
+
+
+class Ignored(Event, type="ledger.ignored", unconsumed=True):
+    subject_id: UUID
+
+
+class Computed(Event, type="ledger.computed"):
+    subject_id: UUID
+    how: str = ""
+
+
+async def write_effect(session: AsyncSession, delivery: Delivery, note: str = "") -> None:
+    """Insert this delivery's effect."""
+    await session.execute(
+        text("INSERT INTO effect VALUES (:id, :consumer, :note)"),
+        {"id": delivery.idempotency_key, "consumer": delivery.consumer, "note": note},
+    )
+
+
+@consumer(Happened, queue="ledger", name="ledger.react", max_retries=2)
+async def react(event: Happened, delivery: Delivery) -> None:
+    """One effect, or the misbehaviour that the event names."""
+    match event.how:
+        case "fail":
+            raise RuntimeError(f"cannot handle {event.subject_id}")
+        case "die":
+            raise Fail("not worth another try")
+        case "retry":
+            raise Retry("later", delay=60_000)
+        case "outside":
+            return
+        case "system_exit":
+            raise SystemExit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "block":
+            time.sleep(3)  # noqa: ASYNC251  the misbehaviour under test
+        case "slow":
+            await asyncio.sleep(1)
+        case "hang":
+            await asyncio.sleep(3600)
+    async with delivery.begin() as session:
+        await write_effect(session, delivery)
+        await misbehave(session, event.how)
+
+
+async def misbehave(session: AsyncSession, how: str) -> None:
+    """What a consumer may do wrong inside `begin()`."""
+    match how:
+        case "commit":
+            await session.commit()
+        case "rollback":
+            await session.rollback()
+        case "sql_commit":
+            await session.execute(text("COMMIT"))
+        case "sql_rollback":
+            await session.execute(text("ROLLBACK"))
+        case "kill_backend":
+            await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+        case "hang_inside":
+            await asyncio.sleep(3600)
+
+
+@consumer(FannedOut, queue="ledger", name="ledger.first")
+async def first(_event: FannedOut, delivery: Delivery) -> None:
+    async with delivery.begin() as session:
+        await write_effect(session, delivery)
+
+
+@consumer(FannedOut, queue="other", name="ledger.second")
+async def second(_event: FannedOut, delivery: Delivery) -> None:
+    async with delivery.begin() as session:
+        await write_effect(session, delivery)
+
+
+@consumer(Computed, queue="cpu", name="ledger.compute", max_retries=1, time_limit=2_000)
+def compute(event: Computed, delivery: Delivery) -> None:
+    """A `def` consumer; its effect is outside the database."""
+    if event.how == "begin":
+        delivery.begin()
+    if event.how == "fail":
+        raise RuntimeError("cannot compute")
+    if event.how == "spin":
+        while True:
+            time.sleep(0.01)
