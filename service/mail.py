@@ -45,10 +45,10 @@ async def send(to: str, subject: str, text: str, *, idempotency_key: str) -> Non
     try:
         await aiosmtplib.send(message, sender=settings.sender, recipients=[to], **_connection(settings))
     except aiosmtplib.SMTPRecipientsRefused as error:
-        _raise_if_permanent(error.recipients[0])
+        _raise_if_permanent(error.recipients[0], to)
         raise
     except (aiosmtplib.SMTPSenderRefused, aiosmtplib.SMTPDataError) as error:
-        _raise_if_permanent(error)
+        _raise_if_permanent(error, to)
         raise
 
 
@@ -67,6 +67,7 @@ def _connection(settings: SmtpSettings) -> dict[str, Any]:
     }
 
 
-def _raise_if_permanent(error: aiosmtplib.SMTPResponseException) -> None:
+def _raise_if_permanent(error: aiosmtplib.SMTPResponseException, to: str) -> None:
     if 500 <= error.code < 600 and error.code not in _ACCOUNT_CODES:
-        raise MailRefusedError(f"{error.code} {error.message}") from error
+        # Servers repeat the address, and this ends up in logs and dead letters.
+        raise MailRefusedError(f"{error.code} {error.message}".replace(to, "the recipient")) from error
