@@ -11,7 +11,6 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import structlog
 from alembic.script import ScriptDirectory
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -20,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import DatabaseUnavailableError
 from service.problems import RETRY_AFTER, documented, problem
+from service.telemetry import get_logger
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -30,7 +30,7 @@ READY_WITHIN = 2.0
 """Seconds the database may take to answer."""
 
 router = APIRouter(prefix="/health", tags=["health"])
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Health(BaseModel):

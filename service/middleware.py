@@ -11,20 +11,19 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-import structlog
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
 from service.problems import problem
-from service.telemetry import request_headers, trace_context
+from service.telemetry import get_logger, request_headers, trace_context
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["BodyLimit", "Deadline", "RequestContext"]
 
-_log = structlog.get_logger("service.http")
+_log = get_logger("service.http")
 
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",

@@ -12,7 +12,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-import structlog
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
@@ -22,7 +21,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from service.errors import BusinessError, DatabaseUnavailableError
-from service.telemetry import current_headers
+from service.telemetry import current_headers, get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +70,7 @@ _CONFLICT_STATES = {"23503", "23505", "23P01"}
 _AWAY_CLASSES = {"08", "53", "57", "58"}
 _AWAY_STATES = {"25006", "40001", "40P01", "55P03"}
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class InvalidField(BaseModel):
@@ -217,12 +216,12 @@ async def _of_database(_request: Request, error: Exception) -> Response:
         case DatabaseUnavailableError():
             return _away(str(error), error)
         case DBAPIError() if error.connection_invalidated or state[:2] in _AWAY_CLASSES or state in _AWAY_STATES:
-            return _away(str(orig), error)
+            return _away(str(orig).partition("\n")[0], error)
         case DBAPIError() if state in _VALUE_STATES or isinstance(getattr(orig, "__cause__", None), asyncpg.DataError):
-            _log.warning("request.value_refused", reason=str(orig))
+            _log.warning("request.value_refused", sqlstate=state)
             return problem(422, detail="A value is out of range or contains a character that cannot be stored.")
         case DBAPIError() if state in _CONFLICT_STATES:
-            _log.warning("request.conflict", reason=str(orig))
+            _log.warning("request.conflict", sqlstate=state)
             return problem(409, detail="The request collides with something that exists, or refers to what does not.")
         case _:
             raise error

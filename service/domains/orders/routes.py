@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from uuid import UUID
 
-import structlog
 from fastapi import APIRouter, BackgroundTasks, Response
 from sqlalchemy import select
 
@@ -18,15 +17,35 @@ from service.idempotency import IdempotentRoute
 from service.outbox import new_id, publish
 from service.pagination import Page, PageQuery, page_of
 from service.problems import problem_responses
+from service.telemetry import get_logger
 
 __all__ = ["router"]
 
 # One line makes every POST of this router repeatable under an Idempotency-Key.
 router = APIRouter(route_class=IdempotentRoute)
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
+
+_LOCATION = {"Location": {"description": "Where it is from now on", "schema": {"type": "string"}}}
+_ID = "$response.body#/id"
+_PRODUCT_ADDED = {
+    "headers": _LOCATION,
+    "links": {
+        "get": {"operationId": "get_product", "parameters": {"product_id": _ID}},
+        "order": {
+            "operationId": "place_order",
+            "requestBody": {"email": "ada@example.com", "lines": [{"product_id": _ID, "quantity": 1}]},
+        },
+    },
+}
+_ORDER_PLACED = {
+    "headers": _LOCATION,
+    "links": {"get": {"operationId": "get_order", "parameters": {"order_id": _ID}}},
+}
 
 
-@router.post("/products", status_code=201, tags=["products"], operation_id="add_product")
+@router.post(
+    "/products", status_code=201, tags=["products"], operation_id="add_product", responses={201: _PRODUCT_ADDED}
+)
 async def add_product(body: ProductWrite, session: Session, response: Response) -> ProductRead:
     """Add a product."""
     product = Product(id=new_id(), name=body.name, stock=body.stock, created_at=datetime.now(UTC))
@@ -61,7 +80,7 @@ async def get_product(product_id: UUID, session: Session) -> ProductRead:
     status_code=201,
     tags=["orders"],
     operation_id="place_order",
-    responses=problem_responses(UnknownProductError),
+    responses={201: _ORDER_PLACED, **problem_responses(UnknownProductError)},
 )
 async def place_order(body: PlaceOrder, session: Session, tasks: BackgroundTasks, response: Response) -> OrderRead:
     """Place an order; whether the stock suffices is decided afterwards."""

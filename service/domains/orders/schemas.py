@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from service.domains.orders.models import OrderStatus
 
@@ -25,6 +25,14 @@ Email = Annotated[
 ]
 
 
+def _integral(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Neither "2" nor true is a number, but 2.0 is one to JSON, which does not tell it from 2.
+Count = Annotated[StrictInt, BeforeValidator(_integral)]
+
+
 class _Write(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -37,7 +45,7 @@ class ProductWrite(_Write):
     """A product to add."""
 
     name: Name
-    stock: StrictInt = Field(ge=0, le=1_000_000_000, examples=[100])
+    stock: Count = Field(ge=0, le=1_000_000_000, examples=[100])
 
 
 class ProductRead(_Read):
@@ -53,7 +61,7 @@ class LineWrite(_Write):
     """How many of a product; each product once per order."""
 
     product_id: UUID
-    quantity: StrictInt = Field(ge=1, le=1_000, examples=[2])
+    quantity: Count = Field(ge=1, le=1_000, examples=[2])
 
 
 class PlaceOrder(_Write):
