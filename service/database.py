@@ -80,7 +80,6 @@ def create_engine(
         pool_timeout=settings.pool_timeout,
         pool_pre_ping=False,
         pool_use_lifo=True,
-        hide_parameters=True,  # an error that is logged must not carry the values it happened on
         hide_parameters=True,  # they would stand in logs and in stored errors
         connect_args=connect_args,
     )
