@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import typer
 from typer.exceptions import TyperException
 
-from relay import dead_letter_commands, queues
+from relay import dead_letter_commands, queues, story_command
 from relay.console import CommandError, Exit
 from relay.output import error, note
+from relay.purge_command import purge
 from relay.status_command import status
 from service.errors import ConfigurationError
 from service.settings import load_settings
@@ -45,7 +46,7 @@ app = typer.Typer(
 
 @app.command()
 def relay() -> int:
-    """Run the relay: hand over whatever is due, until SIGTERM or Ctrl-C."""
+    """Run the relay. It hands over whatever is due, until SIGTERM or Ctrl-C."""
     # Its brokers' clients are needed by no other command.
     from relay.loop import run
 
@@ -54,7 +55,9 @@ def relay() -> int:
 
 app.command()(status)
 app.add_typer(dead_letter_commands.app, name="dead-letters")
+app.add_typer(story_command.app, name="events")
 app.add_typer(queues.app, name="queues")
+app.command()(purge)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

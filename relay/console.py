@@ -19,6 +19,8 @@ from uuid import UUID
 import asyncpg
 from sqlalchemy.engine import make_url
 
+from service.database import driver_arguments
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -73,12 +75,7 @@ async def connect(settings: DatabaseSettings) -> AsyncIterator[Connection]:
     """A connection for one command; what goes wrong on it is raised as a `CommandError`."""
     connection: Connection | None = None
     try:
-        connection = await asyncpg.connect(
-            settings.dsn,
-            timeout=settings.connect_timeout,
-            statement_cache_size=0 if settings.pooler else 100,
-            server_settings={"application_name": "outbox-cli"},
-        )
+        connection = await asyncpg.connect(**driver_arguments(settings, "outbox-cli"))
         await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
         yield connection
     except (asyncpg.PostgresError, *_UNREACHABLE) as error:

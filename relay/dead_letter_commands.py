@@ -15,7 +15,7 @@ from relay.resolution import Order, carry_out
 from service.settings import load_settings
 
 app = typer.Typer(
-    help="Deliveries that failed for good: look at them, replay them, or discard them.",
+    help="See, replay or discard what failed.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -48,7 +48,7 @@ def list_(
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many, the latest first.")] = 50,
     as_json: Json = False,
 ) -> None:
-    """List dead letters, the latest first."""
+    """List dead letters. The latest come first."""
     if state not in dead_letters.STATES:
         raise CommandError(f"--state: {state!r} is not one of {', '.join(dead_letters.STATES)}")
     wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error, state)
@@ -73,7 +73,7 @@ async def _find(wanted: dead_letters.Filter, limit: int) -> tuple[int, list[dict
 def show(
     dead_letter: Annotated[str, typer.Argument(metavar="ID", help="A number or a message id.")], as_json: Json = False
 ) -> None:
-    """Show one dead letter: what it was, every error that is kept, and how to replay it."""
+    """Show one. What it was, every error that is kept, and how to replay it."""
     row = asyncio.run(_look_up(dead_letter))
     if as_json:
         print_json(row | {"replay": f"outbox dead-letters replay {row['id']}"})
@@ -103,7 +103,7 @@ def replay(
     why: Why = None,
     as_json: Json = False,
 ) -> int:
-    """Hand dead letters over again, under the same id and with a fresh budget of attempts.
+    """Hand them over again. Under the same id, with a fresh budget of attempts.
 
     Takes ids or filters. The dead letter stays as the record of who replayed it, when and why.
     """
@@ -129,7 +129,7 @@ def discard(
     why: Why = None,
     as_json: Json = False,
 ) -> int:
-    """Close dead letters without handing them over: their effects will not happen.
+    """Close them without effect. They are not handed over again.
 
     Takes ids or filters. The dead letter stays as the record of who discarded it, when and why.
     """

@@ -10,7 +10,14 @@ from relay.output import Column, age, plain, table, timestamp
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["describe", "summary"]
+__all__ = ["cause", "describe", "summary"]
+
+
+def cause(row: dict[str, Any]) -> str:
+    """Why it died, with the last error where the reason does not say it."""
+    last = row["errors"][-1] if row["errors"] else {}
+    text = f"{last.get('type', '')}: {last.get('message', '')}"
+    return row["reason"] if not last or str(last.get("message")) in row["reason"] else f"{row['reason']}; {text}"
 
 
 def summary(rows: Sequence[dict[str, Any]], *, resolved: bool = False) -> str:
@@ -30,7 +37,7 @@ def summary(rows: Sequence[dict[str, Any]], *, resolved: bool = False) -> str:
             row["consumer"],
             str(row["attempts"]),
             *([row["resolution"] or "open"] if resolved else []),
-            row["reason"],
+            cause(row),
         ]
         for row in rows
     ]
@@ -43,7 +50,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def _description(row: dict[str, Any]) -> Iterator[str]:
-    yield f"Dead letter {row['id']}: {plain(row['reason'])}"
+    yield f"Dead letter {row['id']}: {plain(cause(row))}"
     yield ""
     fields = {
         "consumer": f"{row['consumer']} (queue {row['queue']})",

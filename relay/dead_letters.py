@@ -41,8 +41,9 @@ SELECT *, clock_timestamp() - died_at AS age FROM dead_letter {where} {filter} O
 """
 _COUNT = "SELECT count(*) FROM dead_letter {where} {filter}"
 _OVERVIEW = """
-SELECT consumer, event_type, reason, count(*) AS count FROM dead_letter WHERE id = ANY($1)
-GROUP BY consumer, event_type, reason ORDER BY count(*) DESC, consumer, reason
+SELECT consumer, event_type, reason, errors -> -1 ->> 'type' AS error, count(*) AS count
+FROM dead_letter WHERE id = ANY($1)
+GROUP BY consumer, event_type, reason, error ORDER BY count(*) DESC, consumer, reason
 """
 
 _BY_NUMBER = "SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE id = $1"

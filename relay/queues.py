@@ -29,9 +29,7 @@ UNION ALL
 SELECT queue, 0, 0, count(*) FROM dead_letter WHERE resolution IS NULL GROUP BY queue
 """
 
-app = typer.Typer(
-    help="Queues: pause one while what it needs is down, and resume it.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Pause and resume queues.", no_args_is_help=True, rich_markup_mode=None)
 
 Queue = Annotated[str | None, typer.Argument(metavar="QUEUE")]
 Everything = Annotated[bool, typer.Option("--all", help="All queues at once.")]
@@ -42,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List the queues that have open deliveries, dead letters, or a pause."""
+    """List the queues. Those with open deliveries, dead letters, or a pause."""
     queues = asyncio.run(_list())
     if as_json:
         print_json({"queues": queues})
@@ -94,7 +92,7 @@ async def _list() -> list[dict[str, Any]]:
 def pause(
     queue: Queue = None, everything: Everything = False, why: Why = None, by: By = None, as_json: Json = False
 ) -> None:
-    """Hand nothing more over to a queue, until it is resumed. Its events wait in PostgreSQL."""
+    """Pause a queue. Its events wait in PostgreSQL until it is resumed."""
     name = _name(queue, everything)
     changed, _ = asyncio.run(_change(_PAUSE, name, by or whoami(), why))
     if as_json:
@@ -107,7 +105,7 @@ def pause(
 
 @app.command()
 def resume(queue: Queue = None, everything: Everything = False, as_json: Json = False) -> int:
-    """Go on handing over to a queue. `--all` undoes `pause --all`; queues paused by name stay paused."""
+    """Resume a queue. `--all` undoes `pause --all`; queues paused by name stay paused."""
     name = _name(queue, everything)
     changed, left = asyncio.run(_change(_RESUME, name))
     if as_json:

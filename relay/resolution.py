@@ -111,7 +111,7 @@ def _confirmed(order: Order, count: int, groups: Sequence[dict[str, Any]]) -> bo
 
 def _group_lines(groups: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
-        cut(plain(f"  {each['count']:>7,} x {each['consumer']}, {each['event_type']}: {each['reason']}"), 79)
+        cut(plain(f"{each['count']:>7,} x {each['consumer']}: {each['reason']} ({each['error']})"), 79)
         for each in groups[:_SHOWN]
     ]
     if len(groups) > _SHOWN:

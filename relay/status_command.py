@@ -30,7 +30,7 @@ def status(
     exact: Annotated[bool, typer.Option("--exact", help="Count what is completed even in a large table.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch one line each time.")] = False,
 ) -> int:
-    """Show how many deliveries are open, per queue and consumer, and whether PostgreSQL, broker and relay are there.
+    """Show what is open and what is down. Per queue and consumer.
 
     \b
     PENDING     wait for a relay, for their delay or for a retry
