@@ -86,7 +86,6 @@ class RedisPublisher:
             settings.redis_url,
             socket_timeout=settings.publish_timeout,
             socket_connect_timeout=settings.publish_timeout,
-            socket_keepalive=True,
             # The relay's own loop decides about trying again, in a transaction of its own.
             retry=Retry(NoBackoff(), 0),
         )

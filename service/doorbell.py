@@ -51,7 +51,6 @@ class DoorbellRedisBroker(RedisBroker):
             url,
             socket_timeout=_SOCKET_TIMEOUT,
             socket_connect_timeout=5,
-            socket_keepalive=True,
             # A command repeated by the client would fetch twice, and nobody would see the first reply.
             retry=Retry(NoBackoff(), 0),
         )
