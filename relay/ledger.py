@@ -51,7 +51,7 @@ UPDATE outbox_message AS message
 SET state = 'dispatched',
     dispatches = message.dispatches + 1,
     dispatched_at = clock_timestamp(),
-    due_at = clock_timestamp() + $5 * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))
+    due_at = clock_timestamp() + $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))
 FROM due WHERE message.id = due.id
 RETURNING message.id::text, message.consumer, message.headers ->> 'traceparent',
           (SELECT due_at FROM last), (SELECT id FROM last)
@@ -68,7 +68,7 @@ WITH expired AS MATERIALIZED (
 )
 UPDATE outbox_message AS message
 SET state = 'pending',
-    due_at = clock_timestamp() + LEAST($3 * 2 ^ LEAST(message.attempts - 2, 16), $4) * (0.5 + random() / 2),
+    due_at = clock_timestamp() + LEAST($3::interval * (2 ^ LEAST(message.attempts - 2, 16)), $4::interval) * (0.5 + random() / 2),
     errors = CASE WHEN jsonb_array_length(errors) >= 10 THEN errors - 1 ELSE errors END
              || jsonb_build_array(jsonb_build_object(
                     'at', clock_timestamp(), 'attempt', attempts, 'type', 'WorkerLost',

@@ -18,6 +18,7 @@ import asyncpg
 
 from relay.ledger import NO_FLOOR, Batch, Floor, QueueHead, queue_heads, recover_lost, take_due
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
+from relay.purge import purge
 from relay.wakeup import SHORTEST_SLEEP, Wakeup
 from service.database import driver_arguments
 from service.outbox.failures import backoff
@@ -32,6 +33,9 @@ _log = get_logger(__name__)
 
 _LONGEST_SLEEP = 15.0
 """Seconds. A lease or a pause may have begun since the relay looked."""
+
+_PURGE_EVERY = 60.0
+"""Seconds between purges."""
 
 _DATABASE_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
@@ -239,7 +243,7 @@ async def run(settings: Settings) -> int:
     configure_logging(settings.log_format, settings.log_level)
     relay = Relay(settings)
     task = asyncio.create_task(relay.run())
-    purger = asyncio.create_task(purge_for_ever(settings))
+    purger = asyncio.create_task(_purge_regularly(settings))
     signals = 0
 
     def on_signal() -> None:
@@ -260,3 +264,20 @@ async def run(settings: Settings) -> int:
         await asyncio.wait((purger,), timeout=2)
     _log.info("relay.stopped")
     return 0
+
+
+async def _purge_regularly(settings: Settings) -> None:
+    """Purge once a minute, on a connection that is open no longer than that takes."""
+    keep = timedelta(seconds=settings.outbox.keep_completed)
+    while True:
+        await asyncio.sleep(_PURGE_EVERY)
+        try:
+            connection = await asyncpg.connect(**driver_arguments(settings.database, "outbox-purge"))
+            try:
+                removed = await purge(connection, keep)
+            finally:
+                await connection.close(timeout=2)
+        except _DATABASE_ERRORS as error:
+            _log.warning("relay.purge_failed", error=type(error).__name__)
+        else:
+            _log.debug("relay.purged", messages=removed)

@@ -39,6 +39,7 @@ WHERE id = $1
        OR (state IN ('pending', 'running') AND due_at <= now())
        OR (state = 'running' AND claim_token = $2))
 RETURNING id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches,
+          due_at < clock_timestamp() + $3::interval / 2 AS stale,
           CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
 """
 
@@ -138,6 +139,9 @@ class Claim:
 async def claim(connection: Connection, message_id: UUID, token: UUID, lease: timedelta) -> Claim | None:
     """Take the row, or `None` if it is done, somebody else's, or not due. Repeatable with the same token."""
     row = await connection.fetchrow(_CLAIM, message_id, token, lease)
+    if row is not None and row["stale"]:
+        # PostgreSQL computed the lease, waited for a lock on a row that then had not changed, and used it as it was.
+        row = await connection.fetchrow(_CLAIM, message_id, token, lease)
     if row is None:
         return None
     return Claim(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -14,8 +15,6 @@ from service.outbox.runner import Runner
 from tests.ledger import domain
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.database import SessionFactory
@@ -87,6 +86,23 @@ async def connection(database_url: str) -> AsyncIterator[asyncpg.Connection[asyn
     connection = await asyncpg.connect(database_url)
     yield connection
     await connection.close()
+
+
+Connect = Callable[[], Awaitable["asyncpg.Connection[asyncpg.Record]"]]
+
+
+@pytest.fixture
+async def connect(database_url: str) -> AsyncIterator[Connect]:
+    """Opens further connections, for a relay or another worker that the test plays."""
+    opened: list[asyncpg.Connection[asyncpg.Record]] = []
+
+    async def open_one() -> asyncpg.Connection[asyncpg.Record]:
+        opened.append(await asyncpg.connect(database_url))
+        return opened[-1]
+
+    yield open_one
+    for connection in opened:
+        await connection.close()
 
 
 @pytest.fixture

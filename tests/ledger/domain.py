@@ -114,3 +114,32 @@ def compute(event: Computed, delivery: Delivery) -> None:
     if event.how == "spin":
         while True:
             time.sleep(0.01)
+
+
+class Gated(Event, type="ledger.gated"):
+    """Its consumer waits in the middle of its effect until the test opens the gate."""
+
+    subject_id: UUID
+
+
+class Gate:
+    """Where a run stands still: `reached` once it is there, `opened` to let it go on."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self.opened = asyncio.Event()
+
+
+GATES: dict[str, list[Gate]] = {}
+"""By idempotency key, a gate for each run in turn; runs beyond the list do not wait."""
+
+
+@consumer(Gated, queue="ledger", name="ledger.wait", max_retries=2)
+async def wait(_event: Gated, delivery: Delivery) -> None:
+    gates = GATES.get(delivery.idempotency_key, [])
+    gate = gates.pop(0) if gates else None
+    async with delivery.begin() as session:
+        await write_effect(session, delivery)
+        if gate is not None:
+            gate.reached.set()
+            await gate.opened.wait()

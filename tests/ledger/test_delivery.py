@@ -1,9 +1,21 @@
+"""What a consumer does with its delivery, and what becomes of the row."""
+
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from service.database import create_engine
+from service.outbox.runner import Runner
+from tests.ledger import domain
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    from service.outbox.runner import Runner
+    from service.settings import Settings
     from tests.ledger.conftest import Ledger
 
 
@@ -19,3 +31,183 @@ async def test_a_second_copy_has_no_effect(ledger: Ledger, runner: Runner) -> No
     await runner.deliver(message_id)
     await runner.deliver(message_id)
     assert await ledger.effects(message_id) == 1
+
+
+async def test_each_consumer_has_its_own_delivery(ledger: Ledger, runner: Runner) -> None:
+    first, second = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
+    await runner.deliver(first)
+    assert await ledger.state(first) == "completed"
+    assert await ledger.state(second) == "pending"
+
+
+async def test_without_begin_it_is_completed_on_return(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen("outside")
+    await runner.deliver(message_id)
+    assert await ledger.state(message_id) == "completed"
+
+
+async def test_a_failure_comes_due_again_with_backoff(ledger: Ledger, runner: Runner, settings: Settings) -> None:
+    settings.outbox.min_backoff = settings.outbox.max_backoff = 10_000
+    message_id = await ledger.happen("fail")
+    await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert (row["state"], row["attempts"]) == ("pending", 1)
+    assert 4 < row["due_in"] <= 10
+
+
+async def test_a_stale_copy_does_not_jump_the_backoff(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen("retry")
+    await runner.deliver(message_id)
+    await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert row["attempts"] == 1
+    assert 50 < row["due_in"] <= 60
+
+
+async def test_out_of_attempts_means_dead_letter_with_its_history(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen("fail")
+    for _ in range(3):
+        await ledger.expire(message_id)
+        await runner.deliver(message_id)
+    dead = await ledger.dead_letter(message_id)
+    assert dead is not None
+    assert await ledger.row(message_id) is None
+    assert dead["reason"] == "failed 3 times"
+    assert [error["attempt"] for error in json.loads(dead["errors"])] == [1, 2, 3]
+
+
+async def test_errors_hold_no_payload_values(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen("fail")
+    await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    (error,) = json.loads(row["errors"])
+    assert error["type"] == "RuntimeError"
+    assert error["message"] == "cannot handle [payload]"
+    assert "domain.py" in error["traceback"]
+    assert json.loads(row["payload"])["subject_id"] not in row["errors"]
+
+
+async def test_fail_dies_at_once(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen("die")
+    await runner.deliver(message_id)
+    dead = await ledger.dead_letter(message_id)
+    assert dead is not None
+    assert dead["reason"] == "not worth another try"
+
+
+@pytest.mark.parametrize("how", ["commit", "rollback"])
+async def test_a_session_method_cannot_end_the_transaction_early(ledger: Ledger, runner: Runner, how: str) -> None:
+    message_id = await ledger.happen(how)
+    await runner.deliver(message_id)
+    assert await ledger.state(message_id) == "dead"
+    assert await ledger.effects(message_id) == 0
+
+
+@pytest.mark.parametrize("how", ["sql_commit", "sql_rollback"])
+async def test_sql_cannot_end_the_transaction_early(ledger: Ledger, runner: Runner, how: str) -> None:
+    message_id = await ledger.happen(how)
+    await runner.deliver(message_id)
+    dead = await ledger.dead_letter(message_id)
+    assert dead is not None
+    assert "committed or rolled back inside its block" in dead["reason"]
+
+
+@pytest.mark.parametrize(("level", "says"), [("AUTOCOMMIT", "AUTOCOMMIT"), ("REPEATABLE READ", "READ COMMITTED")])
+async def test_other_isolation_levels_are_refused(ledger: Ledger, settings: Settings, level: str, says: str) -> None:
+    engine = create_engine(settings.database, application_name="other").execution_options(isolation_level=level)
+    runner = Runner(settings, engine)
+    await runner.open()
+    try:
+        message_id = await ledger.happen()
+        await runner.deliver(message_id)
+    finally:
+        await runner.close()
+        await engine.dispose()
+    dead = await ledger.dead_letter(message_id)
+    assert dead is not None
+    assert says in dead["reason"]
+    assert await ledger.effects(message_id) == 0
+
+
+async def test_system_exit_in_a_consumer_is_a_failure_like_others(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen("system_exit")
+    await runner.deliver(message_id)
+    assert await ledger.state(message_id) == "pending"
+
+
+async def test_an_unknown_consumer_burns_no_attempt_and_dies_after_a_day(
+    ledger: Ledger, runner: Runner, settings: Settings
+) -> None:
+    message_id = await ledger.happen()
+    await ledger.set(message_id, consumer="ledger.not_deployed")
+    await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert (row["state"], row["attempts"]) == ("pending", 0)
+    assert row["due_in"] > 0.5
+    await ledger.connection.execute(
+        """UPDATE outbox_message SET due_at = now() - interval '1 s',
+           errors = jsonb_set(errors, '{0,at}', to_jsonb(now() - interval '25 hours')) WHERE id = $1""",
+        message_id,
+    )
+    await runner.deliver(message_id)
+    dead = await ledger.dead_letter(message_id)
+    assert dead is not None
+    assert "no consumer named ledger.not_deployed is deployed" in dead["reason"]
+
+
+async def test_a_newer_version_of_an_event_waits_for_a_newer_worker(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen()
+    await ledger.set(message_id, version=2)
+    await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert (row["state"], row["attempts"]) == ("pending", 0)
+    assert await ledger.effects(message_id) == 0
+
+
+async def test_a_field_this_worker_does_not_know_is_ignored(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen()
+    await ledger.connection.execute(
+        """UPDATE outbox_message SET payload = payload || '{"added_later": 1}' WHERE id = $1""", message_id
+    )
+    await runner.deliver(message_id)
+    assert await ledger.effects(message_id) == 1
+
+
+async def test_a_hanging_consumer_is_ended_at_its_time_limit(ledger: Ledger, settings: Settings) -> None:
+    settings.outbox.time_limit = 200
+    engine = create_engine(settings.database, application_name="outbox-worker")
+    runner = Runner(settings, engine)
+    await runner.open()
+    try:
+        message_id = await ledger.happen("hang_inside")
+        await runner.deliver(message_id)
+    finally:
+        await runner.close()
+        await engine.dispose()
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert row["state"] == "pending"
+    assert json.loads(row["errors"])[0]["type"] == "TimeLimitExceeded"
+    assert await ledger.effects(message_id) == 0
+
+
+async def test_a_stopping_worker_releases_what_does_not_end(ledger: Ledger, settings: Settings, runner: Runner) -> None:
+    settings.outbox.shutdown_grace = 0.1
+    message_id = await ledger.happen("hang")
+    run = asyncio.create_task(runner.deliver(message_id))
+
+    async def is_running() -> bool:
+        return await ledger.state(message_id) == "running"
+
+    await until(is_running)
+    runner.stop()
+    await run
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert (row["state"], row["attempts"]) == ("pending", 0)
+    assert row["due_in"] <= 0
