@@ -37,8 +37,8 @@ app = typer.Typer(
       0    done
       1    refused or declined, or the condition of --fail-if is true
       2    wrong usage, or a setting is missing or wrong
-      3    PostgreSQL or the broker cannot be reached, or the database is not migrated
-      4    no such event, dead letter or paused queue, or it was dealt with already
+      3    PostgreSQL or the broker is down, or the database is not migrated
+      4    no such event, dead letter or pause, or it was dealt with already
       130  interrupted
     """,
 )

@@ -78,20 +78,21 @@ async def connect(settings: DatabaseSettings) -> AsyncIterator[Connection]:
         connection = await asyncpg.connect(**driver_arguments(settings, "outbox-cli"))
         await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
         yield connection
+        await connection.close(timeout=settings.connect_timeout)
     except (asyncpg.PostgresError, *_UNREACHABLE) as error:
         # Writing to a closed pipe is an OSError too, and none of the database's.
         if isinstance(error, BrokenPipeError):
             raise
         raise database_problem(error, settings) from None
     finally:
-        if connection is not None:
+        if connection is not None and not connection.is_closed():
             connection.terminate()
 
 
 def database_problem(error: BaseException, settings: DatabaseSettings) -> CommandError:
     """One line for an error of the database: what it is and what to do about it."""
     url = make_url(settings.url.get_secret_value())
-    where = f"{url.host or url.query.get('host', 'localhost')}:{url.port or 5432}/{url.database}"
+    where = f"{url.host or url.query.get('host', 'localhost')}:{url.port or url.query.get('port', 5432)}/{url.database}"
     match error:
         case asyncpg.UndefinedTableError() | asyncpg.UndefinedColumnError() | asyncpg.UndefinedFunctionError():
             message = (
