@@ -138,8 +138,8 @@ async def test_the_purge_and_writers_do_not_deadlock(
     async def write_backwards() -> None:
         while going:
             await writer.execute(
-                "UPDATE outbox_message AS message SET errors = '[]'"
-                " FROM (SELECT id FROM outbox_message ORDER BY id DESC FOR UPDATE) AS locked WHERE locked.id = message.id"
+                "UPDATE outbox_message AS message SET errors = '[]' FROM"
+                " (SELECT id FROM outbox_message ORDER BY id DESC FOR UPDATE) AS locked WHERE locked.id = message.id"
             )
 
     writing = asyncio.create_task(write_backwards())
