@@ -232,9 +232,7 @@ async def test_a_heartbeat_does_not_wait_for_a_complete(ledger: Ledger, connect:
     assert row["due_in"] > 25
 
 
-async def test_a_blocked_event_loop_keeps_its_lease(
-    ledger: Ledger, runner: Runner, database_url: str
-) -> None:
+async def test_a_blocked_event_loop_keeps_its_lease(ledger: Ledger, runner: Runner, database_url: str) -> None:
     """The lease is 2 s; the consumer blocks the worker's loop for 3 s, and another worker tries to take the row."""
     message_id = await ledger.happen("block")
     stolen: list[object] = []
@@ -242,8 +240,12 @@ async def test_a_blocked_event_loop_keeps_its_lease(
     async def try_to_steal() -> None:
         connection = await asyncpg.connect(database_url)
         try:
-            while await connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", message_id) != "completed":
-                stolen.append(await statements.claim(connection, message_id, uuid4(), LEASE) if started.is_set() else None)
+            while (
+                await connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", message_id) != "completed"
+            ):
+                stolen.append(
+                    await statements.claim(connection, message_id, uuid4(), LEASE) if started.is_set() else None
+                )
         finally:
             await connection.close()
 
@@ -312,4 +314,3 @@ async def test_a_lost_backend_is_forgiven_once(ledger: Ledger, runner: Runner) -
     assert letter is not None
     assert letter["attempts"] == 3
     assert await ledger.effects(message_id) == 0
-

@@ -1,0 +1,310 @@
+"""The relay hands over whatever is due, once per round, and counts no outage against any event."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+import redis.asyncio
+
+from relay.ledger import NO_FLOOR, take_due
+from relay.loop import Relay
+from relay.redis_publisher import RedisPublisher
+from tests.ledger import domain
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from service.dev.postgres import Postgres
+    from service.dev.valkey import Valkey
+    from service.settings import Settings
+    from tests.ledger.conftest import Connect, Ledger
+
+T = timedelta(seconds=60)
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Relay]:
+    """A relay on the test's loop."""
+    relay = Relay(settings)
+    task = asyncio.create_task(relay.run())
+    try:
+        yield relay
+    finally:
+        relay.stop()
+        async with asyncio.timeout(10):
+            await task
+
+
+@pytest.fixture
+async def broker(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
+    client = redis.asyncio.Redis.from_url(settings.broker.redis_url, decode_responses=True)
+    yield client
+    await client.aclose()
+
+
+async def queued(broker: redis.asyncio.Redis, settings: Settings, queue: str = "ledger") -> list[str]:
+    """The row ids that wait in a queue."""
+    ids = await broker.lrange(f"{settings.broker.namespace}:{queue}", 0, -1)
+    return [each.partition(":")[0] for each in ids]
+
+
+async def test_an_event_reaches_the_queue(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
+    (message_id,) = await ledger.publish()
+    async with running(settings):
+        await until(lambda: queued(broker, settings))
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert (row["state"], row["dispatches"], row["attempts"]) == ("dispatched", 1, 0)
+    assert await queued(broker, settings) == [str(message_id)]
+
+
+async def test_a_notification_wakes_the_relay(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
+    async with running(settings):
+        await until(lambda: sleeping(ledger))
+        (message_id,) = await ledger.publish()
+        await until(lambda: queued(broker, settings), timeout=0.5)
+    assert await queued(broker, settings) == [str(message_id)]
+
+
+async def sleeping(ledger: Ledger) -> bool:
+    """Whether a relay holds the sleeper's lock."""
+    return bool(
+        await ledger.connection.fetchval(
+            """SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+               WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND datname = current_database()"""
+        )
+    )
+
+
+async def test_a_delayed_event_waits(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
+    (late,) = await ledger.publish(delay=timedelta(seconds=1))
+    (prompt,) = await ledger.publish()
+    async with running(settings):
+        await until(lambda: queued(broker, settings))
+        assert await queued(broker, settings) == [str(prompt)]
+        await until(lambda: has(broker, settings, late), timeout=5)
+    row = await ledger.row(late)
+    assert row is not None
+    assert row["dispatched_at"] >= row["created_at"] + timedelta(seconds=1)
+
+
+async def has(broker: redis.asyncio.Redis, settings: Settings, message_id: UUID) -> bool:
+    return str(message_id) in await queued(broker, settings)
+
+
+async def test_what_no_worker_claims_is_handed_over_again(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
+) -> None:
+    settings.outbox.redispatch_after = 0.3
+    (message_id,) = await ledger.publish()
+    async with running(settings):
+        await until(lambda: queued(broker, settings))
+        await broker.delete(f"{settings.broker.namespace}:ledger", f"{settings.broker.namespace}:ledger.msgs")
+        await until(lambda: queued(broker, settings))
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert row["dispatches"] >= 2
+    assert row["attempts"] == 0
+
+
+async def test_the_pause_before_another_hand_over_is_bounded(ledger: Ledger, connect: Connect) -> None:
+    """An interval out of range would abort the batch for ever."""
+    (message_id,) = await ledger.publish()
+    relay = await connect()
+    for dispatches, expected in ((0, 60), (1, 120), (3, 480), (2_000_000_000, 480)):
+        await ledger.set(message_id, dispatches=dispatches, state="dispatched")
+        await ledger.expire(message_id)
+        assert await take_due(relay, "ledger", NO_FLOOR, 10, T, expired_leases=True)
+        row = await ledger.row(message_id)
+        assert row is not None
+        assert expected - 5 < row["due_in"] <= expected
+
+
+async def test_two_relays_skip_each_others_rows(ledger: Ledger, connect: Connect) -> None:
+    for _ in range(4):
+        await ledger.publish()
+    one, two = await connect(), await connect()
+    async with one.transaction(), two.transaction():
+        first = await take_due(one, "ledger", NO_FLOOR, 2, T, expired_leases=True)
+        async with asyncio.timeout(2):
+            second = await take_due(two, "ledger", NO_FLOOR, 10, T, expired_leases=True)
+    assert first is not None
+    assert second is not None
+    assert len({row.id for row in first.rows} | {row.id for row in second.rows}) == 4
+
+
+async def test_what_commits_late_below_the_floor_is_found(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis, connect: Connect
+) -> None:
+    late = await connect()
+    transaction = late.transaction()
+    await transaction.start()
+    await late.execute(INSERT, uuid4())
+    async with running(settings):
+        for _ in range(5):
+            await ledger.publish()
+        await until(lambda: count_is(broker, settings, 5))
+        await transaction.commit()
+        await until(lambda: count_is(broker, settings, 6), timeout=2)
+
+
+INSERT = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
+VALUES ($1, $1, 'ledger.happened', 1, 'ledger.react', 'ledger', '{}', '{}')
+"""
+
+
+async def count_is(broker: redis.asyncio.Redis, settings: Settings, count: int) -> bool:
+    return len(await queued(broker, settings)) == count
+
+
+async def test_a_repeated_call_within_a_transaction_queues_once(settings: Settings, ledger: Ledger) -> None:
+    """A later transaction must not be suppressed by it: its dispatch is needed."""
+    from relay.publisher import Handover
+
+    publisher = RedisPublisher(settings.broker)
+    batch = [Handover(str(uuid4()), "ledger.react", None)]
+    assert await publisher.publish("ledger", batch, "t1") == 1
+    assert await publisher.publish("ledger", batch, "t1") == 1
+    assert await publisher.publish("ledger", batch, "t2") == 2
+    await publisher.close()
+
+
+async def test_a_broker_outage_counts_against_no_event(ledger: Ledger, settings: Settings, own_valkey: Valkey) -> None:
+    settings.broker.url = type(settings.broker.url)(own_valkey.url)
+    own_valkey.stop()
+    (message_id,) = await ledger.publish()
+    async with running(settings):
+        await until(lambda: relay_waits(ledger))
+        row = await ledger.row(message_id)
+        assert row is not None
+        assert (row["state"], row["dispatches"], row["attempts"]) == ("pending", 0, 0)
+        own_valkey.start()
+        await until(lambda: dispatched(ledger, message_id), timeout=10)
+
+
+async def relay_waits(ledger: Ledger) -> bool:
+    """Whether the relay has been through a failed hand-over: it then asks PostgreSQL only whether it is there."""
+    return bool(
+        await ledger.connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'outbox-relay' AND query = 'SELECT 1' "
+            "AND datname = current_database()"
+        )
+    )
+
+
+async def dispatched(ledger: Ledger, message_id: UUID) -> bool:
+    return await ledger.state(message_id) == "dispatched"
+
+
+async def test_a_full_broker_counts_against_no_event(ledger: Ledger, settings: Settings, own_valkey: Valkey) -> None:
+    settings.broker.url = type(settings.broker.url)(own_valkey.url)
+    async with redis.asyncio.Redis.from_url(own_valkey.url) as client:
+        await client.config_set("maxmemory-policy", "noeviction")
+        await client.config_set("maxmemory", "1")
+        (message_id,) = await ledger.publish()
+        async with running(settings):
+            await until(lambda: relay_waits(ledger))
+            row = await ledger.row(message_id)
+            assert row is not None
+            assert (row["state"], row["dispatches"]) == ("pending", 0)
+            await client.config_set("maxmemory", "0")
+            await until(lambda: dispatched(ledger, message_id), timeout=10)
+
+
+async def test_a_queue_that_refuses_leaves_the_others_alone(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
+) -> None:
+    await broker.set(f"{settings.broker.namespace}:ledger", "not a list")
+    refused, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
+    async with running(settings):
+        await until(lambda: has_other(broker, settings, fine))
+        assert await ledger.state(refused) == "pending"
+        await broker.delete(f"{settings.broker.namespace}:ledger")
+        await until(lambda: has(broker, settings, refused), timeout=10)
+
+
+async def has_other(broker: redis.asyncio.Redis, settings: Settings, message_id: UUID) -> bool:
+    return str(message_id) in await queued(broker, settings, "other")
+
+
+async def test_a_backlog_waits_in_postgres(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
+    """A queue at its mark takes no more, and does not keep another queue waiting."""
+    settings.outbox.high_water_mark, settings.outbox.batch_size = 10, 4
+    for _ in range(30):
+        await ledger.publish()
+    async with running(settings):
+        await until(lambda: count_is(broker, settings, 10))
+        _, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
+        await until(lambda: has_other(broker, settings, fine), timeout=2)
+        assert await count_is(broker, settings, 10)
+        await broker.ltrim(f"{settings.broker.namespace}:ledger", 5, -1)
+        await until(lambda: count_is(broker, settings, 10))
+
+
+async def test_a_paused_queue_is_left_alone_until_it_is_resumed(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
+) -> None:
+    await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('ledger', 'test')")
+    paused, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
+    async with running(settings):
+        await until(lambda: has_other(broker, settings, fine))
+        assert await ledger.state(paused) == "pending"
+        await ledger.connection.execute("WITH gone AS (DELETE FROM paused_queue) SELECT outbox_wake()")
+        await until(lambda: has(broker, settings, paused), timeout=1)
+
+
+async def test_a_restarted_postgres_is_reconnected_and_running_rows_are_spared(
+    settings: Settings, own_postgres: Postgres, broker: redis.asyncio.Redis
+) -> None:
+    """After an outage longer than a lease every healthy lease looks expired."""
+    import asyncpg
+
+    settings.outbox.lease = 4
+    settings.database.url = type(settings.database.url)(own_postgres.url("service"))
+    async with running(settings):
+        connection = await asyncpg.connect(own_postgres.url("service"))
+        running_id = uuid4()
+        await connection.execute(INSERT, running_id)
+        await until(lambda: has(broker, settings, running_id))
+        await connection.close()
+        own_postgres.restart(mode="immediate")
+        connection = await asyncpg.connect(own_postgres.url("service"))
+        await connection.execute(
+            "UPDATE outbox_message SET state = 'running', attempts = 1, due_at = now() - interval '1 s'"
+        )
+        fresh = uuid4()
+        await connection.execute(INSERT, fresh)
+        await until(lambda: has(broker, settings, fresh))
+        assert await connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", running_id) == "running"
+
+        async def handed_over() -> bool:
+            state = await connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", running_id)
+            return bool(state == "dispatched")
+
+        await until(handed_over, timeout=6)
+        await connection.close()
+
+
+async def test_it_stops_in_mid_sleep(ledger: Ledger, settings: Settings) -> None:
+    async with running(settings):
+        await until(lambda: sleeping(ledger))
+    assert not await sleeping(ledger)
+
+
+async def test_bodies_are_dramatiqs_own(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
+    (message_id,) = await ledger.publish()
+    async with running(settings):
+        await until(lambda: queued(broker, settings))
+    ((unique, body),) = (await broker.hgetall(f"{settings.broker.namespace}:ledger.msgs")).items()
+    decoded = json.loads(body)
+    assert decoded["message_id"] == str(message_id)
+    assert decoded["args"] == [str(message_id)]
+    assert decoded["options"]["redis_message_id"] == unique
