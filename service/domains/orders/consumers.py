@@ -40,8 +40,10 @@ async def reserve_stock(event: OrderPlaced, delivery: Delivery) -> None:
 
 
 async def _locked_products(session: AsyncSession, ids: list[UUID]) -> dict[UUID, Product]:
-    # Everyone locks in the order of the ids, so two orders for the same products wait rather than deadlock.
-    rows = await session.scalars(select(Product).where(Product.id.in_(ids)).order_by(Product.id).with_for_update())
+    # Everyone locks in the order of the ids, so two orders for the same products wait rather than deadlock. The key is
+    # left out of the lock: an order that is being placed holds it through its lines' foreign key, in any order.
+    wanted = select(Product).where(Product.id.in_(ids)).order_by(Product.id)
+    rows = await session.scalars(wanted.with_for_update(key_share=True))
     return {product.id: product for product in rows}
 
 
