@@ -1,0 +1,136 @@
+"""A domain of the API's own tests, so that they outlive the example: a table, an event and routes that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, BackgroundTasks, HTTPException, Request, Response
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.errors import BusinessError
+from service.idempotency import IdempotentRoute
+from service.outbox import Delivery, Event, consumer, publish
+
+__all__ = ["SCHEMA", "ProbeHappened", "router"]
+
+SCHEMA = """
+CREATE TABLE probe (id int PRIMARY KEY, name text, later int CONSTRAINT later UNIQUE DEFERRABLE INITIALLY DEFERRED);
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON probe DEFERRABLE INITIALLY DEFERRED
+FOR EACH ROW WHEN (NEW.name = 'slow') EXECUTE FUNCTION slow();
+"""
+
+router = APIRouter(route_class=IdempotentRoute)
+
+
+class ProbeHappened(Event, type="api_probe.happened"):
+    """A probe was stored."""
+
+    probe: int
+
+
+@consumer(ProbeHappened, queue="probe", name="api_probe.note")
+async def note(event: ProbeHappened, delivery: Delivery) -> None:
+    """Consume the event, so that it has a row."""
+
+
+class Probe(BaseModel):
+    """A probe; nothing is bounded here, so that bad values reach the database."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: int
+    name: str = ""
+
+
+class RefusedError(BusinessError):
+    """A refusal."""
+
+    code = "refused"
+    title = "Refused"
+
+
+async def _store(session: Session, id_: int, name: str = "", later: int | None = None) -> None:
+    row = {"id": id_, "name": name, "later": later}
+    await session.execute(text("INSERT INTO probe (id, name, later) VALUES (:id, :name, :later)"), row)
+    publish(session, ProbeHappened(probe=id_))
+
+
+@router.post("/probes", status_code=201)
+async def store(body: Probe, session: Session, response: Response) -> Probe:
+    """Store a probe and publish it."""
+    await _store(session, body.id, body.name)
+    response.headers["Location"] = f"/probes/{body.id}"
+    return body
+
+
+@router.post("/others", status_code=201)
+async def store_other(body: Probe, session: Session) -> Probe:
+    """The same under another path."""
+    await _store(session, body.id + 1_000, body.name)
+    return body
+
+
+@router.post("/deferred", status_code=201)
+async def break_constraint_at_commit(session: Session) -> None:
+    """Everything works but the COMMIT."""
+    await _store(session, 1, later=1)
+    await _store(session, 2, later=1)
+
+
+@router.post("/swallowed", status_code=201)
+async def swallow(session: Session) -> None:
+    """Go on after a database error as if nothing had happened."""
+    await _store(session, 1)
+    await session.flush()
+    try:
+        await _store(session, 1)
+    except DBAPIError:
+        return
+
+
+@router.post("/killed", status_code=201)
+async def lose_connection(session: Session) -> None:
+    """Lose the connection in the middle."""
+    await _store(session, 1)
+    await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+@router.post("/raising/{what}", status_code=201)
+async def raise_after_writing(what: str, session: Session) -> None:
+    """Write, flush, publish, then raise."""
+    await _store(session, 1)
+    await session.flush()
+    errors: dict[str, Exception] = {
+        "bug": RuntimeError("the secret inside"),
+        "http": HTTPException(403, "no"),
+        "business": RefusedError("Not today."),
+    }
+    raise errors[what]
+
+
+@router.get("/sleep/{seconds}")
+async def sleep(seconds: float, session: Session) -> None:
+    """Keep a connection busy."""
+    await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": seconds})
+
+
+@router.get("/background")
+async def work_afterwards(request: Request, tasks: BackgroundTasks) -> None:
+    """Answer at once and work on for longer than a request may take."""
+
+    async def work() -> None:
+        await asyncio.sleep(1)
+        request.app.state.worked = True
+
+    tasks.add_task(work)
+
+
+@router.post("/echo")
+async def echo(body: dict[str, Any]) -> int:
+    """Read a body."""
+    return len(body)

@@ -1,0 +1,49 @@
+"""The API behind a real HTTP server, in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import httpx
+import uvicorn
+
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from fastapi import FastAPI
+
+__all__ = ["raw_request", "serve"]
+
+
+@asynccontextmanager
+async def serve(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `app`, which listens on a free loopback port."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, ws="none"))
+        running = asyncio.create_task(server.serve(sockets=[listening]))
+        await until(lambda: server.started or running.done(), what="the server")
+        host, port = listening.getsockname()
+        try:
+            async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            await running
+
+
+async def raw_request(client: httpx.AsyncClient, request: bytes) -> tuple[int, bytes]:
+    """Status and body of the answer to bytes that no well-behaved client would send, or not all of them."""
+    reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    writer.write(request)
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    body = await reader.readexactly(length)
+    writer.close()
+    await writer.wait_closed()
+    return int(head.split()[1]), body

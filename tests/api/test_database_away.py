@@ -1,0 +1,90 @@
+"""A database that is away or busy is 503 with Retry-After, and the API recovers by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
+
+from service.api import create_app
+from tests.api.probe import SCHEMA, router
+from tests.api.serving import serve
+from tests.api.test_problems import assert_problem
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    import httpx
+
+    from service.dev.postgres import Postgres
+    from service.settings import Settings
+    from tests.api.conftest import MakeApp, Sql
+
+
+def assert_away(response: httpx.Response) -> None:
+    assert_problem(response, 503, "database_unavailable")
+    assert int(response.headers["Retry-After"]) > 0
+
+
+async def test_nothing_listens(make_app: MakeApp) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        url = SecretStr(f"postgresql://user:hidden@127.0.0.1:{reserved.getsockname()[1]}/service")
+        async with serve(make_app(database={"url": url})) as client:
+            for path in ("/probes", "/raising/bug"):
+                response = await client.post(path, json={"id": 1})
+                assert_away(response)
+                assert "hidden" not in response.text
+            assert_away(await client.get("/health/ready"))
+            assert (await client.get("/health/live")).status_code == 200
+
+
+async def test_a_name_that_does_not_resolve_and_a_database_that_does_not_exist(
+    make_app: MakeApp, database_url: str
+) -> None:
+    for url in ("postgresql://nowhere.invalid/service", database_url.replace("/test_", "/missing_")):
+        async with serve(make_app(database={"url": SecretStr(url)})) as client:
+            assert_away(await client.post("/probes", json={"id": 1}))
+
+
+async def test_a_server_that_does_not_answer(make_app: MakeApp) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = SecretStr(f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/service")
+        async with serve(make_app(database={"url": url, "connect_timeout": 0.3})) as client:
+            assert_away(await client.post("/probes", json={"id": 1}))
+
+
+async def test_every_connection_is_busy(make_app: MakeApp, sql: Sql) -> None:
+    async with serve(make_app(database={"pool_size": 1, "pool_timeout": 0.2})) as client:
+        busy = asyncio.create_task(client.get("/sleep/1"))
+        await until(lambda: sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == "1")
+        assert_away(await client.post("/probes", json={"id": 1}))
+        assert (await busy).status_code == 200
+
+
+async def test_a_statement_takes_too_long(make_app: MakeApp) -> None:
+    async with serve(make_app(database={"statement_timeout": 0.2})) as client:
+        assert_away(await client.get("/sleep/5"))
+
+
+async def test_the_database_goes_and_comes_back(settings: Settings, own_postgres: Postgres) -> None:
+    own_postgres.sql(SCHEMA, "service")
+    database = settings.database.model_copy(update={"url": SecretStr(own_postgres.url("service"))})
+    app = create_app(settings.model_copy(update={"database": database}))
+    app.include_router(router)
+    async with serve(app) as client:
+        assert (await client.post("/probes", json={"id": 1})).status_code == 201
+        own_postgres.kill()
+        for _ in range(3):  # the first finds its connection broken, the next cannot connect
+            assert_away(await client.post("/probes", json={"id": 2}))
+        own_postgres.start()
+
+        await until(lambda: _stores(client, 2), what="the API to recover")  # type: ignore[arg-type,return-value]
+    assert own_postgres.sql("SELECT count(*) FROM probe", "service") == "2"
+
+
+async def _stores(client: httpx.AsyncClient, id_: int) -> bool:
+    return (await client.post("/probes", json={"id": id_})).status_code == 201
