@@ -28,7 +28,7 @@ dev: $(STAMP) ## Run everything until Ctrl-C; the data stays for the next time
 	@$(PY) -m service.dev dev
 
 reset: $(STAMP) ## Delete the data of `make dev` (YES=1 does not ask)
-	@$(PY) -m service.dev reset
+	@YES='$(YES)' $(PY) -m service.dev reset
 
 migrate: $(STAMP) ## Bring the database of `make dev` up to date
 	@$(PY) -m service.dev migrate

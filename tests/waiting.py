@@ -18,9 +18,9 @@ T = TypeVar("T")
 async def until(
     condition: Callable[[], T | Awaitable[T]],
     *,
-    timeout: float = 10,
+    timeout: float = 10,  # noqa: ASYNC109  an assertion with its own message instead of a TimeoutError
     every: float = 0.02,
-    what: str = "",  # noqa: ASYNC109
+    what: str = "",
 ) -> T:
     """Poll `condition` until it returns something true, and return that.
 

@@ -77,15 +77,6 @@ class Postgres(Server):
             self.sql(f'CREATE DATABASE "{database}"')
         return self.url(database)
 
-    def running_elsewhere(self) -> bool:
-        """Whether a postmaster that this object did not start serves the data directory."""
-        return self.pid is None and self._postmaster() is not None
-
-    def attach(self) -> None:
-        """Use a postmaster that another process started; it is not ours to stop."""
-        lines = self._pid_file()
-        self.port, self._sockets = int(lines[3]), Path(lines[4])
-
     def stop(self, mode: str | None = None) -> None:
         super().stop(mode)
         self._release_sockets()
@@ -95,7 +86,7 @@ class Postgres(Server):
         self.start()
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        self._stop_stray()
+        self.stop_stray()
         self._initialise()
         sockets = self._sockets_in()
         command = [str(postgres_binaries() / "postgres"), "-D", str(self.data_dir), "-k", str(sockets)]
@@ -162,7 +153,8 @@ class Postgres(Server):
         except (IndexError, ValueError, psutil.Error):
             return None
 
-    def _stop_stray(self) -> None:
+    def stop_stray(self) -> None:
+        """Stop a postmaster of this data directory that outlived whoever started it."""
         stray = self._postmaster()
         if stray is not None:
             stray.send_signal(signal.SIGINT)

@@ -1,0 +1,164 @@
+"""`make dev`: the stack stays up until Ctrl-C and its data survives; `make reset` deletes the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import httpx
+
+from service.dev import stack
+from service.dev.places import ServerError, clone_data
+from service.dev.postgres import Postgres
+from service.dev.processes import Process, Supervisor, stop_all, to_terminal
+from service.dev.servers import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["reset", "run"]
+
+_READY_TIMEOUT = 30.0
+
+
+def run() -> int:
+    """Run everything until Ctrl-C."""
+    with stack.clone_lock() as ours:
+        if not ours:
+            raise ServerError("`make dev` runs already for this clone; stop it first (Ctrl-C in its terminal)")
+        data = clone_data()
+        print(f"starting; the data is kept in {data}", flush=True)
+        environment = {"LOG_FORMAT": "console"} | stack.configured() | {"PYTHONUNBUFFERED": "1"}
+        with stack.embedded_servers(environment, data, lasting=True) as given:
+            stack.migrate(given)
+            _run_processes(given)
+    print("stopped; the data is kept (`make reset` deletes it)")
+    return 0
+
+
+def _run_processes(environment: dict[str, str]) -> None:
+    port = _port_near(int(environment.get("PORT", "8000")))
+    processes = _processes(environment, port)
+    groups = [[process for process in processes if process.name.startswith(kind)] for kind in _STOP_ORDER]
+    stack.note_running({key: environment[key] for key in (*stack.URLS, "SMTP__URL")})
+    try:
+        for process in processes:
+            process.start()
+        supervisor = Supervisor(processes)
+        _wait_until_ready(port, supervisor)
+        _say_where(port, environment)
+        while True:
+            supervisor.look()
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        print("\nstopping (Ctrl-C again: at once)", flush=True)
+    finally:
+        try:
+            for group in groups:
+                stop_all(group)
+        finally:
+            for process in processes:
+                process.kill()
+
+
+_STOP_ORDER = ("api", "worker", "relay", "mail")
+
+
+def _processes(environment: dict[str, str], port: int) -> list[Process]:
+    """What runs beside the servers. Sets `SMTP__URL` if the sink is ours to start."""
+    commands: dict[str, list[str]] = {}
+    if "SMTP__URL" not in environment:
+        smtp_port = _port_near(1025)
+        environment["SMTP__URL"] = f"smtp://127.0.0.1:{smtp_port}"
+        commands["mail"] = stack.sink_command(smtp_port, clone_data() / "mails.jsonl", clone_data() / "reject.txt")
+    commands |= {"api": stack.api_command(port), "relay-1": stack.relay_command(), "relay-2": stack.relay_command()}
+    for number in (1, 2):
+        commands[f"worker-{number}"] = stack.worker_command(processes=1, threads=8)
+    write = to_terminal(commands)
+    return [Process(name, command, environment, write) for name, command in commands.items()]
+
+
+def _port_near(wanted: int) -> int:
+    """The customary port, so that bookmarks survive a restart; any free one if it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return free_port()
+    return wanted
+
+
+def answers(port: int) -> bool:
+    """Whether the API is ready."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health/ready", trust_env=False, timeout=2).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _wait_until_ready(port: int, supervisor: Supervisor) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT
+    while not answers(port) and time.monotonic() < deadline:
+        supervisor.look()
+        time.sleep(0.1)
+
+
+def _say_where(port: int, environment: Mapping[str, str]) -> None:
+    url = f"http://127.0.0.1:{port}"
+    lines = ["", f"API        {url}   (try it in a browser: {url}/docs)"]
+    lines += [f"database   {_shown(environment['DATABASE__URL'])}", f"broker     {_shown(environment['BROKER__URL'])}"]
+    lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
+    lines += ['settings   eval "$(.venv/bin/python -m service.dev env)", then for example: .venv/bin/outbox status']
+    if importlib.util.find_spec("service.dev.demo") is not None:
+        from service.dev.demo import try_it
+
+        lines += ["", "Place an order and watch the log:", "", try_it(url)]
+    print("\n".join([*lines, ""]), flush=True)
+
+
+def _shown(url: str) -> str:
+    """A URL without its password."""
+    from sqlalchemy.engine import make_url
+
+    with suppress(Exception):
+        return make_url(url).render_as_string()
+    return url.rpartition("@")[2]
+
+
+def reset() -> int:
+    """Delete the data of `make dev`, after asking."""
+    with stack.clone_lock() as ours:
+        if not ours:
+            raise ServerError("`make dev` runs; stop it first (Ctrl-C in its terminal)")
+        data = clone_data()
+        found = [path for path in data.iterdir() if path.name != "lock"]
+        for name in stack.URLS:
+            if name in stack.configured():
+                print(f"{name} is set: what it points to is yours and stays as it is")
+        if not found:
+            print("there is nothing to delete")
+            return 0
+        print(f"this deletes what `make dev` kept in {data}: database, broker and e-mails")
+        if not _confirmed():
+            return 1
+        Postgres(data / "postgres").stop_stray()
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        print("deleted")
+    return 0
+
+
+def _confirmed() -> bool:
+    if os.environ.get("YES") == "1":
+        return True
+    if not sys.stdin.isatty():
+        print("nothing was deleted: there is nobody to ask; say `make reset YES=1`", file=sys.stderr)
+        return False
+    return input("delete it? [y/N] ").strip().lower() in ("y", "yes")
