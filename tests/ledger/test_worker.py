@@ -1,0 +1,296 @@
+"""Real worker processes under the stock Dramatiq CLI, with a relay on the test's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import psutil
+import pytest
+import redis.asyncio
+
+from relay.loop import Relay
+from service.doorbell import doorbell_channel
+from tests.ledger import domain
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from service.settings import Settings
+    from tests.ledger.conftest import Ledger
+
+
+class Worker:
+    """A Dramatiq master with its children."""
+
+    def __init__(self, environment: dict[str, str], log: Path, *arguments: str) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dramatiq", "tests.ledger.app:setup_broker", *arguments],
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
+
+    def children(self) -> list[psutil.Process]:
+        """The processes that run consumers, and Python's own helpers beside them."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            for each in self.children():
+                each.kill()
+            self.process.kill()
+            raise
+
+    def says(self, text: str) -> bool:
+        """Whether the log has it."""
+        return text in self.log.read_text()
+
+
+@asynccontextmanager
+async def working(
+    environment: dict[str, str], settings: Settings, tmp_path: Path, *arguments: str
+) -> AsyncIterator[Worker]:
+    """A worker and a relay."""
+    arguments = arguments or ("-p", "1", "-t", "4")
+    worker = Worker(environment, tmp_path / "worker.log", *arguments)
+    relay = Relay(settings)
+    task = asyncio.create_task(relay.run())
+    try:
+        await until(lambda: worker.says("ready for action"), timeout=20)
+        yield worker
+    finally:
+        relay.stop()
+        await task
+        await asyncio.to_thread(worker.stop)
+
+
+async def is_state(ledger: Ledger, message_id: UUID, state: str) -> bool:
+    return await ledger.state(message_id) == state
+
+
+async def test_effects_of_many_events_happen_once(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path):
+        ids = [await ledger.publish() for _ in range(50)]
+        await until(lambda: all_completed(ledger), timeout=20)
+    assert [await ledger.effects(each[0]) for each in ids] == [1] * 50
+
+
+async def all_completed(ledger: Ledger) -> bool:
+    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state <> 'completed'")
+
+
+async def test_a_plain_def_consumer_runs_fails_and_is_limited(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path):
+        (fine,) = await ledger.publish(domain.Computed(subject_id=uuid4()))
+        (begins,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="begin"))
+        (fails,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="fail"))
+        (spins,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="spin"))
+        await until(lambda: is_state(ledger, fine, "completed"))
+        await until(lambda: is_state(ledger, begins, "dead"))
+        await until(lambda: is_state(ledger, fails, "dead"), timeout=20)
+
+        async def limited() -> bool:
+            row = await ledger.row(spins) or await ledger.dead_letter(spins)
+            return row is not None and "TimeLimitExceeded" in row["errors"]
+
+        await until(limited, timeout=20)
+    letter = await ledger.dead_letter(begins)
+    assert letter is not None
+    assert "`def` consumer cannot call begin()" in letter["reason"]
+
+
+async def test_what_a_killed_worker_ran_runs_again(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path) as worker:
+        (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="slow"))
+        await until(lambda: is_state(ledger, message_id, "running"))
+        for child in worker.children():
+            child.kill()
+        worker.process.kill()
+        worker.process.wait()
+        second = Worker(environment, tmp_path / "second.log", "-p", "1", "-t", "4")
+        try:
+            await until(lambda: is_state(ledger, message_id, "completed"), timeout=20)
+        finally:
+            await asyncio.to_thread(second.stop)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert row["attempts"] == 2
+    assert await ledger.effects(message_id) == 1
+
+
+async def test_poison_that_kills_its_worker_ends_as_a_dead_letter(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    """Dramatiq's master ends when a child was killed; a supervisor starts the next."""
+    relay = Relay(settings)
+    task = asyncio.create_task(relay.run())
+    (poison,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="kill"))
+    try:
+        for number in range(5):
+            worker = Worker(environment, tmp_path / f"{number}.log", "-p", "1", "-t", "1")
+            await until(
+                lambda process=worker.process: process.poll() is not None or is_dead(ledger, poison),  # type: ignore[misc]
+                timeout=30,
+            )
+            await until(lambda process=worker.process: gone_or_dead(process, ledger, poison), timeout=30)  # type: ignore[misc]
+            await asyncio.to_thread(worker.stop)
+            if await ledger.dead_letter(poison):
+                break
+    finally:
+        relay.stop()
+        await task
+    letter = await ledger.dead_letter(poison)
+    assert letter is not None
+    assert letter["reason"] == "worker lost"
+    assert letter["attempts"] == 4
+    assert await ledger.effects(poison) == 0
+
+
+async def is_dead(ledger: Ledger, message_id: UUID) -> bool:
+    return await ledger.dead_letter(message_id) is not None
+
+
+async def gone_or_dead(process: subprocess.Popen[bytes], ledger: Ledger, message_id: UUID) -> bool:
+    return process.poll() is not None or await is_dead(ledger, message_id)
+
+
+async def test_sigterm_releases_what_does_not_end_in_the_grace(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    environment["OUTBOX__SHUTDOWN_GRACE"] = "0.5"
+    async with working(environment, settings, tmp_path) as worker:
+        (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang"))
+        await until(lambda: is_state(ledger, message_id, "running"))
+        assert await asyncio.to_thread(worker.stop) == 0
+        row = await ledger.row(message_id)
+    assert row is not None
+    assert row["attempts"] == 0
+    assert row["state"] in ("pending", "dispatched")
+
+
+async def test_an_unknown_consumers_row_is_kept_for_a_worker_that_knows_it(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    (message_id,) = await ledger.publish()
+    await ledger.set(message_id, consumer="ledger.not_deployed_yet")
+    async with working(environment, settings, tmp_path):
+
+        async def postponed() -> bool:
+            row = await ledger.row(message_id)
+            return row is not None and "UnknownConsumer" in row["errors"] and row["attempts"] == 0
+
+        await until(postponed)
+
+
+async def test_bodies_nobody_can_run_hurt_no_neighbour(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    """Stock Dramatiq strands the neighbours of the first and loses a thread to the second."""
+    client = redis.asyncio.Redis.from_url(settings.broker.redis_url)
+    key = f"{settings.broker.namespace}:ledger"
+    other_queue = json.dumps(
+        {"queue_name": "nowhere", "actor_name": "ledger.react", "args": [str(uuid4())], "kwargs": {},
+         "options": {"redis_message_id": "b"}, "message_id": "b", "message_timestamp": 1}
+    )  # fmt: skip
+    bad = {"a": b"\xff not json", "b": other_queue, "c": b"{}", "d": b"[]", "e": b"null", "f": b'{"options": 3}'}
+    for name, body in bad.items():
+        await client.hset(f"{key}.msgs", name, body)
+        await client.rpush(key, name)
+    ids = [await ledger.publish() for _ in range(20)]
+    async with working(environment, settings, tmp_path, "-p", "1", "-t", "2"):
+        await until(lambda: all_completed(ledger), timeout=20)
+
+        async def drained() -> bool:
+            return not await client.exists(f"{key}.msgs", key)
+
+        await until(drained)
+    await client.aclose()
+    assert [await ledger.effects(each[0]) for each in ids] == [1] * 20
+
+
+@pytest.mark.parametrize("argument", ["not a uuid", 7, None, str(uuid4())])
+async def test_messages_with_odd_arguments_are_dropped(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, argument: object
+) -> None:
+    client = redis.asyncio.Redis.from_url(settings.broker.redis_url)
+    key = f"{settings.broker.namespace}:ledger"
+    for actor in ("ledger.react", "nobody.knows"):
+        unique = str(uuid4())
+        body = {"queue_name": "ledger", "actor_name": actor, "args": [argument], "kwargs": {},
+                "options": {"redis_message_id": unique}, "message_id": unique, "message_timestamp": 1}  # fmt: skip
+        await client.hset(f"{key}.msgs", unique, json.dumps(body))
+        await client.rpush(key, unique)
+    async with working(environment, settings, tmp_path, "-p", "1", "-t", "1"):
+        (message_id,) = await ledger.publish()
+        await until(lambda: is_state(ledger, message_id, "completed"))
+    await client.aclose()
+
+
+async def test_the_doorbell_rings_for_an_idle_worker(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    """From commit to start without polling: stock Dramatiq looks up to a second later."""
+    async with working(environment, settings, tmp_path):
+        client = redis.asyncio.Redis.from_url(settings.broker.redis_url)
+        channel = doorbell_channel(settings.broker.namespace, "ledger")
+        await until(lambda: subscribed(client, channel))
+        waits = []
+        for _ in range(10):
+            await asyncio.sleep(0.3)  # idle, so that a poller would have backed off
+            (message_id,) = await ledger.publish()
+            await until(lambda each=message_id: is_state(ledger, each, "completed"))  # type: ignore[misc]
+            row = await ledger.row(message_id)
+            assert row is not None
+            waits.append((row["started_at"] - row["created_at"]).total_seconds())
+        await client.aclose()
+    assert sorted(waits)[5] < 0.05
+
+
+async def subscribed(client: redis.asyncio.Redis, channel: str) -> bool:
+    ((_, count),) = await client.pubsub_numsub(channel)
+    return bool(count)
+
+
+async def test_a_dead_thread_ends_the_process(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    """Dramatiq would go on without it, and keep up its heartbeat."""
+    script = tmp_path / "site" / "sitecustomize.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import threading, time\n"
+        "def die():\n"
+        "    while not any(t.name == 'outbox-heartbeat' for t in threading.enumerate()): time.sleep(0.05)\n"
+        "    raise RuntimeError('a thread dies')\n"
+        "import dramatiq.worker as w\n"
+        "start = w.Worker.start\n"
+        "def patched(self):\n"
+        "    start(self); threading.Thread(target=die).start()\n"
+        "w.Worker.start = patched\n"
+    )
+    environment["PYTHONPATH"] = str(script.parent)
+    worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "1")
+    await until(lambda: worker.process.poll() is not None, timeout=30)
+    assert worker.says("worker.thread_died")
+    assert worker.process.returncode != 0
