@@ -19,7 +19,7 @@ from service.settings import load_settings
 if TYPE_CHECKING:
     from service.settings import SmtpSettings
 
-__all__ = ["MailRefusedError", "send"]
+__all__ = ["MailDeferredError", "MailRefusedError", "send"]
 
 # Refusals of our own account rather than of this e-mail: someone can repair it, so it is worth a retry.
 _ACCOUNT_CODES = {530, 534, 535, 538}
@@ -29,12 +29,16 @@ class MailRefusedError(Exception):
     """The server refused this e-mail for good (SMTP 5xx); sending it again would not help."""
 
 
+class MailDeferredError(Exception):
+    """The e-mail could not be sent now; a retry may succeed."""
+
+
 async def send(to: str, subject: str, text: str, *, idempotency_key: str) -> None:
     """Send a plain-text e-mail.
 
     Raises:
         MailRefusedError: the server refused it for good.
-        aiosmtplib.SMTPException, OSError: anything that a retry may cure.
+        MailDeferredError: anything that a retry may cure.
     """
     settings = load_settings().smtp
     message = EmailMessage()
@@ -44,12 +48,8 @@ async def send(to: str, subject: str, text: str, *, idempotency_key: str) -> Non
     message.set_content(text)
     try:
         await aiosmtplib.send(message, sender=settings.sender, recipients=[to], **_connection(settings))
-    except aiosmtplib.SMTPRecipientsRefused as error:
-        _raise_if_permanent(error.recipients[0], to)
-        raise
-    except (aiosmtplib.SMTPSenderRefused, aiosmtplib.SMTPDataError) as error:
-        _raise_if_permanent(error, to)
-        raise
+    except (aiosmtplib.SMTPException, OSError) as error:
+        raise _judged(error, to) from None  # the original repeats the address, and this ends up in logs and errors
 
 
 def _connection(settings: SmtpSettings) -> dict[str, Any]:
@@ -67,7 +67,13 @@ def _connection(settings: SmtpSettings) -> dict[str, Any]:
     }
 
 
-def _raise_if_permanent(error: aiosmtplib.SMTPResponseException, to: str) -> None:
-    if 500 <= error.code < 600 and error.code not in _ACCOUNT_CODES:
-        # Servers repeat the address, and this ends up in logs and dead letters.
-        raise MailRefusedError(f"{error.code} {error.message}".replace(to, "the recipient")) from error
+def _judged(error: Exception, to: str) -> Exception:
+    if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
+        error = error.recipients[0]
+    if not isinstance(error, aiosmtplib.SMTPResponseException):
+        return MailDeferredError(f"{type(error).__name__}: {error}".replace(to, "the recipient"))
+    answer = f"{error.code} {error.message}".replace(to, "the recipient")
+    about_this_mail = (aiosmtplib.SMTPRecipientRefused, aiosmtplib.SMTPSenderRefused, aiosmtplib.SMTPDataError)
+    if isinstance(error, about_this_mail) and 500 <= error.code < 600 and error.code not in _ACCOUNT_CODES:
+        return MailRefusedError(answer)
+    return MailDeferredError(answer)
