@@ -1,0 +1,85 @@
+"""The OpenAPI document tells the truth: Schemathesis, with its default checks and stateful links, finds nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from service.api import create_app
+from service.dev.places import ROOT
+from tests.real_servers import outside_environment
+from tests.waiting import until_sync
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from service.settings import Settings
+
+LISTENING = re.compile(r"running on (http://[0-9.:]+)")
+
+
+@pytest.fixture
+def api(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """The URL of an API process."""
+    command = [sys.executable, "-m", "uvicorn", "service.api:create_app", "--factory", "--port", "0"]
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)
+    try:
+        listening = until_sync(lambda: LISTENING.search(log.read_text()), what="the API")
+        assert listening is not None
+        yield listening[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_document_is_true(api: str, tmp_path: Path) -> None:
+    script = str(Path(sys.executable).with_name("schemathesis"))
+    command = [script, "--no-color", "run", f"{api}/openapi.json", "--seed", "1", "--max-examples", "30"]
+    hooks = {"SCHEMATHESIS_HOOKS": "tests.api.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, "--wait-for-schema", "10"],
+        cwd=tmp_path,
+        env=outside_environment() | hooks,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for phase in ("Coverage", "Fuzzing", "Stateful"):
+        assert re.search(rf"✅ +{phase}", run.stdout), run.stdout
+
+
+def _operations(document: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (f"{method} {path}", operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+
+
+def test_every_operation_documents_its_problems(settings: Settings) -> None:
+    document = create_app(settings).openapi()
+    for name, operation in _operations(document):
+        expected = {"500", "503", "504"}
+        if "requestBody" in operation:
+            expected |= {"400", "413", "415", "422"}
+        if "parameters" in operation:
+            expected |= {"422"}
+        assert expected <= set(operation["responses"]), name
+        for status, response in operation["responses"].items():
+            media_type = "application/json" if status < "400" else "application/problem+json"
+            assert set(response["content"]) == {media_type}, f"{name} {status}"
+
+
+def test_a_route_added_later_is_documented_too(settings: Settings) -> None:
+    app = create_app(settings)
+    app.openapi()
+    app.add_api_route("/later", lambda: None)
+    assert "503" in app.openapi()["paths"]["/later"]["get"]["responses"]
