@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -229,13 +230,13 @@ async def test_bodies_nobody_can_run_hurt_no_neighbour(
     assert [await ledger.effects(each[0]) for each in ids] == [1] * 20
 
 
-@pytest.mark.parametrize("argument", ["not a uuid", 7, None, str(uuid4())])
 async def test_messages_with_odd_arguments_are_dropped(
-    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, argument: object
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
     client = redis.asyncio.Redis.from_url(settings.broker.redis_url)
     key = f"{settings.broker.namespace}:ledger"
-    for actor in ("ledger.react", "nobody.knows"):
+    odd: list[object] = ["not a uuid", 7, None, {}, str(uuid4())]
+    for actor, argument in itertools.product(("ledger.react", "nobody.knows"), odd):
         unique = str(uuid4())
         body = {"queue_name": "ledger", "actor_name": actor, "args": [argument], "kwargs": {},
                 "options": {"redis_message_id": unique}, "message_id": unique, "message_timestamp": 1}  # fmt: skip
@@ -279,18 +280,23 @@ async def test_a_dead_thread_ends_the_process(
     script = tmp_path / "site" / "sitecustomize.py"
     script.parent.mkdir()
     script.write_text(
-        "import threading, time\n"
+        "import os, threading, time\n"
         "def die():\n"
-        "    while not any(t.name == 'outbox-heartbeat' for t in threading.enumerate()): time.sleep(0.05)\n"
+        f"    while not os.path.exists({str(tmp_path / 'now')!r}): time.sleep(0.02)\n"
         "    raise RuntimeError('a thread dies')\n"
         "import dramatiq.worker as w\n"
         "start = w.Worker.start\n"
         "def patched(self):\n"
-        "    start(self); threading.Thread(target=die).start()\n"
+        "    start(self); threading.Thread(target=die, daemon=True).start()\n"
         "w.Worker.start = patched\n"
     )
     environment["PYTHONPATH"] = str(script.parent)
     worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "1")
-    await until(lambda: worker.process.poll() is not None, timeout=30)
+    try:
+        await until(lambda: worker.says("ready for action"), timeout=20)
+        (tmp_path / "now").touch()
+        await until(lambda: worker.process.poll() is not None, timeout=20)
+    finally:
+        await asyncio.to_thread(worker.stop)
     assert worker.says("worker.thread_died")
     assert worker.process.returncode != 0
