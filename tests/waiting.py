@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -15,6 +15,22 @@ __all__ = ["until", "until_sync"]
 T = TypeVar("T")
 
 
+@overload
+async def until(
+    condition: Callable[[], Awaitable[T]],
+    *,
+    timeout: float = ...,
+    every: float = ...,
+    what: str = ...,  # noqa: ASYNC109
+) -> T: ...
+@overload
+async def until(
+    condition: Callable[[], T],
+    *,
+    timeout: float = ...,
+    every: float = ...,
+    what: str = ...,  # noqa: ASYNC109
+) -> T: ...
 async def until(
     condition: Callable[[], T | Awaitable[T]],
     *,

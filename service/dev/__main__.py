@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import signal
 import sys
@@ -11,7 +10,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from service.dev import up
 from service.dev.places import ROOT
-from service.dev.stack import URLS, clone_lock, clone_servers, configured, migrate, run_alembic, running_environment
+from service.dev.stack import (
+    URLS,
+    clone_lock,
+    clone_servers,
+    configured,
+    has_example,
+    migrate,
+    run_alembic,
+    running_environment,
+)
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
@@ -19,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def _demo() -> int:
-    if importlib.util.find_spec("service.dev.demo") is None:
+    if not has_example():
         print("the demo shows the example domain, which this checkout no longer has; try `make dev`", file=sys.stderr)
         return 1
     from service.dev import demo

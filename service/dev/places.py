@@ -43,6 +43,9 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[2]
 """The clone."""
 
+LASTING = Path("/var/tmp")  # noqa: S108  whatever is made in it is checked
+"""Where data survives a restart of the machine, open to every account."""
+
 
 class ServerError(ServiceError):
     """An embedded server cannot be started; the message is one line that says why."""
@@ -96,7 +99,7 @@ def _private_folder(path: Path) -> Path:
 def _shared_temporary() -> Path:
     """A directory for temporary files that the server's account can reach too."""
     account = server_account()
-    for candidate in (Path(tempfile.gettempdir()), Path("/var/tmp"), Path("/tmp")):  # noqa: S108  each is checked
+    for candidate in (Path(tempfile.gettempdir()), LASTING, Path("/tmp")):  # noqa: S108  each is checked
         if candidate.is_dir() and _open_to(candidate, account):
             return candidate
     raise ServerError("found no temporary directory that the server's account can reach; set TMPDIR")
@@ -108,8 +111,7 @@ def clone_data() -> Path:
         (ROOT / ".data").mkdir(exist_ok=True)
         return ROOT / ".data"
     name = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
-    lasting = Path("/var/tmp")  # noqa: S108  the folder made in it is checked
-    return _private_folder((lasting if lasting.is_dir() else _shared_temporary()) / f"outbox-data-{name}")
+    return _private_folder((LASTING if LASTING.is_dir() else _shared_temporary()) / f"outbox-data-{name}")
 
 
 @contextmanager

@@ -139,12 +139,15 @@ class Server(ABC):
 
     def log_tail(self) -> str:
         """The most telling line at the end of its log."""
-        try:
-            lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines()[-20:] if line.strip()]
-        except OSError:
-            lines = []
+        lines = self._last_lines()
         telling = [line for line in lines if any(word in line for word in ("FATAL", "ERROR", "# ", "error"))]
         return (telling or lines or ["it wrote no log"])[-1]
+
+    def _last_lines(self) -> list[str]:
+        try:
+            return [line.strip() for line in self.log.read_text(errors="replace").splitlines()[-20:] if line.strip()]
+        except OSError:
+            return []
 
     def _forget(self) -> None:
         if self._guard is not None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -32,6 +33,7 @@ __all__ = [
     "clone_servers",
     "configured",
     "embedded_servers",
+    "has_example",
     "migrate",
     "note_running",
     "outbox_command",
@@ -137,6 +139,11 @@ def migrate(environment: Mapping[str, str]) -> None:
         )
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     raise ServerError(f"migrating failed: {lines[-1] if lines else done.returncode}")
+
+
+def has_example() -> bool:
+    """Whether the example domain and the demo of it are still here."""
+    return all(importlib.util.find_spec(name) for name in ("service.domains.orders", "service.dev.demo"))
 
 
 def _program(module: str, *arguments: str) -> list[str]:

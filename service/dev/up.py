@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import socket
@@ -10,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import httpx
 
@@ -116,7 +116,7 @@ def _say_where(port: int, environment: Mapping[str, str]) -> None:
     lines += [f"database   {_shown(environment['DATABASE__URL'])}", f"broker     {_shown(environment['BROKER__URL'])}"]
     lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
     lines += ['settings   eval "$(.venv/bin/python -m service.dev env)", then for example: .venv/bin/outbox status']
-    if importlib.util.find_spec("service.dev.demo") is not None:
+    if stack.has_example():
         from service.dev.demo import try_it
 
         lines += ["", "Place an order and watch the log:", "", try_it(url)]
@@ -128,7 +128,7 @@ def _shown(url: str) -> str:
     from sqlalchemy.engine import make_url
 
     with suppress(Exception):
-        return make_url(url).render_as_string()
+        return unquote(make_url(url).render_as_string())
     return url.rpartition("@")[2]
 
 

@@ -58,6 +58,12 @@ class Valkey(Server):
         super().stop(mode)
         self.start()
 
+    def log_tail(self) -> str:
+        lines = self._last_lines()
+        if any("FATAL CONFIG FILE ERROR" in line for line in lines):
+            return ": ".join(lines[-2:]).removeprefix(">>> ")  # the setting, and what is wrong with it
+        return super().log_tail()
+
     def _socket(self) -> Path:
         if self._sockets is None:
             self._sockets = socket_folder(self.data_dir, "valkey.sock")

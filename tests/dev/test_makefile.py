@@ -1,0 +1,58 @@
+"""The Makefile's bootstrap: its help, and one line of advice where Python does not suffice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from service.dev.places import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """The files of a fresh clone that the bootstrap reads."""
+    for name in ("Makefile", "pyproject.toml", "requirements-dev.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def _python(folder: Path, script: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return f"PYTHON={path}"
+
+
+def test_make_alone_lists_the_targets_and_installs_nothing(fresh: Path) -> None:
+    done = _make(fresh)
+    assert done.returncode == 0
+    for target in ("demo", "test", "dev", "reset", "lint", "fmt", "lock", "migration"):
+        assert f"make {target} " in done.stdout
+    assert not (fresh / ".venv").exists()
+
+
+def test_too_old_a_python_is_one_line_of_advice(fresh: Path) -> None:
+    done = _make(fresh, "test", _python(fresh, "exit 1"))
+    assert done.returncode != 0
+    assert "no Python 3.11 or newer" in done.stderr.splitlines()[0]
+    assert not (fresh / ".venv").exists()
+
+
+def test_a_python_without_venv_is_one_line_of_advice(fresh: Path) -> None:
+    done = _make(fresh, "test", _python(fresh, 'case "$2" in *ensurepip*) exit 1;; esac'))
+    assert done.returncode != 0
+    assert "apt install python3-venv" in done.stderr.splitlines()[0]
