@@ -12,13 +12,17 @@ visible before it releases the lock, so whoever gets the lock also sees the stor
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from fastapi import Depends, Header, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from sqlalchemy import Integer, LargeBinary, Text, func, select
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
@@ -85,6 +89,15 @@ class IdempotencyKey(Base):
 
 
 @dataclass(frozen=True, slots=True)
+class _Keyed:
+    """The request that runs, its session and its key."""
+
+    request: Request
+    session: AsyncSession
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Claim:
     session: AsyncSession
     scope: str
@@ -97,7 +110,10 @@ class _Replay(Exception):  # noqa: N818  it carries the answer, it reports no er
         self.stored = stored
 
 
-async def _claim(
+_KEYED: ContextVar[_Keyed | None] = ContextVar("idempotency_key", default=None)
+
+
+async def _take_key(
     request: Request,
     session: Session,
     header: Annotated[
@@ -110,9 +126,25 @@ async def _claim(
         ),
     ] = None,
 ) -> None:
-    if header is None:
-        return
-    key = _parsed(request.headers.getlist("idempotency-key"))
+    given = header is not None
+    _KEYED.set(_Keyed(request, session, _parsed(request.headers.getlist("idempotency-key"))) if given else None)
+
+
+def _once(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(endpoint)
+    async def claim_and_run(*args: Any, **kwargs: Any) -> Any:
+        # Every dependency has been solved by now, so whoever may not make the request is not given its answer either.
+        if (keyed := _KEYED.get()) is not None:
+            keyed.request.state.idempotency_claim = await _claim(keyed)
+        if inspect.iscoroutinefunction(endpoint):
+            return await endpoint(*args, **kwargs)
+        return await run_in_threadpool(endpoint, *args, **kwargs)
+
+    return claim_and_run
+
+
+async def _claim(keyed: _Keyed) -> _Claim:
+    request, session, key = keyed.request, keyed.session, keyed.key
     scope = f"{getattr(request.state, 'principal', '')} {request.method} {request.url.path}"
     fingerprint = hashlib.sha256(request.url.query.encode() + b"\0" + await request.body()).digest()
     lock = int.from_bytes(hashlib.sha256(f"{scope} {key}".encode()).digest()[:8], "big", signed=True)
@@ -120,11 +152,10 @@ async def _claim(
         raise RequestInProgressError("The first request with this key has not been answered yet: repeat it later.")
     stored = await session.get(IdempotencyKey, (scope, key))
     if stored is None:
-        request.state.idempotency_claim = _Claim(session, scope, key, fingerprint)
-    elif stored.fingerprint != fingerprint:
+        return _Claim(session, scope, key, fingerprint)
+    if stored.fingerprint != fingerprint:
         raise ReusedKeyError("The key came with another body before: use a new key for a new request.")
-    else:
-        raise _Replay(stored)
+    raise _Replay(stored)
 
 
 def _parsed(values: list[str]) -> str:
@@ -143,15 +174,16 @@ def _parsed(values: list[str]) -> str:
 class IdempotentRoute(APIRoute):
     """A route whose POST and PATCH take `Idempotency-Key`: `APIRouter(route_class=IdempotentRoute)`.
 
-    A key is scoped to the method and the path, and to `request.state.principal`. Set that where you authenticate
-    (in a middleware), or one caller could be answered with the response of another who chose the same key.
+    A key is scoped to the method and the path, and to `request.state.principal`. Set that where you authenticate, in
+    a middleware or a dependency, or one caller could get the response of another who chose the same key.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if set(options.get("methods") or ()) & {"POST", "PATCH"}:
-            options["dependencies"] = [Depends(_claim), *(options.get("dependencies") or [])]
+            options["dependencies"] = [Depends(_take_key), *(options.get("dependencies") or [])]
             known = problem_responses(MalformedKeyError, RequestInProgressError)
             options["responses"] = known | (options.get("responses") or {})
+            endpoint = _once(endpoint)
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import time
+from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, HTTPException, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -73,6 +74,26 @@ async def store_other(body: Probe, session: Session) -> Probe:
     """The same under another path."""
     await _store(session, body.id + 1_000, body.name)
     return body
+
+
+async def _authenticated(request: Request) -> None:
+    user = request.headers.get("user")
+    if user is None:
+        raise HTTPException(401, "Who are you?")
+    request.state.principal = user
+
+
+@router.post("/own", status_code=201)
+async def store_own(body: Probe, session: Session, _user: Annotated[None, Depends(_authenticated)]) -> Probe:
+    """The same for callers who say who they are."""
+    await _store(session, body.id)
+    return body
+
+
+@router.post("/plain", status_code=201)
+def answer_from_thread(body: Probe) -> int:
+    """A `def` endpoint; every answer is another."""
+    return time.monotonic_ns()
 
 
 @router.post("/deferred", status_code=201)

@@ -10,14 +10,12 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from tests.api.serving import serve
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from tests.api.conftest import MakeApp, Sql
+    from tests.api.conftest import Sql
 
 ROWS = "SELECT count(*) FROM probe"
 KEYS = "SELECT count(*) FROM idempotency_key"
@@ -68,25 +66,24 @@ async def test_a_key_belongs_to_its_path(client: httpx.AsyncClient, sql: Sql) ->
     assert sql(ROWS) == "2"
 
 
-async def test_a_key_belongs_to_its_caller(make_app: MakeApp, sql: Sql) -> None:
-    class Authentication:
-        def __init__(self, app: ASGIApp) -> None:
-            self.app = app
-
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http":
-                scope.setdefault("state", {})["principal"] = dict(scope["headers"]).get(b"user", b"").decode()
-            await self.app(scope, receive, send)
-
-    app = make_app()
-    app.add_middleware(Authentication)
-    async with serve(app) as client:
-        for number, user in enumerate(("ada", "bob", "bob")):
-            headers = {"Idempotency-Key": "k", "User": user}
-            answer = await client.post("/probes", json={"id": min(number, 1)}, headers=headers)
-            assert answer.status_code == 201
-            assert ("Idempotency-Replayed" in answer.headers) == (number == 2)
+async def test_a_key_belongs_to_its_caller(client: httpx.AsyncClient, sql: Sql) -> None:
+    for number, user in enumerate(("ada", "bob", "bob")):
+        headers = {"Idempotency-Key": "k", "User": user}
+        answer = await client.post("/own", json={"id": min(number, 1)}, headers=headers)
+        assert answer.status_code == 201
+        assert ("Idempotency-Replayed" in answer.headers) == (number == 2)
     assert sql(ROWS) == "2"
+
+
+async def test_nothing_is_replayed_to_someone_who_may_not_ask(client: httpx.AsyncClient) -> None:
+    await client.post("/own", json={"id": 1}, headers={"Idempotency-Key": "k", "User": ""})
+    assert (await _post(client, "k", path="/own")).status_code == 401
+
+
+async def test_an_endpoint_that_is_no_coroutine(client: httpx.AsyncClient) -> None:
+    first, second, other = [await _post(client, key, path="/plain") for key in ("k", "k", "other")]
+    assert first.status_code == 201
+    assert first.content == second.content != other.content
 
 
 async def test_without_a_key_nothing_is_remembered(client: httpx.AsyncClient, sql: Sql) -> None:
