@@ -82,7 +82,7 @@ async def test_the_database_goes_and_comes_back(settings: Settings, own_postgres
             assert_away(await client.post("/probes", json={"id": 2}))
         own_postgres.start()
 
-        await until(lambda: _stores(client, 2), what="the API to recover")  # type: ignore[arg-type,return-value]
+        await until(lambda: _stores(client, 2), what="the API to recover")
     assert own_postgres.sql("SELECT count(*) FROM probe", "service") == "2"
 
 
