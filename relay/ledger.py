@@ -68,7 +68,8 @@ WITH expired AS MATERIALIZED (
 )
 UPDATE outbox_message AS message
 SET state = 'pending',
-    due_at = clock_timestamp() + LEAST($3::interval * (2 ^ LEAST(message.attempts - 2, 16)), $4::interval) * (0.5 + random() / 2),
+    due_at = clock_timestamp() + (0.5 + random() / 2)
+             * LEAST($3::interval * (2 ^ LEAST(message.attempts - 2, 16)), $4::interval),
     errors = CASE WHEN jsonb_array_length(errors) >= 10 THEN errors - 1 ELSE errors END
              || jsonb_build_array(jsonb_build_object(
                     'at', clock_timestamp(), 'attempt', attempts, 'type', 'WorkerLost',

@@ -17,8 +17,8 @@ from service.outbox import statements
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from datetime import timedelta
     from collections.abc import Awaitable, Callable
+    from datetime import timedelta
     from uuid import UUID
 
 __all__ = ["Heartbeat"]

@@ -24,8 +24,8 @@ from service.outbox.tables import AcceptedEvent, OutboxMessage
 from service.telemetry import current_headers
 
 if TYPE_CHECKING:
-    from uuid import UUID
     from typing import Any
+    from uuid import UUID
 
     from sqlalchemy import Connection
     from sqlalchemy.orm import Mapper

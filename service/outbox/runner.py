@@ -264,9 +264,7 @@ class Runner:
                     _log.warning("outbox.lease_lost", consumer=claim.consumer, message_id=str(claim.id))
             case _Failed(error, delay):
                 await statements.fail(connection, claim, describe(error, claim.payload), delay)
-                _log.warning(
-                    "outbox.failed", attempt=claim.attempts, retry_in=delay.total_seconds(), **_shown(error)
-                )
+                _log.warning("outbox.failed", attempt=claim.attempts, retry_in=delay.total_seconds(), **_shown(error))
             case _Dead(error, reason):
                 number = await statements.die(connection, claim, describe(error, claim.payload), reason[:500])
                 _log.error(

@@ -16,6 +16,7 @@ from service.outbox.failures import ERRORS_KEPT
 
 if TYPE_CHECKING:
     from uuid import UUID
+
     import asyncpg
 
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]

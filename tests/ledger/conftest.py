@@ -58,7 +58,8 @@ class Ledger:
     async def row(self, message_id: UUID) -> asyncpg.Record | None:
         """The outbox row."""
         return await self.connection.fetchrow(
-            "SELECT *, extract(epoch FROM due_at - clock_timestamp())::float8 AS due_in FROM outbox_message WHERE id = $1",
+            """SELECT *, extract(epoch FROM due_at - clock_timestamp())::float8 AS due_in
+               FROM outbox_message WHERE id = $1""",
             message_id,
         )
 

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from typing import TYPE_CHECKING
-from uuid import UUID  # noqa: TC003  pydantic reads the annotations at run time
+from uuid import UUID
 
 from sqlalchemy import text
 

@@ -52,7 +52,7 @@ async def broker(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
 async def queued(broker: redis.asyncio.Redis, settings: Settings, queue: str = "ledger") -> list[str]:
     """The row ids that wait in a queue."""
     ids = await broker.lrange(f"{settings.broker.namespace}:{queue}", 0, -1)
-    return [each.partition(":")[0] for each in ids]
+    return [str(each).partition(":")[0] for each in ids]
 
 
 async def test_an_event_reaches_the_queue(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import psutil
-import pytest
 import redis.asyncio
 
 from relay.loop import Relay
@@ -150,10 +149,6 @@ async def test_poison_that_kills_its_worker_ends_as_a_dead_letter(
     try:
         for number in range(5):
             worker = Worker(environment, tmp_path / f"{number}.log", "-p", "1", "-t", "1")
-            await until(
-                lambda process=worker.process: process.poll() is not None or is_dead(ledger, poison),  # type: ignore[misc]
-                timeout=30,
-            )
             await until(lambda process=worker.process: gone_or_dead(process, ledger, poison), timeout=30)  # type: ignore[misc]
             await asyncio.to_thread(worker.stop)
             if await ledger.dead_letter(poison):
@@ -214,7 +209,14 @@ async def test_bodies_nobody_can_run_hurt_no_neighbour(
         {"queue_name": "nowhere", "actor_name": "ledger.react", "args": [str(uuid4())], "kwargs": {},
          "options": {"redis_message_id": "b"}, "message_id": "b", "message_timestamp": 1}
     )  # fmt: skip
-    bad = {"a": b"\xff not json", "b": other_queue, "c": b"{}", "d": b"[]", "e": b"null", "f": b'{"options": 3}'}
+    bad: dict[str, str | bytes] = {
+        "a": b"\xff not json",
+        "b": other_queue,
+        "c": b"{}",
+        "d": b"[]",
+        "e": b"null",
+        "f": b'{"options": 3}',
+    }
     for name, body in bad.items():
         await client.hset(f"{key}.msgs", name, body)
         await client.rpush(key, name)
