@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from typer.exceptions import TyperException
 
 from relay import dead_letter_commands, queues, story_command
 from relay.console import CommandError, Exit
-from relay.output import error, note
+from relay.output import ReaderGoneError, error, note
 from relay.purge_command import purge
 from relay.status_command import status
 from service.errors import ConfigurationError
@@ -70,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments), prog_name="outbox", standalone_mode=False)
-        sys.stdout.flush()
         return int(code or Exit.OK)
     except CommandError as problem:
         error(str(problem))
@@ -82,9 +80,7 @@ def _run(arguments: Sequence[str]) -> int:
         return _usage(problem)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output had enough. The interpreter flushes stdout again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ReaderGoneError:
         return Exit.OK
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,9 +14,26 @@ from uuid import UUID
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Column", "age", "compact", "cut", "error", "line", "note", "plain", "print_json", "table", "timestamp"]
+__all__ = [
+    "Column",
+    "ReaderGoneError",
+    "age",
+    "compact",
+    "cut",
+    "error",
+    "line",
+    "note",
+    "plain",
+    "print_json",
+    "table",
+    "timestamp",
+]
 
 _GAP = 2
+
+
+class ReaderGoneError(Exception):
+    """Whoever read the output had enough of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +121,18 @@ def _jsonable(value: Any) -> Any:
 
 
 def line(text: str = "") -> None:
-    """The command's result."""
-    sys.stdout.write(text + "\n")
+    """The command's result.
+
+    Raises:
+        ReaderGoneError: when nobody reads it any more, as after `| head`.
+    """
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ReaderGoneError from None
 
 
 def note(text: str) -> None:

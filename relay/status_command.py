@@ -65,5 +65,3 @@ def _show(found: Status, *, watch: bool, json_: bool) -> None:
         if watch and sys.stdout.isatty():
             sys.stdout.write(_CLEAR)
         line(as_text(found))
-    if watch:
-        sys.stdout.flush()

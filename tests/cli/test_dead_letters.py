@@ -18,14 +18,27 @@ from tests.waiting import until, until_sync
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
+    from relay.console import Connection
+    from relay.resolve import Action
     from tests.cli.conftest import Outbox, Rows
 
     Start = Callable[[Sequence[str]], subprocess.Popen[str]]
 
 _OPEN = "SELECT count(*) FROM dead_letter WHERE resolution IS NULL"
 _MESSAGES = "SELECT count(*) FROM outbox_message"
+_WAITING = """
+SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE NOT granted AND datname = current_database()
+"""
+
+
+@pytest.fixture
+async def two_connections(database_url: str) -> AsyncIterator[tuple[Connection, Connection]]:
+    first, second = await asyncpg.connect(database_url), await asyncpg.connect(database_url)
+    yield first, second
+    first.terminate()
+    second.terminate()
 
 
 def test_list_shows_the_latest_first_within_80_columns(outbox: Outbox, rows: Rows) -> None:
@@ -298,35 +311,44 @@ def test_two_replays_at_once_share_the_work(start: Start, rows: Rows) -> None:
     assert rows.sql(_MESSAGES) == "2000"
 
 
-async def test_of_two_replays_of_one_exactly_one_wins(database_url: str, rows: Rows) -> None:
+@pytest.mark.parametrize("action", ["replay", "discard"])
+async def test_of_two_at_once_exactly_one_wins(
+    two_connections: tuple[Connection, Connection], rows: Rows, action: Action
+) -> None:
     rows.dead_letter()
-    first, second = await asyncpg.connect(database_url), await asyncpg.connect(database_url)
-    try:
-        transaction = first.transaction()
-        await transaction.start()
-        won = await resolve(first, "replay", [1], by="ann", why=None)
+    first, second = two_connections
+    async with first.transaction():
+        won = await resolve(first, action, [1], by="ann", why=None)
         waiting = asyncio.create_task(resolve(second, "replay", [1], by="bob", why=None))
-        await until(lambda: rows.sql("SELECT count(*) FROM pg_locks WHERE NOT granted") == "1")
-        await transaction.commit()
-        lost = await waiting
-    finally:
-        await first.close()
-        await second.close()
+        await until(lambda: rows.sql(_WAITING) == "1")
+    lost = await waiting
     assert (won.done, lost.done, lost.refused) == ([1], [], [1])
-    assert rows.sql("SELECT resolved_by FROM dead_letter") == "ann"
-    assert rows.sql(_MESSAGES) == "1"
+    assert rows.sql("SELECT resolution, resolved_by FROM dead_letter") == f"{action}ed|ann"
+    assert rows.sql(_MESSAGES) == ("1" if action == "replay" else "0")
 
 
-async def test_a_replay_wakes_a_sleeping_relay(database_url: str, rows: Rows) -> None:
+async def test_an_interrupt_in_mid_batch_knows_what_that_batch_did(
+    two_connections: tuple[Connection, Connection], rows: Rows
+) -> None:
+    rows.dead_letter(300)
+    other, operator = two_connections
+    async with other.transaction():
+        await other.execute("SELECT FROM dead_letter WHERE id = 7 FOR UPDATE")
+        replaying = asyncio.create_task(resolve(operator, "replay", range(1, 301), by="ann", why=None))
+        await until(lambda: rows.sql(_WAITING) == "1")
+        replaying.cancel()
+    outcome = await replaying
+    assert outcome.interrupted
+    assert outcome.done == list(range(1, 201))
+    assert rows.sql(_MESSAGES) == "200"
+
+
+async def test_a_replay_wakes_a_sleeping_relay(two_connections: tuple[Connection, Connection], rows: Rows) -> None:
     rows.dead_letter()
-    sleeping, operator = await asyncpg.connect(database_url), await asyncpg.connect(database_url)
+    sleeping, operator = two_connections
     woken = asyncio.Event()
-    try:
-        await sleeping.add_listener("outbox", lambda *_: woken.set())
-        await sleeping.execute("SELECT pg_advisory_lock(outbox_gate())")
-        await resolve(operator, "replay", [1], by="ann", why=None)
-        async with asyncio.timeout(5):
-            await woken.wait()
-    finally:
-        await sleeping.close()
-        await operator.close()
+    await sleeping.add_listener("outbox", lambda *_: woken.set())
+    await sleeping.execute("SELECT pg_advisory_lock(outbox_gate())")
+    await resolve(operator, "replay", [1], by="ann", why=None)
+    async with asyncio.timeout(5):
+        await woken.wait()
