@@ -5,39 +5,23 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
 __all__ = ["until", "until_sync"]
 
 T = TypeVar("T")
 
 
-@overload
 async def until(
-    condition: Callable[[], Awaitable[T]],
-    *,
-    timeout: float = ...,
-    every: float = ...,
-    what: str = ...,  # noqa: ASYNC109
-) -> T: ...
-@overload
-async def until(
-    condition: Callable[[], T],
-    *,
-    timeout: float = ...,
-    every: float = ...,
-    what: str = ...,  # noqa: ASYNC109
-) -> T: ...
-async def until(
-    condition: Callable[[], T | Awaitable[T]],
+    condition: Callable[[], Any],
     *,
     timeout: float = 10,  # noqa: ASYNC109  an assertion with its own message instead of a TimeoutError
     every: float = 0.02,
     what: str = "",
-) -> T:
+) -> Any:
     """Poll `condition` until it returns something true, and return that.
 
     Args:
@@ -51,7 +35,7 @@ async def until(
         failure: AssertionError | None = None
         try:
             outcome = condition()
-            value: T = await outcome if inspect.isawaitable(outcome) else outcome
+            value = await outcome if inspect.isawaitable(outcome) else outcome
             if value:
                 return value
         except AssertionError as error:
