@@ -11,10 +11,10 @@ from fastapi import FastAPI
 
 from service import domains, health
 from service.database import create_engine, session_factory
+from service.error_handlers import install_handlers, name_connect_failures
 from service.errors import ConfigurationError
 from service.middleware import BodyLimit, Deadline, RequestContext
 from service.openapi import install_openapi
-from service.problems import install_handlers, name_connect_failures
 from service.settings import Settings, load_settings
 from service.telemetry import configure_logging
 
