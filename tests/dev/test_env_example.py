@@ -27,7 +27,7 @@ def test_as_it_stands_it_sets_nothing() -> None:
 def test_uncommented_it_sets_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text(re.sub(r"^#(?=[A-Z])", "", example(), flags=re.MULTILINE))
-    settings = Settings(_env_file=file)  # type: ignore[call-arg]
+    settings = Settings(_env_file=file)
     assert settings.outbox == OutboxSettings()
     assert settings.smtp == SmtpSettings()
     assert settings.database.url.get_secret_value() == "postgresql://user:password@localhost:5432/service"

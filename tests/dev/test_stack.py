@@ -101,8 +101,8 @@ def test_reset_does_not_delete_without_being_told(clone: Path, monkeypatch: pyte
     ("arguments", "says"),
     [(["env"], "is not set"), (["migration", " "], "say what it does")],
 )
-def test_commands_say_what_is_missing(tmp_path: Path, arguments: list[str], says: str) -> None:
-    code = f"places.ROOT = stack.ROOT = Path({str(tmp_path)!r})\nsys.exit(main())"
+def test_commands_say_what_is_missing(server_folder: Path, arguments: list[str], says: str) -> None:
+    code = f"places.ROOT = stack.ROOT = Path({str(server_folder)!r})\nsys.exit(main())"
     imports = "import sys; from pathlib import Path; from service.dev import places, stack"
     run = f"{imports}; from service.dev.__main__ import main\n{code}"
     done = subprocess.run([sys.executable, "-c", run, *arguments], cwd=ROOT, capture_output=True, text=True)
