@@ -27,6 +27,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from relay.body import encode
 from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class RedisPublisher:
         timestamp = int(time.time() * 1000)
         for row in batch:
             unique = f"{row.id}:{transaction}"
-            arguments += (unique, _body(queue, row, unique, timestamp))
+            arguments += (unique, encode(queue, row, timestamp, unique))
         keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell"]
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
@@ -134,12 +135,3 @@ class RedisPublisher:
 
 def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__)[:200]
-
-
-def _body(queue: str, row: Handover, unique: str, timestamp: int) -> str:
-    """What `dramatiq.Message(...).encode()` makes of the same fields; names and ids need no escaping in JSON."""
-    trace = f',"traceparent":"{row.trace}"' if row.trace else ""
-    return (
-        f'{{"queue_name":"{queue}","actor_name":"{row.consumer}","args":["{row.id}"],"kwargs":{{}},'
-        f'"options":{{"redis_message_id":"{unique}"{trace}}},"message_id":"{row.id}","message_timestamp":{timestamp}}}'
-    )
