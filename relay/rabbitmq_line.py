@@ -1,0 +1,101 @@
+"""A connection to RabbitMQ with one channel on it, which can be given up at once.
+
+A connection that RabbitMQ has blocked or that hangs cannot be closed in good order: the farewell would wait behind
+everything that is stuck. What must stay true: `abort()` never waits, and whoever waits on the line then gets an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from aiormq import Channel, Connection, TransportFactory
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory
+from yarl import URL
+
+__all__ = ["Line"]
+
+# It logs every frame and, with a traceback, every connection that is lost; the relay reports the loss in one line.
+logging.getLogger("aiormq").setLevel(logging.CRITICAL)
+
+_HEARTBEAT = "20"
+_GOODBYE = 2.0
+
+
+class _Transport(TransportFactory):
+    """Makes the transport and keeps hold of it."""
+
+    def __init__(self, *, secure: bool) -> None:
+        self._factory = TLSTransportFactory() if secure else TCPTransportFactory()
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, self._writer = await self._factory.create(url, **kwargs)
+        return reader, self._writer
+
+    def abort(self) -> None:
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+
+class Line:
+    """A connection and a channel with publisher confirms. It is opened once and never mended."""
+
+    def __init__(self, url: str) -> None:
+        address = URL(url)
+        self._url = address.update_query(heartbeat=address.query.get("heartbeat", _HEARTBEAT))
+        self._transport = _Transport(secure=address.scheme == "amqps")
+        self._connection: Connection | None = None
+        self._channel: Channel | None = None
+
+    @property
+    def channel(self) -> Channel | None:
+        """The channel, once the line is open."""
+        return self._channel
+
+    async def open(self) -> Channel:
+        """Connect."""
+        self._connection = Connection(self._url, transport_factory=self._transport)
+        await self._connection.connect()
+        channel = await self._connection.channel()
+        assert isinstance(channel, Channel)
+        self._channel = channel
+        return channel
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was open and is no longer."""
+        return self._channel is not None and (self._channel.is_closed or self._connection_closed())
+
+    def _connection_closed(self) -> bool:
+        return self._connection is None or not self._connection.is_opened
+
+    def reason(self) -> BaseException | None:
+        """Why RabbitMQ ended the channel or the connection, where it did."""
+        if self._channel is None or not self._channel.is_closed or self._channel.closing.cancelled():
+            return None
+        return self._channel.closing.exception()
+
+    async def blocked(self) -> bool:
+        """Whether RabbitMQ has said that it takes nothing now: it is out of memory or of disk space."""
+        if self._connection is None or self._channel is None:
+            return False
+        try:
+            async with asyncio.timeout(0):
+                await self._connection.ready()
+        except TimeoutError:
+            return True
+        return False
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self._transport.abort()
+
+    async def close(self) -> None:
+        """Say goodbye, but do not wait long for the answer."""
+        if self._connection is None or self.ended:
+            return
+        farewell = asyncio.ensure_future(self._connection.close())
+        await asyncio.wait((farewell,), timeout=_GOODBYE)
+        self.abort()

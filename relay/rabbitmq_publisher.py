@@ -1,0 +1,200 @@
+"""Hands batches to RabbitMQ: publisher confirms, mandatory, a whole batch in flight at once.
+
+Queues are declared with the arguments of Dramatiq's own broker, whose workers may come first: any difference is
+refused. Its queues for delayed and for dead messages are left to the workers.
+
+What must stay true: a batch counts as handed over only when every message of it is confirmed and none was returned.
+Every queue has a connection of its own, because RabbitMQ slows a whole connection down for the sake of one queue and
+ends a whole channel over it. No wait is longer than `publish_timeout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiormq import AMQPChannelError, AMQPError, DeliveryError, spec
+
+from relay.body import encode
+from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError
+from relay.rabbitmq_line import Line
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from aiormq import Channel
+    from pamqp.common import FieldTable
+
+    from service.settings import BrokerSettings
+
+__all__ = ["RabbitmqPublisher"]
+
+T = TypeVar("T")
+
+_PROBE = ""
+"""The name of the line that asks whether RabbitMQ is well; no queue has an empty name."""
+
+_NOBODYS_QUEUE = "outbox.probe"
+
+_LONGEST_NAME = 200
+
+_LOOK_EVERY = 0.05
+"""Seconds between two looks whether RabbitMQ has blocked the connection."""
+
+_BROKER_AT_FAULT = (AMQPError, OSError, EOFError, RuntimeError, asyncio.CancelledError)
+
+
+class _SilentError(Exception):
+    """There was no answer in time."""
+
+
+class RabbitmqPublisher:
+    """The publisher for `amqp://` and `amqps://`."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self._url = settings.url.get_secret_value()
+        self._quorum = settings.quorum_queues
+        self._timeout = settings.publish_timeout
+        self._lines: dict[str, Line] = {}
+        self._given_up: set[asyncio.Task[Any]] = set()
+
+    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:  # noqa: ARG002
+        """See `Publisher.publish`.
+
+        A repeated hand-over is queued twice; the second copy finds nothing to claim.
+        """
+        timestamp = int(time.time() * 1000)
+        messages = [(row.id, encode(queue, row, timestamp).encode()) for row in batch]
+
+        async def hand_over(channel: Channel) -> int:
+            publications = (_publish(channel, queue, *message) for message in messages)
+            # All of them are waited for: one that is left behind would write to a connection that is given up.
+            outcomes = await asyncio.gather(*publications, _count(channel, queue), return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            waiting = outcomes[-1]
+            return waiting if isinstance(waiting, int) else 0
+
+        return await self._ask(queue, hand_over)
+
+    async def depth(self, queue: str) -> int:
+        """See `Publisher.depth`."""
+        return await self._ask(queue, lambda channel: _count(channel, queue))
+
+    async def ping(self) -> None:
+        """See `Publisher.ping`."""
+        await self._ping(self._timeout)
+
+    async def close(self) -> None:
+        """See `Publisher.close`."""
+        lines = list(self._lines.values())
+        self._lines.clear()
+        await asyncio.gather(*(line.close() for line in lines))
+
+    async def _ask(self, queue: str, question: Callable[[Channel], Awaitable[T]]) -> T:
+        """Ask on the queue's line; if there is no answer, find out whether that is the queue's fault."""
+        if not 0 < len(queue.encode()) <= _LONGEST_NAME:
+            raise QueueRefusedError("RabbitMQ has no queue of such a name")
+        try:
+            return await self._on_line(queue, question, self._timeout * 0.75)
+        except _SilentError:
+            await self._ping(self._timeout * 0.25)
+            raise QueueRefusedError("the queue did not answer in time") from None
+
+    async def _ping(self, seconds: float) -> None:
+        """Publish a message that no queue wants: RabbitMQ confirms it, unless it takes nothing at all."""
+        try:
+            await self._on_line(_PROBE, lambda channel: channel.basic_publish(b"", routing_key=_NOBODYS_QUEUE), seconds)
+        except _SilentError:
+            raise BrokerUnavailableError("RabbitMQ did not answer in time") from None
+        except QueueRefusedError as error:
+            raise BrokerUnavailableError(str(error)) from error
+
+    async def _on_line(self, name: str, question: Callable[[Channel], Awaitable[T]], seconds: float) -> T:
+        """Ask on a line, which is given up after any failure: the next question opens another."""
+        line = self._lines.get(name)
+        if line is None or line.ended:
+            line = self._lines[name] = Line(self._url)
+        # A task of its own, because aiormq cancels who waits on a connection that ends.
+        task = asyncio.ensure_future(self._talk(line, name, question))
+        try:
+            await _watch(line, task, seconds)
+            error = asyncio.CancelledError("the connection ended") if task.cancelled() else task.exception()
+            if error is not None:
+                raise _judged(line.reason() or error)
+            return task.result()
+        except BaseException:
+            self._give_up(name, line, task)
+            raise
+
+    async def _talk(self, line: Line, name: str, question: Callable[[Channel], Awaitable[T]]) -> T:
+        channel = line.channel
+        if channel is None:
+            channel = await line.open()
+            if name != _PROBE:
+                await self._declare(channel, name)
+        return await question(channel)
+
+    async def _declare(self, channel: Channel, queue: str) -> None:
+        arguments: FieldTable = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{queue}.XQ"}
+        if self._quorum:
+            arguments["x-queue-type"] = "quorum"
+        await channel.queue_declare(queue, durable=True, arguments=arguments)
+
+    def _give_up(self, name: str, line: Line, task: asyncio.Task[Any]) -> None:
+        if self._lines.get(name) is line:
+            del self._lines[name]
+        line.abort()
+        if not task.done():
+            task.cancel()
+            self._given_up.add(task)
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._given_up.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+
+async def _watch(line: Line, task: asyncio.Task[Any], seconds: float) -> None:
+    """Wait until the task is done."""
+    deadline = time.monotonic() + seconds
+    while not task.done():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise _SilentError
+        await asyncio.wait((task,), timeout=min(left, _LOOK_EVERY))
+        if not task.done() and await line.blocked():
+            raise BrokerUnavailableError("RabbitMQ takes no messages: it is out of memory or of disk space")
+
+
+async def _publish(channel: Channel, queue: str, message_id: str, body: bytes) -> None:
+    await channel.basic_publish(
+        body,
+        routing_key=queue,
+        mandatory=True,
+        properties=spec.Basic.Properties(delivery_mode=2, message_id=message_id),
+        wait=False,
+    )
+
+
+async def _count(channel: Channel, queue: str) -> int:
+    return (await channel.queue_declare(queue, passive=True)).message_count or 0
+
+
+def _judged(error: BaseException) -> BaseException:
+    """The same failure, by who is at fault."""
+    if isinstance(error, (AMQPChannelError, DeliveryError, ValueError)):
+        judged: BaseException = QueueRefusedError(_reason(error))
+    elif isinstance(error, _BROKER_AT_FAULT):
+        judged = BrokerUnavailableError(_reason(error))
+    else:
+        return error
+    judged.__cause__ = error
+    return judged
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__)[:200]
