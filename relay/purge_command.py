@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["purge"]
 
-_REPORT_EVERY = 50_000
+_REPORT_EVERY = 250_000
 
 
 def purge(
