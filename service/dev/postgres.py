@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -117,13 +119,9 @@ class Postgres(Server):
         if (account := server_account()) is not None:
             os.chown(fresh, account.uid, account.gid)
         options = ["--username=postgres", "--auth-local=trust", "--auth-host=scram-sha-256", "--encoding=UTF8"]
-        options += [
-            "--locale=C",
-            "--locale-provider=builtin",
-            "--builtin-locale=C.UTF-8",
-            "--no-sync",
-            "--no-instructions",
-        ]
+        options += ["--locale=C", "--no-sync", "--no-instructions"]
+        if _version() >= 17:
+            options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         initdb = [str(postgres_binaries() / "initdb"), f"--pgdata={fresh}", *options]
         made = subprocess.run(initdb, stdin=subprocess.DEVNULL, capture_output=True, text=True, **_identity())
         if made.returncode != 0:
@@ -134,9 +132,7 @@ class Postgres(Server):
         fresh.rename(self.data_dir)
 
     def _check_version(self, found: str) -> None:
-        command = [str(postgres_binaries() / "postgres"), "--version"]
-        ours = subprocess.run(command, capture_output=True, text=True, check=True, **_identity()).stdout.split()[2]
-        if ours.split(".")[0] != found:
+        if int(found) != (ours := _version()):
             raise ServerError(f"{self.data_dir} was made by PostgreSQL {found}, this is {ours}: run `make reset`")
 
     def _pid_file(self) -> list[str]:
@@ -171,6 +167,16 @@ class Postgres(Server):
         if self._sockets is not None and self._sockets != self.data_dir:
             shutil.rmtree(self._sockets, ignore_errors=True)
         self._sockets = None
+
+
+@cache
+def _version() -> int:
+    """The major version of the server that would be started."""
+    command = [str(postgres_binaries() / "postgres"), "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, **_identity()).stdout
+    found = re.search(r"\d+", said)
+    assert found is not None, said
+    return int(found[0])
 
 
 def _identity() -> dict[str, Any]:

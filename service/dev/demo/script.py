@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_ORDERS = 400
+_ORDERS = 320
 _QUIET_WITHIN = 60.0
 
 _started = time.monotonic()
@@ -72,13 +72,13 @@ async def _play(folder: Path) -> bool:
 async def _break_things(made: Stage, load: Load) -> None:
     orders = asyncio.create_task(load.run())
     try:
-        await _until_accepted(load, orders, 60)
+        await _until_accepted(load, orders, 50)
         died = await kill_worker(made, "worker-1")
         _say(f"worker-1: SIGKILL while {died} deliveries ran in it; started again")
-        await _until_accepted(load, orders, 140)
+        await _until_accepted(load, orders, 110)
         await kill_relay(made, "relay-1")
         _say("relay-1: SIGKILL with a batch marked and not committed, which PostgreSQL rolled back; started again")
-        await _until_accepted(load, orders, 200)
+        await _until_accepted(load, orders, 170)
         load.hurry = True
         wiped = await wipe_broker(made)
         load.hurry = False

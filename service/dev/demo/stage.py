@@ -34,7 +34,7 @@ __all__ = ["CLOCK", "REJECTED", "Stage", "shortened", "stage"]
 
 CLOCK = {
     "OUTBOX__LEASE": "3",
-    "OUTBOX__REDISPATCH_AFTER": "3",
+    "OUTBOX__REDISPATCH_AFTER": "5",
     "OUTBOX__MIN_BACKOFF": "200",
     "OUTBOX__MAX_BACKOFF": "2000",
     "OUTBOX__SHUTDOWN_GRACE": "5",
