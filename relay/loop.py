@@ -20,7 +20,7 @@ from relay.ledger import NO_FLOOR, Batch, Floor, QueueHead, queue_heads, recover
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
 from relay.purge import purge
 from relay.wakeup import SHORTEST_SLEEP, Wakeup
-from service.database import driver_arguments
+from service.database import bound_waits, driver_arguments
 from service.outbox.failures import backoff
 from service.telemetry import configure_logging, get_logger
 
@@ -33,6 +33,16 @@ _log = get_logger(__name__)
 
 _LONGEST_SLEEP = 15.0
 """Seconds. A lease or a pause may have begun since the relay looked."""
+
+_SESSION = {
+    "plan_cache_mode": "force_custom_plan",
+    "jit": "off",
+    # Ends the session of a relay that is stopped or gone while it holds the sleeper's lock.
+    "idle_session_timeout": f"{int(_LONGEST_SLEEP * 4)}s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+}
 
 _PURGE_EVERY = 60.0
 """Seconds between purges."""
@@ -88,22 +98,12 @@ class Relay:
             await self._publisher.close()
 
     async def _serve(self) -> None:
-        connection = await asyncpg.connect(
-            **driver_arguments(
-                self._settings.database,
-                "outbox-relay",
-                plan_cache_mode="force_custom_plan",
-                jit="off",
-                # Ends the session of a relay that is stopped or gone while it holds the sleeper's lock.
-                idle_session_timeout=f"{int(_LONGEST_SLEEP * 4)}s",
-                tcp_keepalives_idle="10",
-                tcp_keepalives_interval="5",
-                tcp_keepalives_count="3",
-            )
-        )
+        direct = self._settings.database.model_copy(update={"pooler": False})
+        connection = await asyncpg.connect(**driver_arguments(direct, "outbox-relay"))
         try:
             wakeup = Wakeup(connection)
             await wakeup.open()
+            await bound_waits(connection, **_SESSION)
             # Were PostgreSQL away for longer than a lease, every healthy lease would look expired now.
             self._spare_running_until = self._now() + self._outbox.lease / 2
             self._queues.clear()

@@ -69,7 +69,8 @@ class Heartbeat(threading.Thread):
                 async with asyncio.timeout(interval):
                     if connection is None or connection.is_closed():
                         connection = await self._connect()
-                    await statements.heartbeat(connection, leases, self._lease)
+                    async with connection.transaction():
+                        await statements.heartbeat(connection, leases, self._lease)
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 _log.warning("outbox.heartbeat_failed", error=type(error).__name__, leases=len(leases))
                 if connection is not None:

@@ -8,6 +8,7 @@ PostgreSQL uses up no attempts: a claim waits for it to come back.
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from uuid import UUID, uuid4
 import asyncpg
 from dramatiq.middleware import TimeLimitExceeded
 
-from service.database import driver_arguments, session_factory
+from service.database import bound_waits, driver_arguments, session_factory
 from service.errors import DeliveryError
 from service.outbox import statements
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
@@ -26,6 +27,8 @@ from service.outbox.heartbeat import Heartbeat
 from service.telemetry import get_logger, trace_context
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.outbox.statements import Claim
@@ -87,11 +90,14 @@ class Runner:
         self._settings: OutboxSettings = settings.outbox
         self._lease = timedelta(seconds=settings.outbox.lease)
         self._sessions = session_factory(engine, class_=DeliverySession)
+        prepare = None if settings.database.pooler else bound_waits
         arguments = driver_arguments(settings.database, "outbox-worker-ledger")
-        self._pool = asyncpg.create_pool(min_size=0, max_size=4, reset=_keep, **arguments)
+        self._pool = asyncpg.create_pool(min_size=0, max_size=4, init=prepare, reset=_keep, **arguments)
         self._heartbeat = Heartbeat(
             lambda: asyncpg.connect(**driver_arguments(settings.database, "outbox-worker-heartbeat")), self._lease
         )
+        # A pooler in transaction mode may give a statement's second half another server outside a transaction.
+        self._transactions = settings.database.pooler
         self._running: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._releasing = False
@@ -135,12 +141,21 @@ class Runner:
             await self._run_and_settle(claim, spec)
         return None
 
+    @asynccontextmanager
+    async def _ledger(self) -> AsyncIterator[statements.Connection]:
+        async with self._pool.acquire(timeout=10) as connection:
+            if self._transactions:
+                async with connection.transaction():
+                    yield connection
+            else:
+                yield connection
+
     async def _claim(self, message_id: UUID) -> Claim | None:
         token = uuid4()
         attempt = 0
         while not self._stopping:
             try:
-                async with self._pool.acquire(timeout=10) as connection:
+                async with self._ledger() as connection:
                     return await statements.claim(connection, message_id, token, self._lease)
             except _LEDGER_ERRORS as error:
                 attempt += 1
@@ -241,7 +256,7 @@ class Runner:
         attempt = 0
         while True:
             try:
-                async with self._pool.acquire(timeout=10) as connection:
+                async with self._ledger() as connection:
                     await self._apply(connection, claim, outcome)
             except _LEDGER_ERRORS as error:
                 attempt += 1

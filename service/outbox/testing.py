@@ -1,0 +1,210 @@
+"""Test kit: see what was published, and run consumers on the real database without a broker.
+
+    await assert_published(session, OrderPlaced, order_id=order.id)
+
+    async with inline_worker(settings, engine) as worker:
+        assert await worker.deliver_all() == ["orders.reserve_stock", "orders.send_confirmation"]
+
+What must stay true: nothing here stands in for anything. Consumers go through the worker's own `Runner`, with its
+claims, fences and retries, on the database they will have; only the relay and the broker are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import select, text
+
+from service.database import session_factory, transaction
+from service.outbox.consumers import Consumer, consumer_named, consumers_of
+from service.outbox.events import Event
+from service.outbox.publish import publish
+from service.outbox.runner import Runner
+from service.outbox.tables import DeadLetter, OutboxMessage
+from service.telemetry import trace_context
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+    from service.outbox.delivery import Delivery
+    from service.outbox.statements import Claim
+    from service.settings import Settings
+
+__all__ = ["InlineWorker", "assert_not_published", "assert_published", "inline_worker", "published"]
+
+E = TypeVar("E", bound=Event)
+
+_MOST = 1_000
+"""Deliveries after which `deliver_all` takes it for a consumer that publishes what it consumes."""
+
+_DUE = """
+SELECT id, consumer FROM outbox_message
+WHERE state = 'pending' AND due_at <= clock_timestamp() AND (:only = '' OR consumer = :only)
+  AND (CAST(:event_id AS uuid) IS NULL OR event_id = :event_id)
+  AND NOT id = ANY(CAST(:ran AS uuid[]))
+ORDER BY due_at, id LIMIT 1
+"""
+_MAKE_DUE = "UPDATE outbox_message SET due_at = clock_timestamp() WHERE state = 'pending' AND due_at > now()"
+_OUTCOME = """
+SELECT 'is ' || state || ': ' || coalesce(concat_ws(': ', errors -> -1 ->> 'type', errors -> -1 ->> 'message'), '')
+FROM outbox_message WHERE id = :id AND state <> 'completed'
+UNION ALL
+SELECT 'is a dead letter: ' || reason FROM dead_letter WHERE message_id = :id AND resolution IS NULL
+"""
+
+
+async def published(where: AsyncSession | AsyncConnection, event: type[E]) -> list[E]:
+    """Every event of this class that `where` can see, the oldest first.
+
+    A session sees what it has published itself, before any commit, and what others have committed. Events stay visible
+    when they are delivered, dead or replayed, until they are purged.
+
+    Raises:
+        AssertionError: for an event that nobody consumes: publishing it writes nothing.
+    """
+    if not consumers_of(event):
+        raise AssertionError(f"nobody consumes {event.event_type!r}, so publishing it leaves nothing to look for")
+    found: dict[UUID, dict[str, Any]] = {}
+    for table in (OutboxMessage, DeadLetter):
+        query = select(table.event_id, table.payload).where(table.event_type == event.event_type)
+        found |= {row.event_id: row.payload for row in await where.execute(query)}
+    return [event.model_validate(found[event_id]) for event_id in sorted(found)]
+
+
+async def assert_published(where: AsyncSession | AsyncConnection, event: type[E], **fields: Any) -> E:
+    """Assert that exactly one event of this class with these fields was published, and return it."""
+    everything = await published(where, event)
+    matching = [each for each in everything if _has(each, fields)]
+    if len(matching) != 1:
+        raise AssertionError(f"expected one {_shown(event, fields)}, found {len(matching)} among {everything}")
+    return matching[0]
+
+
+async def assert_not_published(where: AsyncSession | AsyncConnection, event: type[Event], **fields: Any) -> None:
+    """Assert that no event of this class with these fields was published."""
+    if matching := [each for each in await published(where, event) if _has(each, fields)]:
+        raise AssertionError(f"expected no {_shown(event, fields)}, found {matching}")
+
+
+def _has(event: Event, fields: dict[str, Any]) -> bool:
+    if unknown := fields.keys() - type(event).model_fields.keys():
+        raise AssertionError(f"{type(event).__name__} has no field {', '.join(sorted(unknown))}")
+    return all(getattr(event, name) == value for name, value in fields.items())
+
+
+def _shown(event: type[Event], fields: dict[str, Any]) -> str:
+    return f"{event.__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+
+class _RecordingRunner(Runner):
+    """The worker's runner; it keeps what a consumer raised, which the ledger holds only in words."""
+
+    raised: BaseException | None = None
+
+    def judge(self, error: BaseException, claim: Claim, spec: Consumer, delivery: Delivery) -> Any:
+        self.raised = error
+        return super().judge(error, claim, spec, delivery)
+
+
+class InlineWorker:
+    """Runs deliveries one after the other, in the test's own event loop. Made by `inline_worker`.
+
+    Attributes:
+        runner: What runs them; use it directly for deliveries at the same time or of the same message twice.
+    """
+
+    def __init__(self, runner: _RecordingRunner, engine: AsyncEngine) -> None:
+        self.runner = runner
+        self._sessions = session_factory(engine)
+
+    async def deliver_all(self, only: str | None = None, *, may_fail: bool = False) -> list[str]:
+        """Run whatever is due, and what is published meanwhile, until nothing is due.
+
+        A delivery runs at most once in a call: a retry waits for the next one, and `make_due` shortens the wait.
+
+        Args:
+            only: Run this consumer alone; what is due for others waits.
+            may_fail: Let failures become retries and dead letters, as they would in production.
+
+        Returns:
+            The consumers' names in the order they ran.
+
+        Raises:
+            AssertionError: when a delivery did not complete, caused by what its consumer raised.
+        """
+        return await self._drain(only, None, may_fail)
+
+    async def deliver(self, event: Event, to: str | None = None, *, may_fail: bool = False) -> list[str]:
+        """Publish an event in a transaction of its own and run its consumers, or one of them.
+
+        What they publish in turn waits for `deliver_all`.
+        """
+        async with transaction(self._sessions) as session:
+            event_id = publish(session, event)
+        return await self._drain(to, event_id, may_fail)
+
+    async def make_due(self) -> None:
+        """Let delayed events and retries come due now instead of later."""
+        async with transaction(self._sessions) as session:
+            await session.execute(text(_MAKE_DUE))
+
+    async def _drain(self, only: str | None, event_id: UUID | None, may_fail: bool) -> list[str]:
+        if only is not None and consumer_named(only) is None:
+            raise AssertionError(f"there is no consumer named {only!r}")
+        ran: dict[UUID, str] = {}
+        wanted = {"only": only or "", "event_id": event_id}
+        while (due := await self._next_due(wanted | {"ran": list(ran)})) is not None:
+            if len(ran) == _MOST:
+                raise AssertionError(f"{_MOST:,} deliveries, and more are due: does {due[1]} publish what it consumes?")
+            ran[due[0]] = due[1]
+            await self._run(*due, may_fail)
+        return list(ran.values())
+
+    async def _next_due(self, wanted: dict[str, Any]) -> tuple[UUID, str] | None:
+        async with self._sessions() as session:
+            row = (await session.execute(text(_DUE), wanted)).one_or_none()
+        return None if row is None else (row.id, row.consumer)
+
+    async def _run(self, message_id: UUID, consumer: str, may_fail: bool) -> None:
+        self.runner.raised = None
+        claim = await self.runner.deliver(message_id)
+        if claim is not None:
+            await self._run_in_thread(claim)
+        if may_fail:
+            return
+        async with self._sessions() as session:
+            failure = await session.scalar(text(_OUTCOME), {"id": message_id})
+        if failure is not None:
+            raise AssertionError(f"the delivery to {consumer} {failure}") from self.runner.raised
+
+    async def _run_in_thread(self, claim: Claim) -> None:
+        """What the worker does for a `def` consumer."""
+        spec = consumer_named(claim.consumer)
+        assert spec is not None
+        delivery = self.runner.delivery(claim, spec)
+        try:
+            with trace_context(claim.headers | {"causation_id": str(claim.id)}):
+                event = spec.event.model_validate(claim.payload)
+                await asyncio.to_thread(spec.fn, event, delivery)
+            outcome = self.runner.returned(claim, spec, delivery)
+        except Exception as error:  # noqa: BLE001  whatever a consumer raises is the delivery's outcome
+            outcome = self.runner.judge(error, claim, spec, delivery)
+        finally:
+            self.runner.forget(claim)
+        await self.runner.settle(claim, outcome)
+
+
+@asynccontextmanager
+async def inline_worker(settings: Settings, engine: AsyncEngine) -> AsyncIterator[InlineWorker]:
+    """A worker without a broker, on the database of `engine`, which must be that of `settings`."""
+    runner = _RecordingRunner(settings, engine)
+    await runner.open()
+    try:
+        yield InlineWorker(runner, engine)
+    finally:
+        await runner.close()
