@@ -129,7 +129,7 @@ async def raise_after_writing(what: str, session: Session) -> None:
     errors: dict[str, Exception] = {
         "bug": RuntimeError("the secret inside"),
         "http": HTTPException(403, "no"),
-        "business": RefusedError("Not today."),
+        "business": RefusedError("Not today, señor."),
     }
     raise errors[what]
 

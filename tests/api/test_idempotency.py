@@ -92,13 +92,12 @@ async def test_without_a_key_nothing_is_remembered(client: httpx.AsyncClient, sq
     assert sql(KEYS) == "0"
 
 
-@pytest.mark.parametrize(
-    "key", ["", '""', "two words", '"open', 'a"b', '"bad \\escape"', "k;a=1", "x" * 256, f'"{"x" * 256}"', "ü", '"ü"']
-)
-async def test_a_malformed_key_is_refused(client: httpx.AsyncClient, sql: Sql, key: str) -> None:
-    response = await client.post("/probes", json={"id": 1}, headers=[(b"Idempotency-Key", key.encode())])
-    assert response.status_code == 400
-    assert response.json()["code"] == "idempotency_key_malformed"
+async def test_a_malformed_key_is_refused(client: httpx.AsyncClient, sql: Sql) -> None:
+    bare = ["", "two words", "k;a=1", "x" * 256, "ü"]
+    quoted = ['""', '"open', 'a"b', '"bad \\escape"', f'"{"x" * 256}"', '"ü"']
+    for key in bare + quoted:
+        response = await client.post("/probes", json={"id": 1}, headers=[(b"Idempotency-Key", key.encode())])
+        assert (response.status_code, response.json()["code"]) == (400, "idempotency_key_malformed"), key
     assert sql(ROWS) == "0"
 
 

@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-m", "uvicorn", "service.api:create_app", "--factory
 
 def test_a_missing_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:
     environment = outside_environment() | {"BROKER__URL": "http://user:hidden@host", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     lines = ended.stderr.strip().splitlines()
     assert ended.returncode != 0
     assert len(lines) == 1
@@ -35,13 +35,13 @@ def test_the_process_serves_logs_json_and_stops(environment: dict[str, str], tmp
     with log.open("wb") as stderr:
         process = subprocess.Popen(COMMAND, cwd=ROOT, env=environment, stderr=stderr)
     try:
-        until_sync(lambda: "running on" in log.read_text())
+        until_sync(lambda: "running on" in log.read_text(), timeout=40, what="the API")
         line = next(each for each in _lines(log) if "running on" in each)
         url = next(word for word in json.loads(line)["event"].split() if word.startswith("http://"))
         with urllib.request.urlopen(f"{url}/openapi.json") as response:
             assert response.status == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) in (0, -signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
     finally:
         process.kill()
         process.wait()

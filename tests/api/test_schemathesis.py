@@ -31,7 +31,7 @@ def api(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)
     try:
-        listening = until_sync(lambda: LISTENING.search(log.read_text()), what="the API")
+        listening = until_sync(lambda: LISTENING.search(log.read_text()), timeout=40, what="the API")
         assert listening is not None
         yield listening[1]
     finally:
@@ -49,7 +49,7 @@ def test_the_document_is_true(api: str, tmp_path: Path) -> None:
         env=outside_environment() | hooks,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=110,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     for phase in ("Coverage", "Fuzzing", "Stateful"):

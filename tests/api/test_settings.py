@@ -8,6 +8,13 @@ from service.errors import ConfigurationError
 from service.settings import load_settings
 
 
+@pytest.fixture(autouse=True)
+def right_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has no default."""
+    monkeypatch.setenv("DATABASE__URL", "postgresql://user@host/service")
+    monkeypatch.setenv("BROKER__URL", "redis://host")
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
@@ -23,11 +30,7 @@ from service.settings import load_settings
         ("API__KEEP_IDEMPOTENCY_KEYS", "0"),
     ],
 )
-def test_a_wrong_setting(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], variable: str, value: str
-) -> None:
-    for name, right in environment.items():
-        monkeypatch.setenv(name, right)
+def test_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     load_settings()
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigurationError) as refused:
@@ -39,9 +42,7 @@ def test_a_wrong_setting(
 @pytest.mark.parametrize(
     "url", ["smtp://mail", "smtp+starttls://u:p@mail:587", "smtps://u:p%40@mail", "smtp://[::1]:25"]
 )
-def test_a_right_mail_server(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], url: str) -> None:
-    for name, right in environment.items():
-        monkeypatch.setenv(name, right)
+def test_a_right_mail_server(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("SMTP__URL", url)
     settings = load_settings()
     assert settings.smtp.url.get_secret_value() == url
