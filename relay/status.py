@@ -51,7 +51,7 @@ _PAUSED = (
     "SELECT queue, paused_at, clock_timestamp() - paused_at AS age, paused_by, why FROM paused_queue ORDER BY queue"
 )
 _RELAYS = """
-SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'outbox-relay%'
+SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'outbox-relay'
 """
 
 

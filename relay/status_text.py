@@ -36,8 +36,8 @@ def _lines(status: Status) -> Iterator[str]:
     yield f"broker      {'DOWN: ' + plain(status.broker_problem) if status.broker_problem else 'ok, ' + status.broker}"
     if status.database_problem:
         return
-    sessions = f"connected ({status.relays} session{'' if status.relays == 1 else 's'})"
-    yield f"relay       {sessions if status.relays else 'NONE is connected, so nothing is handed over: outbox relay'}"
+    relays = f"ok, {status.relays} connected" if status.relays else "NONE is connected: start one with `outbox relay`"
+    yield f"relay       {relays}"
     yield ""
     yield _table(status) if status.consumers else "Nothing is open."
     if status.completed.estimated:
