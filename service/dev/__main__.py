@@ -15,6 +15,7 @@ from service.dev.stack import (
     clone_lock,
     clone_servers,
     configured,
+    example,
     has_example,
     migrate,
     run_alembic,
@@ -30,9 +31,8 @@ def _demo() -> int:
     if not has_example():
         print("the demo shows the example domain, which this checkout no longer has; try `make dev`", file=sys.stderr)
         return 1
-    from service.dev import demo
-
-    return demo.run()
+    status: int = example().run()
+    return status
 
 
 def _migrate() -> int:

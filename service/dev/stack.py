@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import importlib.util
 import json
 import os
@@ -33,6 +34,7 @@ __all__ = [
     "clone_servers",
     "configured",
     "embedded_servers",
+    "example",
     "has_example",
     "migrate",
     "note_running",
@@ -48,6 +50,8 @@ DATABASE = "service"
 """Name of the database in an embedded server."""
 
 URLS = ("DATABASE__URL", "BROKER__URL")
+
+_DEMO = "service.dev.demo"
 
 
 def configured() -> dict[str, str]:
@@ -143,7 +147,12 @@ def migrate(environment: Mapping[str, str]) -> None:
 
 def has_example() -> bool:
     """Whether the example domain and the demo of it are still here."""
-    return all(importlib.util.find_spec(name) for name in ("service.domains.orders", "service.dev.demo"))
+    return all(importlib.util.find_spec(name) for name in ("service.domains.orders", _DEMO))
+
+
+def example() -> Any:
+    """The demo of the example domain, by name: this package works without it, and passes the type checker too."""
+    return importlib.import_module(_DEMO)
 
 
 def _program(module: str, *arguments: str) -> list[str]:

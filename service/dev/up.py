@@ -117,9 +117,7 @@ def _say_where(port: int, environment: Mapping[str, str]) -> None:
     lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
     lines += ['settings   eval "$(.venv/bin/python -m service.dev env)", then for example: .venv/bin/outbox status']
     if stack.has_example():
-        from service.dev.demo import try_it
-
-        lines += ["", "Place an order and watch the log:", "", try_it(url)]
+        lines += ["", "Place an order and watch the log:", "", stack.example().try_it(url)]
     print("\n".join([*lines, ""]), flush=True)
 
 

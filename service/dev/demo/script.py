@@ -161,7 +161,7 @@ async def _report(made: Stage, load: Load, dead_before: int) -> bool:
         (
             "handed over again",
             f"{counts.handed_over_again}",
-            "deliveries whose worker or broker message was lost",
+            "deliveries whose worker or message was lost, or that waited too long",
         ),
         (
             "commit to start",
