@@ -147,7 +147,9 @@ def migrate(environment: Mapping[str, str]) -> None:
 
 def has_example() -> bool:
     """Whether the example domain and the demo of it are still here."""
-    return all(importlib.util.find_spec(name) for name in ("service.domains.orders", _DEMO))
+    found = [importlib.util.find_spec(name) for name in ("service.domains.orders", _DEMO)]
+    # What `git rm` leaves behind of a package, its byte code, is a namespace without an origin.
+    return all(spec is not None and spec.origin is not None for spec in found)
 
 
 def example() -> Any:
