@@ -19,7 +19,7 @@ from uuid import UUID
 import asyncpg
 from sqlalchemy.engine import make_url
 
-from service.database import driver_arguments
+from service.driver import driver_arguments
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -20,11 +20,14 @@ from relay.ledger import NO_FLOOR, Batch, Floor, QueueHead, queue_heads, recover
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
 from relay.purge import purge
 from relay.wakeup import SHORTEST_SLEEP, Wakeup
-from service.database import bound_waits, driver_arguments
+from service.driver import bound_waits, driver_arguments
+from service.errors import ConfigurationError
 from service.outbox.failures import backoff
 from service.telemetry import configure_logging, get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from service.settings import Settings
 
 __all__ = ["Relay", "run"]
@@ -48,6 +51,14 @@ _PURGE_EVERY = 60.0
 """Seconds between purges."""
 
 _DATABASE_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+@contextmanager
+def _migrated() -> Iterator[None]:
+    try:
+        yield
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError) as error:
+        raise ConfigurationError("the database is not migrated: run `alembic upgrade heads`") from error
 
 
 class _Queue:
@@ -99,15 +110,22 @@ class Relay:
 
     async def _serve(self) -> None:
         direct = self._settings.database.model_copy(update={"pooler": False})
-        connection = await asyncpg.connect(**driver_arguments(direct, "outbox-relay"))
+        arguments = driver_arguments(direct, "outbox-relay")
+        connection = await asyncpg.connect(**arguments)
         try:
             wakeup = Wakeup(connection)
-            await wakeup.open()
+            notifier = await asyncpg.connect(**arguments)
+            try:
+                await wakeup.open(notifier)
+            finally:
+                await notifier.close(timeout=2)
             await bound_waits(connection, **_SESSION)
             # Were PostgreSQL away for longer than a lease, every healthy lease would look expired now.
             self._spare_running_until = self._now() + self._outbox.lease / 2
             self._queues.clear()
             self._wakeup = wakeup
+            with _migrated():
+                await queue_heads(connection)
             _log.info("relay.started")
             await self._rounds(connection, wakeup)
         finally:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from service.errors import ConfigurationError
 
@@ -48,25 +49,37 @@ class Wakeup:
         self._connection = connection
         self._notified = asyncio.Event()
         self._closing = False
+        self._payloads: list[object] = []
 
-    async def open(self) -> None:
+    async def open(self, notifier: asyncpg.Connection[asyncpg.Record]) -> None:
         """Listen, and prove it: a relay behind a pooler in transaction mode would never be told of anything.
 
+        Args:
+            notifier: Another connection made in the same way. What a session notifies itself of comes with the reply
+                and would get through any pooler.
+
         Raises:
-            ConfigurationError: when the session does not receive its own notification.
+            ConfigurationError: when this session, idle, does not receive the other's notification.
         """
         await self._connection.add_listener("outbox", self._on_notify)
-        await self._connection.execute("SELECT pg_notify('outbox', '')")
+        token = str(uuid4())
+        await notifier.execute("SELECT pg_notify('outbox', $1)", token)
         try:
             async with asyncio.timeout(5):
-                await self._notified.wait()
+                while token not in self._payloads:
+                    self._notified.clear()
+                    await self._notified.wait()
         except TimeoutError:
             raise ConfigurationError(
-                "DATABASE__URL: the relay does not receive its own notifications; give it a direct connection or a "
-                "pooler in session mode (PgBouncer in transaction mode swallows them)"
+                "DATABASE__URL: the relay is not told of notifications; give it a direct connection or a pooler in "
+                "session mode (PgBouncer in transaction mode swallows them)"
             ) from None
+        finally:
+            self._payloads.clear()
 
-    def _on_notify(self, *_: Any) -> None:
+    def _on_notify(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
+        if payload:
+            self._payloads.append(payload)
         self._notified.set()
 
     def wake(self) -> None:

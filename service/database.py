@@ -17,18 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase
 
 if TYPE_CHECKING:
-    import asyncpg
-
     from service.settings import DatabaseSettings
 
 __all__ = [
     "Base",
     "Session",
     "SessionFactory",
-    "bound_waits",
     "commit",
     "create_engine",
-    "driver_arguments",
     "session_factory",
     "transaction",
 ]
@@ -86,25 +82,6 @@ def create_engine(
         hide_parameters=True,  # they would stand in logs and in stored errors
         connect_args=connect_args,
     )
-
-
-def driver_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:
-    """Arguments for `asyncpg.connect` and `asyncpg.create_pool`, for the ledger's own statements."""
-    arguments: dict[str, Any] = {"dsn": settings.dsn, "timeout": settings.connect_timeout, "command_timeout": 30}
-    if settings.pooler:
-        return arguments | {"statement_cache_size": 0}
-    return arguments | {"server_settings": {"application_name": application_name}}
-
-
-async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: str) -> None:
-    """Set the session's timeouts, so that defaults of the database role can neither end nor hang a statement.
-
-    They are set here and not when connecting, where a pooler would refuse them; behind one in transaction mode they
-    would reach other sessions, so there they are the pooler's to set.
-    """
-    bounds = {"statement_timeout": "30s", "lock_timeout": "0", "idle_in_transaction_session_timeout": "10s", **more}
-    calls = ", ".join(f"set_config('{name}', ${number}, false)" for number, name in enumerate(bounds, start=1))
-    await connection.execute(f"SELECT {calls}", *bounds.values())
 
 
 def session_factory(engine: AsyncEngine, class_: type[AsyncSession] = AsyncSession) -> SessionFactory:

@@ -17,7 +17,8 @@ from uuid import UUID, uuid4
 import asyncpg
 from dramatiq.middleware import TimeLimitExceeded
 
-from service.database import bound_waits, driver_arguments, session_factory
+from service.database import session_factory
+from service.driver import bound_waits, driver_arguments
 from service.errors import DeliveryError
 from service.outbox import statements
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named

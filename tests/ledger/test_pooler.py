@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from service.settings import Settings
-    from tests.conftest import Where
     from tests.ledger.conftest import Ledger
+    from tests.real_servers import Where
 
 pytestmark = pytest.mark.skipif(
     shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin") is None,
@@ -57,7 +57,8 @@ def pgbouncer(folder: Path, upstream: str) -> Iterator[str]:
             shutil.chown(path, account.name)
     program = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin")
     assert program
-    process = subprocess.Popen([program, str(config)], user=account.name if account else None, stderr=subprocess.DEVNULL)
+    user = account.name if account else None
+    process = subprocess.Popen([program, str(config)], user=user, stderr=subprocess.DEVNULL)
     try:
         until_sync(lambda: (folder / "log").exists() and "process up" in (folder / "log").read_text())
         yield f"postgresql://postgres@127.0.0.1:{port}/{url.database}"

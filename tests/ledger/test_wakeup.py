@@ -11,17 +11,16 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import asyncpg
 import pytest
 
 from relay.ledger import queue_heads
 from relay.wakeup import Wakeup
-from service.errors import ConfigurationError
 from service.outbox import statements
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from service.dev.postgres import Postgres
+    import asyncpg
+
     from tests.ledger.conftest import Connect, Ledger
 
 INSERT = """
@@ -60,7 +59,7 @@ class Sleeper:
 @pytest.fixture
 async def sleeper(ledger: Ledger, connect: Connect) -> Sleeper:
     sleeper = Sleeper(await connect())
-    await sleeper.wakeup.open()
+    await sleeper.wakeup.open(await connect())
     return sleeper
 
 
@@ -184,7 +183,7 @@ async def test_of_two_idle_relays_one_sleeps_and_neither_holds_back_vacuum(
     ledger: Ledger, sleeper: Sleeper, connect: Connect
 ) -> None:
     other = Sleeper(await connect())
-    await other.wakeup.open()
+    await other.wakeup.open(await connect())
     first = await falls_asleep(ledger, sleeper)
     second = asyncio.create_task(other.sleep())
     await until(lambda: nothing_held_back(ledger), every=0.002)
@@ -204,7 +203,7 @@ async def nothing_held_back(ledger: Ledger) -> bool:
 async def test_a_sleepers_death_leaves_the_gate_open(ledger: Ledger, sleeper: Sleeper, connect: Connect) -> None:
     task = await falls_asleep(ledger, sleeper)
     heir = Sleeper(await connect())
-    await heir.wakeup.open()
+    await heir.wakeup.open(await connect())
     sleeper.connection.terminate()
     await wakes(task)
     await until(lambda: gate_is_free(ledger))
@@ -241,16 +240,3 @@ async def test_no_event_of_many_writers_is_missed_without_any_poll(
     async with asyncio.timeout(5):
         await consumer
     assert sleeper.sleeps > 10
-
-
-async def test_a_relay_that_is_not_notified_refuses_to_start(own_postgres: Postgres) -> None:
-    """As behind PgBouncer in transaction mode, where LISTEN is accepted and then lost."""
-    connection = await asyncpg.connect(own_postgres.url("service"))
-
-    class Deaf(Wakeup):
-        def _on_notify(self, *_: object) -> None:
-            pass
-
-    with pytest.raises(ConfigurationError, match="direct connection"):
-        await Deaf(connection).open()
-    await connection.close()
