@@ -19,7 +19,7 @@ from service.outbox import Delivery, Event, consumer, publish
 __all__ = ["SCHEMA", "ProbeHappened", "router"]
 
 SCHEMA = """
-CREATE TABLE probe (id int PRIMARY KEY, name text, later int CONSTRAINT later UNIQUE DEFERRABLE INITIALLY DEFERRED);
+CREATE TABLE probe (id int PRIMARY KEY, name varchar(200), later int CONSTRAINT later UNIQUE DEFERRABLE INITIALLY DEFERRED);
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON probe DEFERRABLE INITIALLY DEFERRED
 FOR EACH ROW WHEN (NEW.name = 'slow') EXECUTE FUNCTION slow();
@@ -67,6 +67,12 @@ async def store(body: Probe, session: Session, response: Response) -> Probe:
     await _store(session, body.id, body.name)
     response.headers["Location"] = f"/probes/{body.id}"
     return body
+
+
+@router.get("/probes")
+async def count(session: Session) -> int:
+    """How many there are."""
+    return (await session.execute(text("SELECT count(*) FROM probe"))).scalar_one()
 
 
 @router.post("/others", status_code=201)
