@@ -19,7 +19,8 @@ from service.outbox import Delivery, Event, consumer, publish
 __all__ = ["SCHEMA", "ProbeHappened", "router"]
 
 SCHEMA = """
-CREATE TABLE probe (id int PRIMARY KEY, name varchar(200), later int CONSTRAINT later UNIQUE DEFERRABLE INITIALLY DEFERRED);
+CREATE TABLE probe (id int PRIMARY KEY, name varchar(200), later int);
+ALTER TABLE probe ADD CONSTRAINT later UNIQUE (later) DEFERRABLE INITIALLY DEFERRED;
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON probe DEFERRABLE INITIALLY DEFERRED
 FOR EACH ROW WHEN (NEW.name = 'slow') EXECUTE FUNCTION slow();
@@ -72,7 +73,8 @@ async def store(body: Probe, session: Session, response: Response) -> Probe:
 @router.get("/probes")
 async def count(session: Session) -> int:
     """How many there are."""
-    return (await session.execute(text("SELECT count(*) FROM probe"))).scalar_one()
+    counted: int = (await session.execute(text("SELECT count(*) FROM probe"))).scalar_one()
+    return counted
 
 
 @router.post("/others", status_code=201)
