@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from service.api import create_app
@@ -52,7 +53,9 @@ def test_the_document_is_true(api: str, tmp_path: Path) -> None:
         timeout=110,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    for phase in ("Coverage", "Fuzzing", "Stateful"):
+    # Without a domain no operation links to another one.
+    linked = '"links"' in httpx.get(f"{api}/openapi.json", trust_env=False).text
+    for phase in ("Coverage", "Fuzzing", *(["Stateful"] if linked else [])):
         assert re.search(rf"✅ +{phase}", run.stdout), run.stdout
 
 
