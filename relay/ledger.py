@@ -37,10 +37,11 @@ class Floor:
 NO_FLOOR = Floor(datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 
 # Hands out each row that is due. A row handed out again and again without being claimed waits longer each time; the
-# exponent is bounded, because an interval out of range would abort the whole batch for ever.
+# exponent is bounded, because an interval out of range would abort the whole batch for ever. A locked row keeps its
+# place in the table (ctid) until the transaction ends, so the update finds it without an index.
 _TAKE = """
 WITH due AS MATERIALIZED (
-    SELECT id, due_at FROM outbox_message
+    SELECT ctid, id, due_at FROM outbox_message
     WHERE queue = $1 AND state <> 'completed' AND due_at <= now() AND (due_at, id) >= ($2, $3)
       AND (state <> 'running' OR ($6 AND attempts < 2))
     ORDER BY due_at, id LIMIT $4
@@ -52,7 +53,7 @@ SET state = 'dispatched',
     dispatches = message.dispatches + 1,
     dispatched_at = clock_timestamp(),
     due_at = clock_timestamp() + $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))
-FROM due WHERE message.id = due.id
+FROM due WHERE message.ctid = due.ctid
 RETURNING message.id::text, message.consumer, message.headers ->> 'traceparent',
           (SELECT due_at FROM last), (SELECT id FROM last)
 """

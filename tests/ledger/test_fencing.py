@@ -145,6 +145,24 @@ async def test_a_zombie_has_no_effect(ledger: Ledger, runner: Runner, meanwhile:
     assert await ledger.state(message_id) == before
 
 
+async def test_a_zombie_has_no_effect_while_another_worker_runs_its_row(ledger: Ledger, runner: Runner) -> None:
+    (message_id,) = await ledger.publish(domain.Gated(subject_id=uuid4()))
+    await ledger.set(message_id, state="dispatched", dispatches=1)
+    one, two = domain.Gate(), domain.Gate()
+    domain.GATES[str(message_id)] = [one, two]
+    zombie = asyncio.create_task(runner.deliver(message_id))
+    await one.reached.wait()
+    await ledger.set(message_id, state="dispatched", dispatches=2)
+    second = asyncio.create_task(runner.deliver(message_id))
+    await two.reached.wait()
+    one.opened.set()
+    await zombie
+    assert await ledger.effects(message_id) == 0
+    two.opened.set()
+    await second
+    assert await ledger.effects(message_id) == 1
+
+
 @pytest.mark.parametrize("how", ["fail", "die", "outside"])
 async def test_a_zombies_outcome_is_not_written(ledger: Ledger, connect: Connect, how: str) -> None:
     """Fail, die and complete match the token: the row of the second claim stays as it is."""
