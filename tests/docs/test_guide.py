@@ -1,0 +1,133 @@
+"""The guide in `service/domains/README.md` works as it stands: its steps are carried out in a copy of the project."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from service.dev.places import ROOT
+from service.dev.postgres import psql
+from tests.docs.pages import GUIDE, Block, blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.real_servers import Where
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+_LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+
+_HEAD = """\
+from datetime import timedelta
+from uuid import UUID
+from fastapi import Response
+from service import mail
+from service.database import Session
+from service.domains.reviews.models import Review
+from service.domains.reviews.routes import router
+from service.outbox import Delivery, Event, Retry, consumer, publish
+"""
+
+_CONSUMERS = """\
+import service.domains
+from service.outbox.consumers import registered_consumers
+service.domains.discover()
+service.domains.routers()
+import service.domains.reviews.moved
+print(*(spec.name for spec in registered_consumers()))
+"""
+
+
+class Clone:
+    """A copy of the project without any domain."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT, folder, ignore=_LEFT_OUT)
+        for parent in (folder / "service" / "domains", folder / "tests" / "domains"):
+            for domain in parent.iterdir():
+                if domain.is_dir():
+                    shutil.rmtree(domain)
+        for migration in (folder / "migrations" / "domains").glob("*.py"):
+            if not migration.stem.endswith("_start"):
+                migration.unlink()
+        self._installed = folder / "installed"
+        self._installed.touch()
+        # The nested run is no part of ours.
+        self._environment = {key: value for key, value in environment.items() if not key.startswith(("PYTEST", "MAKE"))}
+
+    def run(self, *command: str) -> str:
+        """Run a command in the copy; what it printed."""
+        done = subprocess.run(
+            command, cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=110
+        )
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def sh(self, script: str) -> str:
+        """Run lines of a shell; `make` takes the packages that are installed here."""
+        made = f'make() {{ command make VENV="{sys.prefix}" STAMP="{self._installed}" JOBS=0 "$@"; }}'
+        return self.run("sh", "-ec", f"{made}\n{script}")
+
+    def write(self, block: Block) -> None:
+        """Make the file that a block's title names, or add to it."""
+        file = self.folder / block.title.removeprefix("add to ")
+        text = block.text.partition("\n")[2]
+        file.write_text(file.read_text() + "\n\n" + text if block.title.startswith("add to ") else text)
+
+
+@pytest.fixture
+def clone(server_folder: Path, servers: Where, environment: dict[str, str]) -> Iterator[Clone]:
+    name = f"guide_{uuid4().hex[:12]}"
+    psql(servers.postgres, f'CREATE DATABASE "{name}"')
+    empty = servers.postgres.replace("/postgres?", f"/{name}?")
+    yield Clone(server_folder / "clone", environment | {"DATABASE__URL": empty})
+    psql(servers.postgres, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.mark.timeout(300)
+def test_the_guide_works_as_it_stands(clone: Clone) -> None:
+    ran = ""
+    for block in blocks(GUIDE):
+        if block.language == "sh":
+            ran += clone.sh(block.text)
+        elif block.language == "python" and block.title.endswith(".py") and not block.title.startswith("add to "):
+            clone.write(block)
+    assert "2 passed" in ran
+    assert [file.name for file in (clone.folder / "migrations" / "domains").glob("*_add_reviews.py")]
+    clone.run(sys.executable, "-m", "ruff", "check", "service/domains", "tests/domains", "migrations")
+    clone.run(sys.executable, "-m", "ruff", "format", "--check", "service/domains", "tests/domains", "migrations")
+    clone.run(str(Path(sys.executable).with_name("lint-imports")))
+
+
+def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
+    clone.run("mkdir", "service/domains/reviews")
+    clone.run("touch", "service/domains/reviews/__init__.py")
+    moved = clone.folder / "service/domains/reviews/moved.py"
+    moved.write_text(_HEAD)
+    for block in blocks(GUIDE, "python"):
+        if block.title.startswith("before"):
+            compile(block.text, "before", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        elif block.title == "after":
+            moved.write_text(moved.read_text() + block.text)
+        elif "tests/" not in block.title:
+            clone.write(block)
+    names = clone.run(sys.executable, "-c", _CONSUMERS).split()
+    expected = ["screen", "thank_author", "find_language", "render_card", "praise"]
+    assert {f"reviews.{name}" for name in expected} | {"moved.alert_moderators", "moved.resize"} <= set(names)
+
+
+def test_no_block_is_of_a_kind_that_nothing_tries() -> None:
+    assert {block.language for block in blocks(GUIDE)} <= {"python", "sh", "console", "sql"}
+    titles = [block.title for block in blocks(GUIDE, "python")]
+    assert all(title.endswith(".py") or title == "after" or title.startswith("before: ") for title in titles), titles
+    assert os.sep not in "".join(title for title in titles if title.startswith("before"))
