@@ -6,7 +6,10 @@ A `Wakeup` is asked to sleep for far longer than a test lasts, so whatever ends 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -19,6 +22,8 @@ from service.outbox import statements
 from tests.waiting import until
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import asyncpg
 
     from tests.ledger.conftest import Connect, Ledger
@@ -210,6 +215,30 @@ async def test_a_sleepers_death_leaves_the_gate_open(ledger: Ledger, sleeper: Sl
     heirs = await falls_asleep(ledger, heir)
     await ledger.publish()
     await wakes(heirs)
+
+
+async def test_a_ghost_sleeper_is_ended(
+    ledger: Ledger, environment: dict[str, str], tmp_path: Path, connect: Connect
+) -> None:
+    """A stopped relay process would hold the sleeper's lock for ever, and every commit would notify it."""
+    (tmp_path / "sitecustomize.py").write_text("import relay.loop as l\nl._SESSION['idle_session_timeout'] = '1s'\n")
+    with (tmp_path / "log").open("wb") as log:
+        path = f"{tmp_path}:{os.curdir}"
+        ghost = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "relay", "relay", env=environment | {"PYTHONPATH": path}, stderr=log
+        )
+    try:
+        await until(lambda: asleep(ledger), timeout=20)
+        ghost.send_signal(signal.SIGSTOP)
+        await until(lambda: gate_is_free(ledger), timeout=10)
+        heir = Sleeper(await connect())
+        await heir.wakeup.open(await connect())
+        task = await falls_asleep(ledger, heir)
+        await ledger.publish()
+        await wakes(task)
+    finally:
+        ghost.kill()
+        await ghost.wait()
 
 
 async def gate_is_free(ledger: Ledger) -> bool:
