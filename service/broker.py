@@ -6,13 +6,14 @@ the ledger, which keeps the row for a worker that does. A body that names anothe
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import dramatiq
 from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
-from dramatiq.errors import ActorNotFound
+from dramatiq.errors import ActorNotFound, ConnectionClosed
 
 from service.doorbell import DoorbellRedisBroker
 from service.telemetry import get_logger
@@ -52,7 +53,10 @@ class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
         self._quorum = settings.quorum_queues
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
-        return _OwnQueueOnly(super().consume(queue_name, prefetch, timeout), queue_name)
+        consumer = super().consume(queue_name, prefetch, timeout)
+        # The queue was declared on a connection of this thread's, which nobody would keep alive from here on.
+        del self.connection
+        return _CarefulConsumer(consumer, queue_name)
 
     def _declare_queue(self, queue_name: str) -> Any:
         arguments: dict[str, Any] = self._build_queue_arguments(queue_name)  # type: ignore[no-untyped-call]
@@ -61,26 +65,48 @@ class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
         return self.channel.queue_declare(queue=queue_name, durable=True, arguments=arguments)
 
 
-class _OwnQueueOnly(Consumer):
-    """Passes on what belongs to the queue it was fetched from."""
+class _CarefulConsumer(Consumer):
+    """A consumer that passes on only what a thread can run, and acknowledges only what it passed on.
+
+    A message that was fetched on a connection which has since ended is given out again by RabbitMQ. Its delivery tag
+    means another message on the connection after that.
+    """
 
     def __init__(self, consumer: Consumer, queue: str) -> None:
         self._consumer = consumer
         self._queue = queue
+        self._held: dict[int, MessageProxy] = {}
 
     def __next__(self) -> MessageProxy | None:
         message = next(self._consumer)
-        if message is not None and message.queue_name != self._queue:
-            _log.error("broker.wrong_queue", queue=self._queue)
+        if message is None:
+            return None
+        if not self._can_run(message):
+            _log.error("broker.unusable_message", queue=self._queue, message_id=str(message.message_id)[:100])
             self._consumer.nack(message)
             return None
+        self._held[id(message)] = message
         return message
 
+    def _can_run(self, message: MessageProxy) -> bool:
+        fields: dict[str, Any] = message.asdict()
+        return (
+            fields["queue_name"] == self._queue
+            and isinstance(fields["actor_name"], str)
+            and isinstance(fields["options"], dict)
+        )
+
     def ack(self, message: MessageProxy) -> None:
-        self._consumer.ack(message)
+        self._settle(self._consumer.ack, message)
 
     def nack(self, message: MessageProxy) -> None:
-        self._consumer.nack(message)
+        self._settle(self._consumer.nack, message)
+
+    def _settle(self, command: Callable[[MessageProxy], None], message: MessageProxy) -> None:
+        if self._held.pop(id(message), None) is not None:
+            # Dramatiq would hold the thread up for five seconds to try again, with nothing to gain.
+            with suppress(ConnectionClosed):
+                command(message)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         self._consumer.requeue(messages)
