@@ -1,0 +1,109 @@
+"""The worker's broker on RabbitMQ, taken by itself: what it acknowledges and what it leaves open."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+import dramatiq
+import pytest
+from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from pydantic import SecretStr
+
+from service.broker import make_broker
+from service.settings import BrokerSettings
+from tests.waiting import until_sync
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dramatiq.broker import Broker, Consumer, MessageProxy
+
+    from tests.rabbitmq.server import Rabbitmq
+
+
+@pytest.fixture
+def broker(rabbitmq: Rabbitmq) -> Iterator[Broker]:
+    broker = make_broker(BrokerSettings(url=SecretStr(rabbitmq.url)), [])
+    broker.declare_queue("ledger")
+    yield broker
+    broker.close()
+
+
+def send(broker: Broker) -> str:
+    message: dramatiq.Message[None] = dramatiq.Message("ledger", "any.actor", ("x",), {}, {})
+    return broker.enqueue(message).message_id
+
+
+def take(consumer: Consumer) -> MessageProxy:
+    message = until_sync(lambda: next(consumer), timeout=10, what="a message")
+    assert message is not None
+    return message
+
+
+def waiting(broker: Broker) -> int:
+    assert isinstance(broker, RabbitmqBroker)
+    counts: tuple[int, int, int] = broker.get_queue_message_counts("ledger")
+    return counts[0]
+
+
+async def test_an_enqueue_waits_for_its_confirmation(broker: Broker) -> None:
+    """Else a message to a deleted queue would be lost without a word."""
+    send(broker)
+    assert isinstance(broker, RabbitmqBroker)
+    broker.channel.queue_delete("ledger")
+    send(broker)
+    assert waiting(broker) == 1
+
+
+async def test_a_message_of_an_ended_connection_does_not_acknowledge_another(broker: Broker) -> None:
+    """Delivery tags begin again with every connection."""
+    send(broker)
+    first = broker.consume("ledger", timeout=200)
+    stale = take(first)
+    first.close()
+    second = broker.consume("ledger", timeout=200)
+    take(second)
+    second.ack(stale)
+    second.close()
+    assert waiting(broker) == 1
+
+
+async def test_an_acknowledgement_that_is_too_late_does_not_hold_the_thread_up(
+    broker: Broker, rabbitmq: Rabbitmq
+) -> None:
+    send(broker)
+    consumer = broker.consume("ledger", timeout=200)
+    message = take(consumer)
+    consumer.close()
+    consumer.ack(message)
+    assert waiting(broker) == 1
+
+
+async def test_an_acknowledgement_is_sent_at_once(broker: Broker, rabbitmq: Rabbitmq) -> None:
+    """The consumer that sends it sleeps in the meantime."""
+    send(broker)
+    consumer = broker.consume("ledger", timeout=60_000)
+    message = take(consumer)
+    began = time.monotonic()
+    sleeping = asyncio.create_task(asyncio.to_thread(next, consumer, None))
+    consumer.ack(message)
+
+    def nothing_is_open() -> bool:
+        return rabbitmq.control("list_queues", "name", "messages").split().count("0") == 3
+
+    await asyncio.to_thread(until_sync, nothing_is_open, timeout=20)
+    assert time.monotonic() - began < 20
+    assert not sleeping.done()
+    send(broker)
+    await sleeping
+    consumer.close()
+
+
+async def test_declaring_leaves_no_connection_behind(broker: Broker) -> None:
+    """Nobody would answer RabbitMQ's heartbeats on it."""
+    consumer = broker.consume("ledger", timeout=200)
+    assert isinstance(broker, RabbitmqBroker)
+    assert not broker.connections
+    consumer.close()
