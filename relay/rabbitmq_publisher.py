@@ -104,9 +104,15 @@ class RabbitmqPublisher:
             raise QueueRefusedError("the queue did not answer in time") from None
 
     async def _ping(self, seconds: float) -> None:
-        """Publish a message that no queue wants: RabbitMQ confirms it, unless it takes nothing at all."""
+        """Publish messages that no queue wants: RabbitMQ confirms them, unless it takes nothing at all."""
+
+        async def probe(channel: Channel) -> None:
+            # It blocks a connection only after the first message.
+            await channel.basic_publish(b"", routing_key=_NOBODYS_QUEUE)
+            await channel.basic_publish(b"", routing_key=_NOBODYS_QUEUE)
+
         try:
-            await self._on_line(_PROBE, lambda channel: channel.basic_publish(b"", routing_key=_NOBODYS_QUEUE), seconds)
+            await self._on_line(_PROBE, probe, seconds)
         except _SilentError:
             raise BrokerUnavailableError("RabbitMQ did not answer in time") from None
         except QueueRefusedError as error:
