@@ -29,8 +29,9 @@ __all__ = ["install_handlers", "name_connect_failures"]
 MAX_ERRORS = 20
 """Invalid fields listed at most, so that a small request never causes a large response."""
 
-# SQLSTATEs that a value in the request causes, beyond what the schemas catch: out of range, too long, NUL.
-_VALUE_STATES = {"22001", "22003", "22008", "22021", "22P05"}
+# SQLSTATEs that a value in the request causes, beyond what the schemas catch: refused by the driver (22000), too long,
+# out of range, NUL. Not all of class 22: a division by zero is a bug.
+_VALUE_STATES = {"22000", "22001", "22003", "22008", "22021", "22P05"}
 # Unique, foreign-key and exclusion violations: another request was faster.
 _CONFLICT_STATES = {"23503", "23505", "23P01"}
 # Connection, resources, intervention, system errors; then read-only after a failover, serialization, deadlock, lock.
@@ -127,7 +128,7 @@ async def _of_database(_request: Request, error: Exception) -> Response:
             return _away(str(error), error)
         case DBAPIError() if error.connection_invalidated or state[:2] in _AWAY_CLASSES or state in _AWAY_STATES:
             return _away(str(orig).partition("\n")[0], error)
-        case DBAPIError() if state in _VALUE_STATES or isinstance(getattr(orig, "__cause__", None), asyncpg.DataError):
+        case DBAPIError() if state in _VALUE_STATES:
             _log.warning("request.value_refused", sqlstate=state)
             return problem(422, detail="A value is out of range or contains a character that cannot be stored.")
         case DBAPIError() if state in _CONFLICT_STATES:

@@ -122,6 +122,12 @@ async def swallow(session: Session) -> None:
         return
 
 
+@router.post("/divided", status_code=201)
+async def divide(session: Session) -> None:
+    """A bug that PostgreSQL notices."""
+    await session.execute(text("SELECT 1 / count(*) FROM probe WHERE id = 0"))
+
+
 @router.post("/killed", status_code=201)
 async def lose_connection(session: Session) -> None:
     """Lose the connection in the middle."""

@@ -68,6 +68,10 @@ async def test_a_bug_shows_nothing_of_the_inside(client: httpx.AsyncClient) -> N
     assert "Traceback" not in response.text
 
 
+async def test_a_bug_in_a_statement_is_not_the_clients_fault(client: httpx.AsyncClient) -> None:
+    assert_problem(await client.post("/divided"), 500, "internal_error")
+
+
 JSON = {"Content-Type": "application/json"}
 
 
