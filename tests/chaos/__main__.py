@@ -1,0 +1,124 @@
+"""`make chaos`: run scenarios, a line each, and the totals."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tests.chaos.scenarios  # noqa: F401  registers them
+from service.dev.places import scratch
+from tests.chaos.launch import Forge
+from tests.chaos.scenario import SCENARIOS, Result, Scenario, run
+from tests.chaos.world import Ground
+from tests.real_servers import RealServers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_HEAD = f"{'SCENARIO':<32} {'SEED':>5} {'TOOK':>5} {'ACCEPTED':>8} {'FOUND':>5} {'EFFECTS':>7} {'LOST':>4} {'DUPL.':>5}"
+_HEAD += f" {'EXCUSED':>7} {'DEAD':>4} {'COPIES':>6} {'RECOVERED':>9}"
+
+
+def _line(result: Result) -> str:
+    verdict = result.verdict
+    name = f"{result.scenario.name:<32} {result.seed:>5} {result.took:>4.0f}s {verdict.accepted:>8} {result.found:>5}"
+    counts = f"{verdict.effects:>7} {len(verdict.lost):>4} {len(verdict.duplicated):>5} {verdict.excused:>7}"
+    rest = f"{verdict.dead:>4} {result.copies:>6} {result.recovered:>8.1f}s"
+    outcome = ("accused" if result.scenario.accuses else "ok") if result.passed else "FAILED"
+    return f"{name} {counts} {rest}  {outcome}"
+
+
+def _details(result: Result) -> list[str]:
+    verdict = result.verdict
+    kinds = {"wrong": result.wrong, "lost": verdict.lost, "duplicated": verdict.duplicated}
+    kinds["dead without reason"] = verdict.wrongly_dead
+    lines = [f"    {kind}: {each}" for kind, found in kinds.items() for each in found[:5]]
+    return lines + ([f"    {verdict.unfinished} rows are still open"] if verdict.unfinished else [])
+
+
+async def _sweep(chosen: Sequence[Scenario], seed: int, jobs: int, folder: Path, keep: Path | None) -> list[Result]:
+    with Forge() as forge:
+        ground = Ground(await asyncio.to_thread(RealServers._make_seed, folder / "seed"), forge)
+        return await _run_all(chosen, seed, jobs, folder, ground, keep)
+
+
+async def _run_all(
+    chosen: Sequence[Scenario], seed: int, jobs: int, folder: Path, ground: Ground, keep: Path | None
+) -> list[Result]:
+    places = asyncio.Semaphore(jobs)
+
+    async def one(which: Scenario) -> Result:
+        async with places:
+            own = folder / which.name
+            own.mkdir()
+            own.chmod(0o711)
+            result = await run(which, seed, own, ground)
+            print(_line(result), flush=True)
+            if not result.passed:
+                print("\n".join(_details(result)), flush=True)
+                print(f"    again: make chaos SCENARIO={which.name} SEED={seed}", flush=True)
+            if keep is not None:
+                shutil.copytree(own, keep / which.name, ignore=shutil.ignore_patterns("postgres", "valkey"), dirs_exist_ok=True)
+            shutil.rmtree(own, ignore_errors=True)
+            return result
+
+    return list(await asyncio.gather(*(one(which) for which in chosen)))
+
+
+def _chosen(names: str, *, slow: bool) -> list[Scenario]:
+    if not names:
+        chosen = [each for each in SCENARIOS.values() if each.slow == slow]
+        for each in chosen:
+            if not each.needs():
+                print(f"{each.name:<32} skipped: this machine lacks what it needs")
+        return [each for each in chosen if each.needs()]
+    wanted = names.split(",")
+    if unknown := [name for name in wanted if name not in SCENARIOS]:
+        raise SystemExit(f"no scenario named {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
+    return [SCENARIOS[name] for name in wanted]
+
+
+def main() -> int:
+    """Run what is asked for; 0 if every promise was kept."""
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--scenario", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--seed", default="")
+    parser.add_argument("--slow", action="store_true", help="the recovery scenarios, with the settings as shipped")
+    parser.add_argument("--jobs", type=int, default=0, help="scenarios at once; half of the processors by default")
+    parser.add_argument("--keep", type=Path, help="where to copy the processes' logs")
+    options = parser.parse_args()
+    seed = int(options.seed) if options.seed else random.SystemRandom().randrange(100_000)
+    jobs = options.jobs or max(1, (os.cpu_count() or 2) // 2)
+    began = time.monotonic()
+    print(_HEAD, flush=True)
+    with scratch() as folder:
+        results = asyncio.run(_sweep(_chosen(options.scenario, slow=options.slow), seed, jobs, folder, options.keep))
+    return _summary(results, time.monotonic() - began)
+
+
+def _summary(results: Sequence[Result], took: float) -> int:
+    honest = [result for result in results if not result.scenario.accuses]
+    accused = sum(result.passed for result in results if result.scenario.accuses)
+    lost = sum(len(result.verdict.lost) for result in honest)
+    duplicated = sum(len(result.verdict.duplicated) for result in honest)
+    failed = [result.scenario.name for result in results if not result.passed]
+    print(
+        f"{len(honest)} scenarios, {sum(result.verdict.accepted for result in honest):,} requests accepted, "
+        f"{sum(result.verdict.effects for result in honest):,} effects in {took:.0f} s; "
+        f"planted bugs accused: {accused} of {len(results) - len(honest)}"
+    )
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    print(f"lost={lost} duplicated={duplicated}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The domain that is attacked: small, and of the suite's own, so that it outlives the example.
+
+    POST /things ─► thing, event made ─┬─► chaos.book      booking and shard, in this database; publishes booked
+                                       └─► chaos.compute   tells the sink, from a `def` consumer
+                    event booked ────────► chaos.confirm   tells the sink, from an `async def` consumer
+
+No table has a constraint that would hide a repeated effect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import text
+
+from service.outbox import Delivery, Event, consumer, publish
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+__all__ = ["OUTSIDE", "POISON", "SCHEMA", "Poisoned", "ThingBooked", "ThingMade"]
+
+SCHEMA = """
+CREATE TABLE thing (subject_id uuid NOT NULL, how text NOT NULL);
+CREATE TABLE booking (subject_id uuid NOT NULL, message_id uuid NOT NULL, attempt int NOT NULL, pid int NOT NULL);
+CREATE TABLE shard (id int PRIMARY KEY, total bigint NOT NULL);
+INSERT INTO shard SELECT id, 0 FROM generate_series(0, 7) AS id;
+"""
+
+OUTSIDE = ("chaos.compute", "chaos.confirm")
+"""Consumers whose effect is at the sink."""
+
+POISON = ("fail", "kill", "kill_backend", "hang", "swallow", "block")
+"""What a poisonous event may do each time it is tried."""
+
+_PAUSE = 0.04
+
+
+class ThingMade(Event, type="chaos.made"):
+    subject_id: UUID
+    how: str = ""
+
+
+class ThingBooked(Event, type="chaos.booked"):
+    subject_id: UUID
+    how: str = ""
+
+
+class Poisoned(Event, type="chaos.poisoned"):
+    subject_id: UUID
+    how: str
+
+
+@consumer(ThingMade, queue="stock", name="chaos.book")
+async def book(event: ThingMade, delivery: Delivery) -> None:
+    """One booking, one more in a shard, one further event; all or nothing."""
+    await misbehave(event.how, delivery.attempt)
+    async with delivery.begin() as session:
+        await write_booking(session, event.subject_id, delivery)
+        await asyncio.sleep(1.0 if event.how == "slow" else random.uniform(0, _PAUSE))
+        await count_booking(session, event.subject_id)
+        publish(session, ThingBooked(subject_id=event.subject_id, how=event.how))
+
+
+async def misbehave(how: str, attempt: int) -> None:
+    """What an ordinary event may be asked to do in its first attempts only."""
+    match how, attempt:
+        case "linger", 1:
+            await asyncio.sleep(25)
+        case "linger", 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "long", 1:
+            await asyncio.sleep(40)
+
+
+async def write_booking(session: AsyncSession, subject: UUID, delivery: Delivery) -> None:
+    """The first half of the effect."""
+    await session.execute(
+        text("INSERT INTO booking VALUES (:subject, :message, :attempt, :pid)"),
+        {"subject": subject, "message": delivery.idempotency_key, "attempt": delivery.attempt, "pid": os.getpid()},
+    )
+
+
+async def count_booking(session: AsyncSession, subject: UUID) -> None:
+    """The second half: it shows a lost or repeated update even where rows look right."""
+    await session.execute(text("UPDATE shard SET total = total + 1 WHERE id = :id"), {"id": subject.int % 8})
+
+
+if not os.environ.get("CHAOS_OLD"):  # a worker that was deployed before this consumer was written
+
+    @consumer(ThingBooked, queue="mail", name="chaos.confirm")
+    async def confirm(event: ThingBooked, delivery: Delivery) -> None:
+        """An effect outside the database, and a while until the delivery is completed."""
+        async with delivery.read() as session:
+            await session.execute(text("SELECT 1"))
+        await asyncio.sleep(random.uniform(0, _PAUSE))
+        await tell_sink(_copy(event.subject_id, delivery))
+        await asyncio.sleep(random.uniform(0, _PAUSE))
+
+
+@consumer(ThingMade, queue="mail", name="chaos.compute")
+def compute(event: ThingMade, delivery: Delivery) -> None:
+    """The same from a thread."""
+    time.sleep(random.uniform(0, _PAUSE))
+    tell_sink_blocking(_copy(event.subject_id, delivery))
+    time.sleep(random.uniform(0, _PAUSE))
+
+
+@consumer(Poisoned, queue="poison", name="chaos.suffer", max_retries=2, time_limit=1_500)
+async def suffer(event: Poisoned, delivery: Delivery) -> None:
+    """Never succeeds."""
+    match event.how:
+        case "fail":
+            raise RuntimeError("as always")
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            await asyncio.sleep(3600)
+        case "block":
+            time.sleep(4)  # noqa: ASYNC251  the misbehaviour under test
+            raise RuntimeError("blocked the loop for longer than a lease")
+        case "swallow":
+            await _swallow()
+        case "kill_backend":
+            async with delivery.begin() as session:
+                await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+
+async def _swallow() -> None:
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            continue
+
+
+def _copy(subject: UUID, delivery: Delivery) -> bytes:
+    document: dict[str, Any] = {
+        "key": delivery.idempotency_key,
+        "subject": str(subject),
+        "consumer": delivery.consumer,
+        "attempt": delivery.attempt,
+        "pid": os.getpid(),
+    }
+    return json.dumps(document).encode() + b"\n"
+
+
+def _sink() -> tuple[str, int]:
+    host, _, port = os.environ["CHAOS_SINK"].partition(":")
+    return host, int(port)
+
+
+async def tell_sink(copy: bytes) -> None:
+    """Send, and wait for the acknowledgement."""
+    async with asyncio.timeout(2):
+        reader, writer = await asyncio.open_connection(*_sink())
+        try:
+            writer.write(copy)
+            if await reader.readline() != b"ok\n":
+                raise ConnectionError("the sink did not acknowledge")
+        finally:
+            writer.close()
+
+
+def tell_sink_blocking(copy: bytes) -> None:
+    """The same for a thread."""
+    with socket.create_connection(_sink(), timeout=2) as connection:
+        connection.sendall(copy)
+        if connection.recv(3) != b"ok\n":
+            raise ConnectionError("the sink did not acknowledge")

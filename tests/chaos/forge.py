@@ -1,0 +1,92 @@
+"""Forks the processes under attack from one that has imported everything, so that starting one costs no CPU seconds.
+
+    python -m tests.chaos.forge
+    {"argv": ["dramatiq", "-p", "1"], "environment": {...}, "log": "worker-1.log"}     answers its process id
+
+What must stay true: a forked process is like one started by its command: an environment, a process group, signal
+handlers and a random generator of its own, and nothing of the service was configured before the fork. When stdin ends,
+every group is killed.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import random
+import runpy
+import signal
+import sys
+from contextlib import suppress
+from typing import Any
+
+_PRELOADED = ("tests.chaos.app", "relay.cli", "relay.loop", "uvicorn.main", "uvicorn.protocols.http.httptools_impl",
+              "uvicorn.lifespan.on", "uvloop", "dramatiq.cli", "relay.redis_publisher", "relay.rabbitmq_publisher")  # fmt: skip
+
+
+def _become(request: dict[str, Any]) -> None:
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    random.seed()
+    for variable, module in (("CHAOS_GAPS", "tests.chaos.gaps"), ("CHAOS_BUG", "tests.chaos.bugs")):
+        if os.environ.get(variable):
+            importlib.import_module(module)
+    sys.argv = request["argv"]
+    if sys.argv[0] == "outbox":
+        from relay.cli import main
+
+        main()
+    else:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def _fork(request: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        with suppress(OSError):  # whichever of the two is first
+            os.setpgid(pid, pid)
+        return pid
+    status = 70
+    try:
+        _become(request)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001  the process under attack ends with a traceback, as it would by itself
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    """Fork on demand until stdin ends."""
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects them; whether one lives, its id tells
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("ready", flush=True)
+    groups: list[int] = []
+    # No buffered reading: a child must not inherit requests that are not for it.
+    with os.fdopen(os.dup(0), "rb", buffering=0) as requests:
+        while line := requests.readline():
+            groups.append(_fork(json.loads(line)))
+            print(groups[-1], flush=True)
+    for group in groups:
+        with suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

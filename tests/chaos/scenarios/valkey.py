@@ -1,0 +1,145 @@
+"""The broker forgets, fills up, refuses, or answers late."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+
+import redis
+
+from tests.chaos.scenario import scenario
+from tests.chaos.world import Plan, World
+
+QUEUES = ("stock", "mail")
+
+
+@scenario()
+async def valkey_flushed(world: World) -> None:
+    """FLUSHALL, again and again."""
+    for _ in range(4):
+        await world.wait(world.dice.uniform(1, 2.5))
+        async with world.broker() as broker:
+            await broker.flushall()
+
+
+@scenario()
+async def valkey_lists_deleted(world: World) -> None:
+    """The lists of ids vanish and their bodies stay, then the bodies vanish and the ids stay."""
+    world.fleet.freeze("worker-1")
+    world.fleet.freeze("worker-2")
+    await world.wait(1.5)
+    async with world.broker() as broker:
+        await broker.delete(*(f"dramatiq:{queue}" for queue in QUEUES))
+        await world.wait(1.5)
+        await broker.delete(*(f"dramatiq:{queue}.msgs" for queue in QUEUES))
+    world.fleet.resume()
+    await world.wait(1)
+
+
+@scenario()
+async def valkey_restarted(world: World) -> None:
+    """Killed and started again without persistence, once at once and once after a while."""
+    for away in (0.0, 3.0):
+        await world.wait(2)
+        await asyncio.to_thread(world.valkey.kill)
+        await world.wait(away)
+        await asyncio.to_thread(world.valkey.start)
+    await world.wait(1)
+
+
+@scenario()
+async def valkey_full(world: World) -> None:
+    """At its memory limit it refuses every write, also the workers' own."""
+    async with world.broker() as broker:
+        for _ in range(2):
+            await world.wait(1.5)
+            await broker.config_set("maxmemory", 1)
+            await world.wait(4)
+            await broker.config_set("maxmemory", 0)
+
+
+@scenario()
+async def valkey_read_only(world: World) -> None:
+    """It becomes a replica of nobody for a while."""
+    async with world.broker() as broker:
+        for _ in range(2):
+            await world.wait(1.5)
+            await broker.execute_command("REPLICAOF", "127.0.0.1", "1")
+            await world.wait(3)
+            await broker.execute_command("REPLICAOF", "NO", "ONE")
+
+
+@scenario()
+async def valkey_stalls(world: World) -> None:
+    """It stands still for 7 s: longer than the relay waits, so what it then executes has no reader any more."""
+    await world.wait(1.5)
+    assert world.valkey.pid is not None
+    os.kill(world.valkey.pid, signal.SIGSTOP)
+    await world.wait(7)
+    os.kill(world.valkey.pid, signal.SIGCONT)
+    await world.wait(1)
+
+
+@scenario(Plan(proxied=True))
+async def valkey_answers_late(world: World) -> None:
+    """It executes what the relays ask for, and the answers come after they have given up."""
+    await world.wait(1)
+    await world.network.set("relay-*:broker", "stall_replies")
+    await world.wait(5)
+    await world.network.set("relay-*:broker", "clear")
+    await world.wait(1)
+
+
+@scenario()
+async def valkey_drops_clients(world: World) -> None:
+    """Every connection is closed by the server, several times."""
+    async with world.broker() as broker:
+        for _ in range(6):
+            await world.wait(world.dice.uniform(0.5, 1.5))
+            await broker.execute_command("CLIENT", "KILL", "TYPE", "normal")
+            with suppress(redis.ResponseError):
+                await broker.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+
+_ODD_BODIES = (
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"\xff\xfe\x00",
+    b'{"queue_name": "stock"}',
+    b'{"queue_name":"mail","actor_name":"chaos.book","args":["x"],"kwargs":{},"options":{"redis_message_id":"ID"},'
+    b'"message_id":"m","message_timestamp":1}',
+    b'{"queue_name":"stock","actor_name":"chaos.book","args":["not an id"],"kwargs":{},'
+    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
+    b'{"queue_name":"stock","actor_name":"chaos.book","args":[],"kwargs":{},"options":{"redis_message_id":"ID"},'
+    b'"message_id":"m","message_timestamp":1}',
+    b'{"queue_name":"stock","actor_name":"nobody.knows","args":[{"a":1}],"kwargs":{},'
+    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
+    b'{"queue_name":"stock","actor_name":"chaos.book","args":["00000000-0000-7000-8000-000000000000"],"kwargs":{},'
+    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1,"extra":1}',
+    b'{"queue_name":"stock","actor_name":"chaos.book","args":["00000000-0000-7000-8000-000000000000"],"kwargs":{},'
+    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
+    b'{"queue_name":"stock","actor_name":"chaos.book","args":["' + b"x" * 2_000_000 + b'"],"kwargs":{},'
+    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
+)
+
+
+@scenario()
+async def odd_messages(world: World) -> None:
+    """Bodies that no relay would write are pushed between the others, also ones that name another's row."""
+    async with world.broker() as broker:
+        for number, body in enumerate(_ODD_BODIES * 2):
+            await broker.hset("dramatiq:stock.msgs", f"odd-{number}", body.replace(b"ID", f"odd-{number}".encode()))
+            await broker.rpush("dramatiq:stock", f"odd-{number}")
+            await world.wait(0.1)
+        for row in await world.sql("SELECT id::text FROM outbox_message ORDER BY random() LIMIT 50"):
+            key = f"stolen-{row['id']}"
+            body = (
+                '{"queue_name":"mail","actor_name":"chaos.compute","args":["%s"],"kwargs":{},"options":'
+                '{"redis_message_id":"%s"},"message_id":"m","message_timestamp":1}' % (row["id"], key)
+            )
+            await broker.hset("dramatiq:mail.msgs", key, body)
+            await broker.rpush("dramatiq:mail", key)

@@ -1,0 +1,289 @@
+"""One system under attack: its servers, its processes, the network between them, and the three records of the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import json
+import random
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+
+import asyncpg
+import redis.asyncio
+
+from service.dev.places import ROOT
+from service.dev.postgres import Postgres
+from service.dev.servers import free_port
+from service.dev.valkey import Valkey
+from tests.chaos.checker import Fault, Request, Tables, Verdict, judge
+from tests.chaos.domain import SCHEMA
+from tests.chaos.fleet import Fleet, command
+from tests.chaos.ledger import Ledger
+from tests.chaos.network import Network
+from tests.chaos.sink import Sink
+from tests.real_servers import TEMPLATE, copy_of, outside_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from tests.chaos.launch import Forge
+
+__all__ = ["SHORT", "Ground", "Plan", "World"]
+
+SHORT = {
+    "OUTBOX__LEASE": "3",
+    "OUTBOX__REDISPATCH_AFTER": "3",
+    "OUTBOX__GRACE": "1",
+    "OUTBOX__MIN_BACKOFF": "50",
+    "OUTBOX__MAX_BACKOFF": "500",
+    "OUTBOX__TIME_LIMIT": "5000",
+    "OUTBOX__SHUTDOWN_GRACE": "3",
+    "API__REQUEST_TIMEOUT": "5",
+    "BROKER__PUBLISH_TIMEOUT": "2",
+}
+"""A short lease, so that what takes minutes as shipped takes seconds."""
+
+_TABLES = """
+SELECT (SELECT coalesce(sum(total), 0) FROM shard)::bigint,
+       (SELECT count(*) FROM outbox_message WHERE state <> 'completed'),
+       (SELECT coalesce(max(dispatches), 0) FROM outbox_message)
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a scenario's system looks like."""
+
+    settings: Mapping[str, str] = field(default_factory=lambda: SHORT)
+    gaps: str = ""
+    struck: str = "*"
+    """Pattern of the processes that the gaps strike."""
+    bug: str = ""
+    proxied: bool = False
+    apis: int = 1
+    extra: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Further variables for single processes, by name; these are started by their own commands."""
+    forked: bool = True
+    """Whether processes are forked from the forge; if not, each is started by its own command."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What systems share: a stopped, migrated PostgreSQL to copy, and the forge."""
+
+    seed_data: Path
+    forge: Forge
+
+
+class World:
+    """Everything a scenario may look at or attack. Enter it, and the system runs."""
+
+    def __init__(self, folder: Path, ground: Ground, plan: Plan, seed: int) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.dice = random.Random(seed)
+        self.seed = seed
+        data = copy_of(ground.seed_data, folder / "postgres")
+        self.postgres = Postgres(data, durable=False, settings={"synchronous_commit": "on"}, tcp=True)
+        self.valkey = Valkey(folder / "valkey", tcp=True)
+        self.fleet = Fleet(folder, ground.forge)
+        self.sink = Sink()
+        self.network: Network
+        self.ledger: Ledger
+        self.began = time.time()
+        self.most_copies = 0
+        self.sink_ignores: set[str] = set()
+        self._stack = AsyncExitStack()
+        self._faults: list[Fault] = []
+
+    # -- its life
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await asyncio.to_thread(self.postgres.start)
+            stack.callback(self.postgres.stop)
+            await self._start_broker(stack)
+            await self.sql(SCHEMA)
+            await stack.enter_async_context(self.sink)
+            ports = {f"api-{number}": free_port() for number in range(1, self.plan.apis + 1)}
+            await self._connect(stack, ports)
+            stack.push_async_callback(self.fleet.close)
+            for name in (*ports, "relay-1", "relay-2", "worker-1", "worker-2"):
+                forked = self.plan.forked and name not in self.plan.extra
+                argv = command(name, ports.get(name, 0))
+                self.fleet.add(name, argv, self.environment(name), forked=forked)
+            await self.fleet.start(*self.fleet.names())
+            self._watch(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start_broker(self, stack: AsyncExitStack) -> None:
+        await asyncio.to_thread(self.valkey.start)
+        stack.callback(self.valkey.stop)
+
+    @property
+    def broker_url(self) -> str:
+        """Of the broker itself."""
+        return self.valkey.url
+
+    async def _connect(self, stack: AsyncExitStack, ports: dict[str, int]) -> None:
+        targets: dict[str, tuple[str, int]] = {}
+        if self.plan.proxied:
+            database, broker = _address(self.postgres.url()), _address(self.broker_url)
+            for name in (*ports, "relay-1", "relay-2", "worker-1", "worker-2"):
+                targets[f"{name}:database"] = database
+                targets[f"{name}:broker"] = broker
+                targets[f"{name}:sink"] = ("127.0.0.1", self.sink.port)
+            targets |= {f"client:{name}": ("127.0.0.1", port) for name, port in ports.items()}
+            self.network = await stack.enter_async_context(Network(targets))
+            ports = {name: self.network.ports[f"client:{name}"] for name in ports}
+        urls = [f"http://127.0.0.1:{port}" for port in ports.values()]
+        self.ledger = await stack.enter_async_context(Ledger(urls, self.dice))
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The whole environment of a process."""
+        variables = {
+            "DATABASE__URL": self._by_proxy(self.postgres.url(TEMPLATE), f"{name}:database"),
+            "BROKER__URL": self._by_proxy(self.broker_url, f"{name}:broker"),
+            "CHAOS_SINK": _address_text(self._by_proxy(f"tcp://127.0.0.1:{self.sink.port}", f"{name}:sink")),
+            "CHAOS_GAPS": self.plan.gaps if fnmatch.fnmatch(name, self.plan.struck) else "",
+            "CHAOS_BUG": self.plan.bug,
+            "CHAOS_SEED": str(self.seed),
+            "CHAOS_ARMED": str(self.folder / "armed"),
+            "CHAOS_STRIKES": str(self.folder / "strikes.jsonl"),
+            "PYTHONPATH": f"{ROOT / 'tests' / 'chaos' / 'onpath'}:{ROOT}",
+            "PYTHONUNBUFFERED": "1",
+        }
+        own = self.plan.extra.get(name, {})
+        return outside_environment() | variables | dict(self.plan.settings) | dict(own)
+
+    def _by_proxy(self, url: str, link: str) -> str:
+        if not self.plan.proxied:
+            return url
+        return url.replace(f":{urlsplit(url).port}", f":{self.network.ports[link]}")
+
+    # -- looking
+
+    async def sql(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run SQL on a connection of its own, past every proxy."""
+        connection = await self.connect()
+        try:
+            if not arguments and ";" in statement:
+                await connection.execute(statement)
+                return []
+            return await connection.fetch(statement, *arguments)
+        finally:
+            await connection.close()
+
+    async def connect(self) -> asyncpg.Connection[asyncpg.Record]:
+        """A connection to the database under attack, past every proxy."""
+        return await asyncpg.connect(self.postgres.socket_url(TEMPLATE), server_settings={"statement_timeout": "0"})
+
+    def broker(self) -> redis.asyncio.Redis:
+        """A client of the broker, past every proxy."""
+        client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(self.broker_url, decode_responses=True)
+        return client
+
+    def _watch(self, stack: AsyncExitStack) -> None:
+        task = asyncio.create_task(self._count_copies())
+        stack.callback(task.cancel)
+
+    async def _count_copies(self) -> None:
+        """See how many copies of a row the broker holds, queued and in flight."""
+        while True:
+            await asyncio.sleep(0.5)
+            try:
+                async with self.broker() as broker:
+                    for queue in ("stock", "mail", "poison"):
+                        ids = await broker.hkeys(f"dramatiq:{queue}.msgs")
+                        counts = Counter(each.partition(":")[0] for each in ids)
+                        self.most_copies = max([self.most_copies, *counts.values()])
+            except (redis.RedisError, OSError):
+                continue
+
+    async def tables(self) -> Tables:
+        """The business tables, and what is open in the ledger."""
+        connection = await self.connect()
+        try:
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                return await _read(connection)
+        finally:
+            await connection.close()
+
+    async def verdict(self) -> Verdict:
+        """What the checker says now."""
+        received = [copy for copy in self.sink.received if copy.subject not in self.sink_ignores]
+        return judge(self.ledger.requests, await self.tables(), received, self.faults())
+
+    def faults(self) -> list[Fault]:
+        """Everything that may explain a repeated effect outside."""
+        strikes = self.folder / "strikes.jsonl"
+        lines = strikes.read_text().splitlines() if strikes.exists() else []
+        own = [json.loads(line) for line in lines]
+        struck = [
+            Fault(each["gap"], each["at"], each["at"] + 1, frozenset([each["pid"]]))
+            for each in own
+            if each["gap"].startswith("worker")
+        ]
+        return [*self.fleet.faults, *self._faults, *struck]
+
+    # -- attacking
+
+    def excuse(self, what: str, began: float, pids: frozenset[int] | None = None) -> None:
+        """Note a fault from `began` (of `time.time()`) until now that hit workers, or what they need to complete."""
+        self._faults.append(Fault(what, began, time.time(), pids))
+
+    async def place_surely(self, how: str = "") -> Request:
+        """Place a request, and repeat it until it is accepted."""
+        request = await self.ledger.place(how)
+        await self.ledger.find_unanswered(time.monotonic() + 20)
+        assert request.accepted is not None, "the API does not answer"
+        return request
+
+    def arm(self, *, armed: bool = True) -> None:
+        """Let the gaps of the plan strike, or not any more."""
+        if armed:
+            (self.folder / "armed").touch()
+        else:
+            (self.folder / "armed").unlink(missing_ok=True)
+
+    async def wait(self, seconds: float) -> None:
+        """Let time pass under load."""
+        await asyncio.sleep(seconds)
+
+
+async def _read(connection: asyncpg.Connection[asyncpg.Record]) -> Tables:
+    totals = await connection.fetchrow(_TABLES)
+    assert totals is not None
+    return Tables(
+        things=_counted(await connection.fetch("SELECT subject_id FROM thing")),
+        bookings=_counted(await connection.fetch("SELECT subject_id FROM booking")),
+        shard_total=totals[0],
+        dead=set(_counted(await connection.fetch("SELECT payload ->> 'subject_id' FROM dead_letter"))),
+        open_rows=totals[1],
+        dispatches=totals[2],
+    )
+
+
+def _counted(rows: list[asyncpg.Record]) -> Counter[str]:
+    return Counter(str(row[0]) for row in rows)
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return parts.hostname, parts.port
+
+
+def _address_text(url: str) -> str:
+    return "{}:{}".format(*_address(url))
