@@ -79,7 +79,8 @@ async def client(make_app: MakeApp) -> AsyncIterator[httpx.AsyncClient]:
 async def test_pages_give_every_row_once_the_newest_first(
     client: httpx.AsyncClient, sql: Sql, stored: list[str], limit: int
 ) -> None:
-    found, sizes = [], []
+    found: list[str] = []
+    sizes: list[int] = []
     cursor: dict[str, str] = {}
     while len(sizes) <= len(stored):
         page = (await client.get("/items", params={"limit": limit, **cursor})).json()
