@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from service import domains, health
-from service.database import create_engine, session_factory
+from service.database import OneTransaction, create_engine, session_factory
 from service.error_handlers import install_handlers, name_connect_failures
 from service.errors import ConfigurationError
 from service.middleware import BodyLimit, Deadline, RequestContext
@@ -56,7 +56,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.database, application_name="api", statement_timeout=settings.database.statement_timeout
     )
     name_connect_failures(engine)
-    app.state.engine, app.state.sessions = engine, session_factory(engine)
+    app.state.engine, app.state.sessions = engine, session_factory(engine, OneTransaction)
     yield
     await engine.dispose()
 

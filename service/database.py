@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator  # noqa: TC003  FastAPI resolves the dependency's annotations at run time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from uuid import uuid4
 
 from fastapi import Depends, Request
@@ -16,11 +16,14 @@ from sqlalchemy import MetaData, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
+from service.errors import TransactionError
+
 if TYPE_CHECKING:
     from service.settings import DatabaseSettings
 
 __all__ = [
     "Base",
+    "OneTransaction",
     "Session",
     "SessionFactory",
     "commit",
@@ -92,6 +95,29 @@ def session_factory(engine: AsyncEngine, class_: type[AsyncSession] = AsyncSessi
     return async_sessionmaker(engine, class_=class_, expire_on_commit=False, close_resets_only=False)
 
 
+class OneTransaction(AsyncSession):
+    """A session whose owner commits it: a handler or consumer that did so itself would split its work in two.
+
+    A handler that rolled back and went on would answer with success for writes and events that are gone.
+    """
+
+    async def commit(self) -> NoReturn:
+        """Refused.
+
+        Raises:
+            TransactionError: always.
+        """
+        raise TransactionError("the transaction commits when its owner ends it: remove the commit()")
+
+    async def rollback(self) -> NoReturn:
+        """Refused.
+
+        Raises:
+            TransactionError: always.
+        """
+        raise TransactionError("there is one transaction: use begin_nested() for what may be undone, or raise")
+
+
 async def commit(session: AsyncSession) -> None:
     """Commit, and notice an error that the caller swallowed.
 
@@ -102,7 +128,7 @@ async def commit(session: AsyncSession) -> None:
         return
     await session.flush()
     await session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
-    await session.commit()
+    await AsyncSession.commit(session)
 
 
 @asynccontextmanager

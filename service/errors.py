@@ -7,6 +7,7 @@
     │   ├── ConsumerDefinitionError a consumer that cannot be registered
     │   ├── PublishError            publish() or accept() refused
     │   └── DeliveryError           a consumer used its Delivery in a way that would lose or repeat an effect
+    ├── TransactionError       a handler or consumer tried to end the transaction it was lent
     ├── DatabaseUnavailableError  PostgreSQL cannot be reached; nothing is wrong with the work
     └── BusinessError          an expected refusal of the domain: a 4xx with a stable code
 
@@ -27,6 +28,7 @@ __all__ = [
     "OutboxError",
     "PublishError",
     "ServiceError",
+    "TransactionError",
 ]
 
 
@@ -56,6 +58,10 @@ class PublishError(OutboxError):
 
 class DeliveryError(OutboxError):
     """A consumer used its delivery in a way that would lose or repeat an effect."""
+
+
+class TransactionError(ServiceError):
+    """A handler or consumer tried to end the transaction that it was lent."""
 
 
 class DatabaseUnavailableError(ServiceError):

@@ -12,7 +12,7 @@ must stay true:
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from service.database import SessionFactory
     from service.outbox.statements import Claim, Connection
 
-__all__ = ["Delivery", "DeliverySession", "LeaseLostError"]
+__all__ = ["Delivery", "LeaseLostError"]
 
 _START = text("""
 SELECT pg_current_xact_id()::text, current_setting('transaction_isolation'),
@@ -40,16 +40,6 @@ SELECT pg_current_xact_id()::text, current_setting('transaction_isolation'),
 
 class LeaseLostError(Exception):
     """The row is another worker's by now, or done; this run's effect was rolled back."""
-
-
-class DeliverySession(AsyncSession):
-    """A session inside `begin()`: it refuses to commit early, which would complete a delivery with half its effect."""
-
-    async def commit(self) -> NoReturn:
-        raise DeliveryError("begin() commits when its block ends: remove the commit()")
-
-    async def rollback(self) -> NoReturn:
-        raise DeliveryError("begin() is one transaction: use begin_nested() for what may be undone, or raise")
 
 
 class Delivery:

@@ -17,12 +17,12 @@ from uuid import UUID, uuid4
 import asyncpg
 from dramatiq.middleware import TimeLimitExceeded
 
-from service.database import session_factory
+from service.database import OneTransaction, session_factory
 from service.driver import bound_waits, driver_arguments
-from service.errors import DeliveryError
+from service.errors import DeliveryError, TransactionError
 from service.outbox import statements
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
-from service.outbox.delivery import Delivery, DeliverySession, LeaseLostError
+from service.outbox.delivery import Delivery, LeaseLostError
 from service.outbox.failures import backoff, describe, lost_database
 from service.outbox.heartbeat import Heartbeat
 from service.telemetry import get_logger, trace_context
@@ -90,7 +90,7 @@ class Runner:
     def __init__(self, settings: Settings, engine: AsyncEngine) -> None:
         self._settings: OutboxSettings = settings.outbox
         self._lease = timedelta(seconds=settings.outbox.lease)
-        self._sessions = session_factory(engine, class_=DeliverySession)
+        self._sessions = session_factory(engine, OneTransaction)
         prepare = None if settings.database.pooler else bound_waits
         arguments = driver_arguments(settings.database, "outbox-worker-ledger")
         self._pool = asyncpg.create_pool(min_size=0, max_size=4, init=prepare, reset=_keep, **arguments)
@@ -229,7 +229,7 @@ class Runner:
                 return _Lost()
             case Fail():
                 return _Dead(error, str(error) or "the consumer failed it")
-            case DeliveryError():
+            case DeliveryError() | TransactionError():
                 return _Dead(error, str(error))
             case _ if spec.throws and isinstance(error, spec.throws):
                 return _Dead(error, f"{type(error).__name__} is not retried")

@@ -111,6 +111,14 @@ async def break_constraint_at_commit(session: Session) -> None:
     await _store(session, 2, later=1)
 
 
+@router.post("/ends/{how}", status_code=201)
+async def end_early(session: Session, how: str) -> None:
+    """End the request's transaction, and go on as if nothing had happened."""
+    await _store(session, 1)
+    publish(session, ProbeHappened(probe=1))
+    await (session.commit() if how == "commit" else session.rollback())
+
+
 @router.post("/swallowed", status_code=201)
 async def swallow(session: Session) -> None:
     """Go on after a database error as if nothing had happened."""

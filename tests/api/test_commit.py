@@ -28,6 +28,14 @@ async def test_a_failing_commit_is_no_success(client: httpx.AsyncClient, sql: Sq
     assert sql(STORED) == "0 rows, 0 messages"
 
 
+@pytest.mark.parametrize("how", ["commit", "rollback"])
+async def test_a_handler_cannot_end_the_requests_transaction(client: httpx.AsyncClient, sql: Sql, how: str) -> None:
+    """After a rollback it would answer with success for what is gone."""
+    response = await client.post(f"/ends/{how}")
+    assert response.status_code == 500
+    assert sql(STORED) == "0 rows, 0 messages"
+
+
 async def test_a_swallowed_database_error_is_no_success(client: httpx.AsyncClient, sql: Sql) -> None:
     response = await client.post("/swallowed")
     assert response.status_code == 500
