@@ -14,10 +14,11 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiormq import AMQPChannelError, AMQPError, DeliveryError, spec
+from aiormq import AMQPChannelError, AMQPError, DeliveryError
 
 from relay.body import encode
 from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError
+from relay.rabbitmq_batch import count, publish_batch
 from relay.rabbitmq_line import Line
 
 if TYPE_CHECKING:
@@ -66,22 +67,11 @@ class RabbitmqPublisher:
         """
         timestamp = int(time.time() * 1000)
         messages = [(row.id, encode(queue, row, timestamp).encode()) for row in batch]
-
-        async def hand_over(channel: Channel) -> int:
-            publications = (_publish(channel, queue, *message) for message in messages)
-            # All of them are waited for: one that is left behind would write to a connection that is given up.
-            outcomes = await asyncio.gather(*publications, _count(channel, queue), return_exceptions=True)
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-            waiting = outcomes[-1]
-            return waiting if isinstance(waiting, int) else 0
-
-        return await self._ask(queue, hand_over)
+        return await self._ask(queue, lambda channel: publish_batch(channel, queue, messages))
 
     async def depth(self, queue: str) -> int:
         """See `Publisher.depth`."""
-        return await self._ask(queue, lambda channel: _count(channel, queue))
+        return await self._ask(queue, lambda channel: count(channel, queue))
 
     async def ping(self) -> None:
         """See `Publisher.ping`."""
@@ -174,20 +164,6 @@ async def _watch(line: Line, task: asyncio.Task[Any], seconds: float) -> None:
         await asyncio.wait((task,), timeout=min(left, _LOOK_EVERY))
         if not task.done() and await line.blocked():
             raise BrokerUnavailableError("RabbitMQ takes no messages: it is out of memory or of disk space")
-
-
-async def _publish(channel: Channel, queue: str, message_id: str, body: bytes) -> None:
-    await channel.basic_publish(
-        body,
-        routing_key=queue,
-        mandatory=True,
-        properties=spec.Basic.Properties(delivery_mode=2, message_id=message_id),
-        wait=False,
-    )
-
-
-async def _count(channel: Channel, queue: str) -> int:
-    return (await channel.queue_declare(queue, passive=True)).message_count or 0
 
 
 def _judged(error: BaseException) -> BaseException:

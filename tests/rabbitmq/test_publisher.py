@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -54,6 +55,13 @@ async def test_a_batch_is_queued_durably_in_its_order(publisher: RabbitmqPublish
     found = [(await get(amqp)).header.properties for _ in rows]
     assert [properties.message_id for properties in found] == [row.id for row in rows]
     assert {properties.delivery_mode for properties in found} == {2}
+
+
+async def test_a_body_larger_than_a_frame_arrives_whole(publisher: RabbitmqPublisher, amqp: aiormq.Channel) -> None:
+    row = Handover(str(uuid4()), "x" * 300_000, None)
+    await publisher.publish("ledger", [row, *batch()], "t")
+    assert json.loads((await get(amqp)).body)["actor_name"] == row.consumer
+    assert await count(amqp) == 3
 
 
 async def test_it_tells_the_depth_with_every_batch(publisher: RabbitmqPublisher) -> None:
