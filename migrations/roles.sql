@@ -1,0 +1,89 @@
+-- Three database roles with no more rights than their processes need, instead of one that may do everything.
+--
+--     psql "postgresql://admin@host/database" -f migrations/roles.sql
+--
+-- Run it as a superuser, or as the database's owner with CREATEROLE: before the first migration, and again after
+-- every one (of the ledger it grants each right by name). It can be repeated at any time, also while the service runs.
+-- The roles are named after the database, since roles belong to the whole server:
+--
+--     <database>_migrator   alembic upgrade heads: owns the tables
+--     <database>_app        API and workers: the domains' tables, and what publishing and delivering take
+--     <database>_relay      `outbox relay` and every other `outbox` command; it never sees the domains' tables
+--
+-- It sets no passwords: ALTER ROLE <database>_app PASSWORD '...', or however your server authenticates.
+
+\set ON_ERROR_STOP on
+
+SELECT current_database() AS database,
+       current_database() || '_migrator' AS migrator,
+       current_database() || '_app' AS app,
+       current_database() || '_relay' AS relay
+\gset
+
+BEGIN;
+
+SELECT format('CREATE ROLE %I LOGIN', name)
+FROM unnest(ARRAY[:'migrator', :'app', :'relay']) AS name
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
+\gexec
+
+-- Whoever is no superuser has to be a member to hand tables over and to set default privileges.
+SELECT format('GRANT %I TO CURRENT_USER', :'migrator')
+WHERE NOT pg_has_role(:'migrator', 'USAGE')
+\gexec
+
+REVOKE ALL ON DATABASE :"database" FROM PUBLIC;
+REVOKE ALL ON SCHEMA public FROM PUBLIC;
+GRANT CONNECT ON DATABASE :"database" TO :"migrator", :"app", :"relay";
+GRANT USAGE ON SCHEMA public TO :"migrator", :"app", :"relay";
+GRANT CREATE ON SCHEMA public TO :"migrator";
+
+-- What another role has created so far, other than extensions, becomes the migrator's.
+SELECT format('ALTER TABLE %s OWNER TO %I', pg_class.oid::regclass, :'migrator')
+FROM pg_class
+WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'm', 'S')
+  AND relowner <> :'migrator'::regrole
+  AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype IN ('e', 'a', 'i')
+                  AND classid = 'pg_class'::regclass)
+UNION ALL
+SELECT format('ALTER ROUTINE %s OWNER TO %I', pg_proc.oid::regprocedure, :'migrator')
+FROM pg_proc
+WHERE pronamespace = 'public'::regnamespace AND proowner <> :'migrator'::regrole
+  AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_proc.oid AND deptype = 'e')
+UNION ALL
+SELECT format('ALTER TYPE %s OWNER TO %I', pg_type.oid::regtype, :'migrator')
+FROM pg_type
+WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd') AND typowner <> :'migrator'::regrole
+  AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_type.oid AND deptype = 'e')
+\gexec
+
+-- The domains' tables, those of today and those of migrations to come.
+GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO :"app";
+GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO :"app";
+ALTER DEFAULT PRIVILEGES FOR ROLE :"migrator" IN SCHEMA public
+    GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO :"app";
+ALTER DEFAULT PRIVILEGES FOR ROLE :"migrator" IN SCHEMA public
+    GRANT USAGE ON SEQUENCES TO :"app";
+
+-- The ledger's tables: only what the statements of service/outbox and of relay do. A payload, once written, can be
+-- changed by nobody.
+SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
+\gset
+\if :migrated
+    REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, idempotency_key, alembic_version
+        FROM :"app", :"relay";
+
+    GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
+    GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors) ON outbox_message TO :"app";
+    GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
+    GRANT SELECT ON alembic_version TO :"app";
+
+    GRANT SELECT, INSERT, DELETE ON outbox_message TO :"relay";
+    GRANT UPDATE (state, due_at, dispatches, dispatched_at, errors) ON outbox_message TO :"relay";
+    GRANT SELECT, UPDATE (resolution, resolved_at, resolved_by, resolved_why) ON dead_letter TO :"relay";
+    GRANT SELECT, INSERT, DELETE ON paused_queue TO :"relay";
+    -- It purges stored responses without being able to read them; locking a row takes the right to update a column.
+    GRANT SELECT (ctid, created_at), UPDATE (created_at), DELETE ON idempotency_key TO :"relay";
+\endif
+
+COMMIT;
