@@ -114,7 +114,7 @@ class Runner:
         await self._pool.close()
 
     def stop(self) -> None:
-        """Claim nothing more, and release what still runs when the grace is over. Called on the loop."""
+        """Wait for PostgreSQL no longer, and release what still runs when the grace is over. Called on the loop."""
         self._stopping = True
         asyncio.get_running_loop().call_later(self._settings.shutdown_grace, self._release_running)
 
@@ -154,15 +154,16 @@ class Runner:
     async def _claim(self, message_id: UUID) -> Claim | None:
         token = uuid4()
         attempt = 0
-        while not self._stopping:
+        while True:
             try:
                 async with self._ledger() as connection:
                     return await statements.claim(connection, message_id, token, self._lease)
             except _LEDGER_ERRORS as error:
                 attempt += 1
                 _log.warning("outbox.claim_waits", error=type(error).__name__, message_id=str(message_id))
+                if self._stopping:
+                    return None
                 await asyncio.sleep(backoff(attempt, 100, 3_000).total_seconds())
-        return None
 
     async def _run_and_settle(self, claim: Claim, spec: Consumer) -> None:
         task = asyncio.current_task()
