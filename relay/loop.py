@@ -287,12 +287,13 @@ async def run(settings: Settings) -> int:
 async def _purge_regularly(settings: Settings) -> None:
     """Purge once a minute, on a connection that is open no longer than that takes."""
     keep = timedelta(seconds=settings.outbox.keep_completed)
+    keep_http_keys = timedelta(seconds=settings.api.keep_idempotency_keys)
     while True:
         await asyncio.sleep(_PURGE_EVERY)
         try:
             connection = await asyncpg.connect(**driver_arguments(settings.database, "outbox-purge"))
             try:
-                removed = await purge(connection, keep)
+                removed = await purge(connection, keep, keep_http_keys)
             finally:
                 await connection.close(timeout=2)
         except _DATABASE_ERRORS as error:

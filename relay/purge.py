@@ -28,7 +28,8 @@ PAGE = 2_000
 _CLOCKS_DIFFER = timedelta(hours=1)
 """How far the clock that made an id may run ahead of PostgreSQL's."""
 
-_KEEP_HTTP_KEYS = timedelta(hours=24)
+KEEP_HTTP_KEYS = timedelta(hours=24)
+"""How long a client may repeat a request under its `Idempotency-Key`, where the service does not say otherwise."""
 
 # Derived from the table's oid, like the relay's gate, so that several ledgers in one database have a purger each.
 _KEY = "(x'6f757470'::bigint << 32) | 'outbox_message'::regclass::oid::bigint"
@@ -69,20 +70,22 @@ class Purged:
     idempotency_keys: int
 
 
-async def purge(connection: Connection, keep: timedelta) -> int:
+async def purge(connection: Connection, keep: timedelta, keep_http_keys: timedelta = KEEP_HTTP_KEYS) -> int:
     """Remove completed rows older than `keep`; how many, 0 when another purger is at work.
 
     Args:
         connection: One of its own, in session mode and outside a transaction: it holds an advisory lock meanwhile.
         keep: How long ago a row was completed at least.
+        keep_http_keys: How long ago an HTTP idempotency key was used first at least.
     """
-    purged = await purge_step_by_step(connection, keep)
+    purged = await purge_step_by_step(connection, keep, keep_http_keys)
     return purged.messages if purged else 0
 
 
 async def purge_step_by_step(
     connection: Connection,
     keep: timedelta,
+    keep_http_keys: timedelta = KEEP_HTTP_KEYS,
     *,
     dry_run: bool = False,
     page: int = PAGE,
@@ -93,7 +96,7 @@ async def purge_step_by_step(
         return None
     try:
         messages = await _purge_messages(connection, keep, _COUNT if dry_run else _PURGE, page, progress)
-        keys = 0 if dry_run else await _purge_http_keys(connection, page)
+        keys = 0 if dry_run else await _purge_http_keys(connection, keep_http_keys, page)
     finally:
         if not connection.is_closed():
             await connection.execute(_UNLOCK)
@@ -125,13 +128,13 @@ def _first_id_after(moment: datetime) -> UUID:
     return UUID(int=int(moment.timestamp() * 1000) << 80)
 
 
-async def _purge_http_keys(connection: Connection, page: int) -> int:
+async def _purge_http_keys(connection: Connection, keep: timedelta, page: int) -> int:
     """Remove the HTTP idempotency keys that nobody can use any more, where the service has that table."""
     if await connection.fetchval("SELECT to_regclass('idempotency_key')") is None:
         return 0
     removed = 0
     while True:
-        status = await connection.execute(_HTTP_KEYS, _KEEP_HTTP_KEYS, page)
+        status = await connection.execute(_HTTP_KEYS, keep, page)
         count = int(status.rpartition(" ")[2])
         removed += count
         if count < page:

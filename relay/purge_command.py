@@ -59,4 +59,5 @@ async def _purge(settings: Settings, keep: timedelta, dry_run: bool) -> Purged |
             note(f"{removed:,} so far")
 
     async with connect(settings.database) as connection:
-        return await purge_step_by_step(connection, keep, dry_run=dry_run, progress=progress)
+        keep_http_keys = timedelta(seconds=settings.api.keep_idempotency_keys)
+        return await purge_step_by_step(connection, keep, keep_http_keys, dry_run=dry_run, progress=progress)
