@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Rabbitmq", "programs"]
 
-# Debian's `rabbitmq-server` on the PATH changes to an account and a folder of its own; these scripts do not.
-_FOLDERS = ("/usr/lib/rabbitmq/bin", "/usr/local/sbin", "/opt/rabbitmq/sbin", "/usr/sbin")
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin:/opt/rabbitmq/sbin"
 
 
 def programs() -> Path | None:
-    """The folder of RabbitMQ's own scripts, or `None` where it is not installed."""
-    if shutil.which("epmd") is None:
+    """The folder of RabbitMQ's own scripts, or `None` where it is not installed.
+
+    What Debian has on the PATH is a link to a wrapper beside them, which changes to an account and a folder of its own.
+    """
+    found = shutil.which("rabbitmq-server", path=_PATH)
+    if found is None or shutil.which("epmd") is None:
         return None
-    return next((Path(folder) for folder in _FOLDERS if (Path(folder) / "rabbitmq-server").exists()), None)
+    return Path(found).resolve().parent
 
 
 class _NameServer(Server):
