@@ -137,9 +137,13 @@ class _DoorbellConsumer(Consumer):
         try:
             message: Message[Any] = Message.decode(data)
             held = message.options["redis_message_id"]
-            if message.queue_name != self._queue or not isinstance(held, str):
+            if (
+                message.queue_name != self._queue
+                or not isinstance(held, str)
+                or not isinstance(message.actor_name, str)
+            ):
                 # Dramatiq looks the queue's consumer up by this name; a wrong one ends the thread for good.
-                raise DecodeError("the body names another queue", data, ValueError(message.queue_name))
+                raise DecodeError("the body names another queue or no actor", data, ValueError(message.queue_name))
         except (DecodeError, KeyError, TypeError, AttributeError) as error:
             self._set_aside(data, error)
             return None

@@ -216,6 +216,7 @@ async def test_bodies_nobody_can_run_hurt_no_neighbour(
         "d": b"[]",
         "e": b"null",
         "f": b'{"options": 3}',
+        "g": other_queue.replace("nowhere", "ledger").replace('"ledger.react"', "[]").replace('"b"', '"g"'),
     }
     for name, body in bad.items():
         await client.hset(f"{key}.msgs", name, body)
