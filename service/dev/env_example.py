@@ -20,6 +20,22 @@ _HEAD = """\
 # servers of their own for whichever of the two is not set. The tests always do.
 """
 
+_COMPOSE = """
+# Read by compose.yaml alone. Letters and digits: they become part of URLs.
+
+# Passwords of the servers that it starts
+#POSTGRES_PASSWORD=
+#VALKEY_PASSWORD=
+# For the profile with RabbitMQ
+#COMPOSE_PROFILES=rabbitmq
+#RABBITMQ_PASSWORD=
+# Another broker than Valkey, such as amqp://service:<RABBITMQ_PASSWORD>@rabbitmq:5672/
+#SERVICE_BROKER_URL=
+# Loopback ports for the API and for Mailpit's pages
+#API_PORT=8000
+#MAILPIT_PORT=8025
+"""
+
 _URLS = {
     "DATABASE__URL": "postgresql://user:password@localhost:5432/service",
     "BROKER__URL": "redis://localhost:6379/0",
@@ -28,7 +44,7 @@ _URLS = {
 
 def example() -> str:
     """The file's text: every setting commented out, with its default."""
-    return _HEAD + "".join(_section(name, field) for name, field in Settings.model_fields.items())
+    return _HEAD + "".join(_section(name, field) for name, field in Settings.model_fields.items()) + _COMPOSE
 
 
 def _section(name: str, field: FieldInfo) -> str:

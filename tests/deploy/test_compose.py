@@ -1,0 +1,105 @@
+"""`compose.yaml` and the image agree with the code they run."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from dramatiq.cli import make_argument_parser
+from ruamel.yaml import YAML
+from uvicorn.main import main as uvicorn_command
+
+import service.domains
+from service.dev.env_example import example
+from service.dev.places import ROOT
+from service.outbox.consumers import registered_consumers
+from service.settings import ApiSettings, OutboxSettings
+
+COMPOSE = (ROOT / "compose.yaml").read_text()
+
+
+def parsed() -> dict[str, dict[str, Any]]:
+    """The services, with what they take over from each other."""
+    found: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load(COMPOSE)["services"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, dict[str, Any]]:
+    return parsed()
+
+
+@pytest.fixture(scope="module")
+def workers(services: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The arguments of each worker, as Dramatiq reads them."""
+    commands = {name: service.get("command", [""]) for name, service in services.items()}
+    parser = make_argument_parser()
+    return {name: parser.parse_args(line[1:]) for name, line in commands.items() if line[0] == "dramatiq"}
+
+
+def _seconds(duration: str) -> int:
+    assert duration.endswith("s")
+    return int(duration.removesuffix("s"))
+
+
+def test_some_worker_serves_every_queue_of_the_domains(workers: dict[str, Any]) -> None:
+    service.domains.discover()
+    served = {queue for worker in workers.values() for queue in worker.queues or ()}
+    if any(worker.queues is None for worker in workers.values()):  # it serves all there are
+        return
+    for consumer in registered_consumers():
+        if consumer.fn.__module__.startswith("service."):
+            assert consumer.queue in served, (
+                f"no worker in compose.yaml serves queue {consumer.queue!r} of {consumer.name}: "
+                "add it to the -Q of one, or a worker for it"
+            )
+
+
+def test_a_stopping_worker_has_time_for_what_it_runs(workers: dict[str, Any], services: dict[str, Any]) -> None:
+    for name, worker in workers.items():
+        dramatiq_gives_up = worker.worker_shutdown_timeout / 1000
+        assert OutboxSettings().shutdown_grace < dramatiq_gives_up
+        assert 2 * dramatiq_gives_up < _seconds(services[name]["stop_grace_period"])
+        assert services[name]["restart"] == "unless-stopped"
+
+
+def test_a_stopping_api_has_time_for_its_requests(services: dict[str, Any]) -> None:
+    command = re.search(r'^CMD \["uvicorn", (.*)\]$', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert command is not None
+    arguments = re.findall(r'"([^"]*)"', command[1])
+    options = uvicorn_command.make_context("uvicorn", arguments).params
+    assert options["app"] == "service.api:create_app"
+    assert options["factory"]
+    assert options["host"] == "0.0.0.0"
+    assert "command" not in services["api"]
+    assert ApiSettings().request_timeout < options["timeout_graceful_shutdown"]
+    assert options["timeout_graceful_shutdown"] < _seconds(services["api"]["stop_grace_period"])
+
+
+def test_nothing_is_open_to_the_network(services: dict[str, Any]) -> None:
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_every_variable_is_in_the_example_and_no_password_has_a_default(services: dict[str, Any]) -> None:
+    variables = re.findall(r"\$\{(\w+)([^}]*)", COMPOSE)
+    assert variables
+    for name, default in variables:
+        assert f"#{name}=" in example(), name
+        if name.endswith("_PASSWORD"):
+            assert default.startswith(":?") or default == ":-", f"{name}{default}"
+
+
+def test_the_services_of_ours_share_an_image_and_start_after_the_migration(services: dict[str, Any]) -> None:
+    ours = {name: service for name, service in services.items() if service["image"] == "outbox-service"}
+    assert {"api", "relay", "migrate"} < set(ours)
+    for name, each in ours.items():
+        assert each["stop_grace_period" if name != "migrate" else "restart"]
+        waits_for = each["depends_on"]
+        if name == "migrate":
+            assert waits_for == {"postgres": {"condition": "service_healthy"}}
+        else:
+            assert waits_for["migrate"] == {"condition": "service_completed_successfully"}
+            assert ("valkey" in waits_for) == (name != "api")
