@@ -1,27 +1,57 @@
 """Runs migrations on the database of `DATABASE__URL`.
 
-Autogenerate compares what the domains and the outbox declare with what the database has.
+Autogenerate compares what the domains and the outbox declare with what the database has. What has nothing to do with
+a migration's own statements (no settings, no server, a database that other code has migrated) ends in one line.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 from alembic import context
+from alembic.util import CommandError
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import service.domains
 import service.idempotency
 import service.outbox.tables
 from service.database import Base
+from service.errors import ConfigurationError
 from service.settings import load_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy import Connection
 
 service.domains.discover()
+
+_OTHER_CODE = (
+    "the database was migrated by other code than this. If its data may go, start with an empty one (`make reset` for "
+    "that of `make dev`); if not, downgrade it with the code that has the migration, or take that code"
+)
+_LOCKED = "a lock that the migration needs was held for 5 s; nothing was changed by it, so try again at a quieter time"
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Add what to do about it."""
+    try:
+        yield
+    except CommandError as error:
+        if re.search("Can't locate revision", str(error)):
+            raise CommandError(f"{error}: {_OTHER_CODE}") from None
+        raise
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == "55P03":
+            raise CommandError(_LOCKED) from error
+        raise
 
 
 def _run(connection: Connection) -> None:
@@ -36,15 +66,30 @@ def _run(connection: Connection) -> None:
         compare_type=True,
         compare_server_default=False,
     )
-    with context.begin_transaction():
+    with _plain_errors(), context.begin_transaction():
         context.run_migrations()
 
 
 async def _migrate() -> None:
-    engine = create_async_engine(load_settings().database.sqlalchemy_url)
     try:
-        async with engine.connect() as connection:
+        settings = load_settings().database
+    except ConfigurationError as error:
+        raise CommandError(str(error)) from None
+    engine = create_async_engine(settings.sqlalchemy_url, connect_args={"timeout": settings.connect_timeout})
+    try:
+        connection = engine.connect()
+        try:
+            await connection.start()
+        except (OSError, DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            where = settings.sqlalchemy_url.set(drivername="postgresql").render_as_string()
+            reason = str(getattr(error, "orig", error)).partition("\n")[0] or type(error).__name__
+            raise CommandError(
+                f"cannot use {where}: {reason}. Is PostgreSQL running, and is DATABASE__URL right?"
+            ) from None
+        try:
             await connection.run_sync(_run)
+        finally:
+            await connection.close()
     finally:
         await engine.dispose()
 
