@@ -41,6 +41,8 @@ lint: $(STAMP) ## Check style, types and the layers
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 fmt: $(STAMP) ## Format and mend what can be mended
 	$(PY) -m ruff check --fix
