@@ -20,7 +20,7 @@ from relay.ledger import NO_FLOOR, Batch, Floor, QueueHead, queue_heads, recover
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
 from relay.purge import purge
 from relay.wakeup import SHORTEST_SLEEP, Wakeup
-from service.driver import bound_waits, driver_arguments
+from service.driver import DRIVER_ERRORS, bound_waits, driver_arguments
 from service.errors import ConfigurationError
 from service.outbox.failures import backoff
 from service.telemetry import configure_logging, get_logger
@@ -49,8 +49,6 @@ _SESSION = {
 
 _PURGE_EVERY = 60.0
 """Seconds between purges."""
-
-_DATABASE_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 @contextmanager
@@ -99,7 +97,7 @@ class Relay:
                 began = self._now()
                 try:
                     await self._serve()
-                except _DATABASE_ERRORS as error:
+                except DRIVER_ERRORS as error:
                     attempt = 1 if self._now() - began > 30 else attempt + 1
                     pause = backoff(attempt, 100, 5_000).total_seconds()
                     reason = f"{type(error).__name__}: {error}"[:200]
@@ -130,7 +128,7 @@ class Relay:
             await self._rounds(connection, wakeup)
         finally:
             self._wakeup = None
-            with suppress(*_DATABASE_ERRORS):
+            with suppress(*DRIVER_ERRORS):
                 await connection.close(timeout=2)
 
     async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
@@ -296,7 +294,7 @@ async def _purge_regularly(settings: Settings) -> None:
                 removed = await purge(connection, keep, keep_http_keys)
             finally:
                 await connection.close(timeout=2)
-        except _DATABASE_ERRORS as error:
+        except DRIVER_ERRORS as error:
             _log.warning("relay.purge_failed", error=type(error).__name__)
         else:
             _log.debug("relay.purged", messages=removed)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import asyncpg
+import asyncpg
 
+if TYPE_CHECKING:
     from service.settings import DatabaseSettings
 
-__all__ = ["bound_waits", "driver_arguments"]
+__all__ = ["DRIVER_ERRORS", "bound_waits", "driver_arguments"]
+
+# asyncpg raises an InternalClientError, which is none of its other errors, when a connection breaks while it is used.
+DRIVER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What a connection of asyncpg's own may raise when PostgreSQL refuses something or goes away."""
 
 
 def driver_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:

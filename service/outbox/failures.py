@@ -82,7 +82,7 @@ def lost_database(error: BaseException) -> bool:
             return error.connection_invalidated or (error.orig is not None and lost_database(error.orig))
         case asyncpg.QueryCanceledError():
             return False
-        case asyncpg.OperatorInterventionError() | asyncpg.TooManyConnectionsError():
+        case asyncpg.OperatorInterventionError() | asyncpg.TooManyConnectionsError() | asyncpg.InternalClientError():
             return True
         case asyncpg.InterfaceError():
             return "connection" in str(error)

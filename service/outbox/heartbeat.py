@@ -11,8 +11,7 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING
 
-import asyncpg
-
+from service.driver import DRIVER_ERRORS
 from service.outbox import statements
 from service.telemetry import get_logger
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from datetime import timedelta
     from uuid import UUID
+
+    import asyncpg
 
 __all__ = ["Heartbeat"]
 
@@ -71,7 +72,7 @@ class Heartbeat(threading.Thread):
                         connection = await self._connect()
                     async with connection.transaction():
                         await statements.heartbeat(connection, leases, self._lease)
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except DRIVER_ERRORS as error:
                 _log.warning("outbox.heartbeat_failed", error=type(error).__name__, leases=len(leases))
                 if connection is not None:
                     connection.terminate()

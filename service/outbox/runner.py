@@ -18,7 +18,7 @@ import asyncpg
 from dramatiq.middleware import TimeLimitExceeded
 
 from service.database import OneTransaction, session_factory
-from service.driver import bound_waits, driver_arguments
+from service.driver import DRIVER_ERRORS, bound_waits, driver_arguments
 from service.errors import DeliveryError, TransactionError
 from service.outbox import statements
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["Runner"]
 
 _log = get_logger(__name__)
-
-_LEDGER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class _UnknownConsumerError(Exception):
@@ -158,7 +156,7 @@ class Runner:
             try:
                 async with self._ledger() as connection:
                     return await statements.claim(connection, message_id, token, self._lease)
-            except _LEDGER_ERRORS as error:
+            except DRIVER_ERRORS as error:
                 attempt += 1
                 _log.warning("outbox.claim_waits", error=type(error).__name__, message_id=str(message_id))
                 if self._stopping:
@@ -260,7 +258,7 @@ class Runner:
             try:
                 async with self._ledger() as connection:
                     await self._apply(connection, claim, outcome)
-            except _LEDGER_ERRORS as error:
+            except DRIVER_ERRORS as error:
                 attempt += 1
                 pause = backoff(attempt, 100, 3_000).total_seconds()
                 if asyncio.get_running_loop().time() + pause > give_up_at:
