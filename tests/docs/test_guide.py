@@ -45,6 +45,12 @@ import service.domains.reviews.moved
 print(*(spec.name for spec in registered_consumers()))
 """
 
+_ROWS = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, state)
+SELECT gen_random_uuid(), gen_random_uuid(), 'review.submitted', 1, 'reviews.screen', 'reviews', '{}', '{}', state
+FROM unnest(ARRAY['pending', 'dispatched', 'running', 'completed']) AS state
+"""
+
 
 class Clone:
     """A copy of the project without any domain."""
@@ -123,6 +129,14 @@ def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
     names = clone.run(sys.executable, "-c", _CONSUMERS).split()
     expected = ["screen", "thank_author", "find_language", "render_card", "praise"]
     assert {f"reviews.{name}" for name in expected} | {"moved.alert_moderators", "moved.resize"} <= set(names)
+
+
+def test_open_rows_can_be_moved_to_another_queue(database_url: str) -> None:
+    [statement] = [block.text for block in blocks(GUIDE, "sql")]
+    psql(database_url, _ROWS)
+    psql(database_url, statement)
+    moved = psql(database_url, "SELECT state FROM outbox_message WHERE queue = 'screening' ORDER BY state")
+    assert moved.split() == ["dispatched", "pending"]
 
 
 def test_no_block_is_of_a_kind_that_nothing_tries() -> None:
