@@ -12,8 +12,10 @@ STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f
 PYTHON ?=
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 JOBS ?= logical
+# The slow tests take minutes: restarts, outages, RabbitMQ, copies of the project.
+MARK ?= not slow
 
-.PHONY: help demo test dev reset migrate migration lint fmt lock install
+.PHONY: help demo test chaos dev reset migrate migration lint fmt lock install
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -22,7 +24,10 @@ demo: $(STAMP) ## Kill workers, relays and the broker under load, and count what
 	@$(PY) -m service.dev demo
 
 test: $(STAMP) ## Run the tests in parallel on PostgreSQL and Valkey (ARGS="-k name" for some of them)
-	@$(PY) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist worksteal $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist worksteal -m "$(MARK)" $(ARGS)
+
+chaos: $(STAMP) ## Attack the running system for 20 minutes (SCENARIO=a,b SEED=1 for one; SLOW=1: recovery times as shipped)
+	@$(PY) -m tests.chaos --scenario '$(SCENARIO)' --seed '$(SEED)' $(if $(SLOW),--slow)
 
 dev: $(STAMP) ## Run everything until Ctrl-C; the data stays for the next time
 	@$(PY) -m service.dev dev

@@ -38,6 +38,21 @@ CLOCK = {
 }
 """The settings of `OutboxSettings` that tests shorten, as environment variables have them."""
 
+_HERE = Path(__file__).parent
+
+_SLOW = (
+    "chaos/",
+    "contract/test_stock_worker.py",
+    "deploy/",
+    "docs/test_adoption.py",
+    "docs/test_guide.py",
+    "ledger/test_deploys.py",
+    "ledger/test_outages.py",
+    "ledger/test_pooler.py",
+    "rabbitmq/",
+    "template/",
+)
+
 _patch = pytest.MonkeyPatch()
 _servers = RealServers()
 _where: Where | None = None
@@ -49,6 +64,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for key in os.environ.keys() - outside_environment().keys():
         _patch.delenv(key)
     _patch.setitem(Settings.model_config, "env_file", None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes long, by its place."""
+    for item in items:
+        if item.path.relative_to(_HERE).as_posix().startswith(_SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

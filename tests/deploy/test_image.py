@@ -1,6 +1,6 @@
 """The Dockerfile's steps, replayed in a clean virtual environment: what is in the image suffices, and nothing else is.
 
-It installs everything anew, which takes a minute: TEST_IMAGE=1 make test ARGS=tests/deploy/test_image.py
+It installs everything anew, which takes a minute: TEST_IMAGE=1 make test MARK= ARGS=tests/deploy/test_image.py
 """
 
 from __future__ import annotations

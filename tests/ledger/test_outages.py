@@ -44,8 +44,9 @@ async def own_ledger(settings: Settings, environment: dict[str, str], own_postgr
     engine = create_engine(settings.database, application_name="tests")
     connection = await asyncpg.connect(url)
     await connection.execute(domain.SCHEMA)
-    yield Ledger(connection, session_factory(engine))
-    await connection.close()
+    ledger = Ledger(connection, session_factory(engine))
+    yield ledger
+    ledger.connection.terminate()  # a test may have replaced it
     await engine.dispose()
 
 

@@ -174,7 +174,7 @@ async def gone_or_dead(process: subprocess.Popen[bytes], ledger: Ledger, message
 async def test_sigterm_releases_what_does_not_end_in_the_grace(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
-    environment["OUTBOX__SHUTDOWN_GRACE"] = "0.5"
+    environment |= {"OUTBOX__SHUTDOWN_GRACE": "0.5", "OUTBOX__TIME_LIMIT": "60000"}
     async with working(environment, settings, tmp_path) as worker:
         (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang"))
         await until(lambda: is_state(ledger, message_id, "running"))
