@@ -65,8 +65,10 @@ async def _run_all(
                 print("\n".join(_details(result)), flush=True)
                 print(f"    again: make chaos SCENARIO={which.name} SEED={seed}", flush=True)
             if keep is not None:
-                shutil.copytree(own, keep / which.name, ignore=shutil.ignore_patterns("postgres", "valkey"), dirs_exist_ok=True)
-            shutil.rmtree(own, ignore_errors=True)
+                (keep / which.name).mkdir(parents=True, exist_ok=True)
+                for log in (*own.glob("*.log"), *own.glob("*.jsonl")):
+                    shutil.copy(log, keep / which.name)
+            await asyncio.to_thread(shutil.rmtree, own, ignore_errors=True)
             return result
 
     return list(await asyncio.gather(*(one(which) for which in chosen)))
@@ -91,11 +93,11 @@ def main() -> int:
     parser.add_argument("--scenario", default="", help="names, separated by commas; all by default")
     parser.add_argument("--seed", default="")
     parser.add_argument("--slow", action="store_true", help="the recovery scenarios, with the settings as shipped")
-    parser.add_argument("--jobs", type=int, default=0, help="scenarios at once; half of the processors by default")
+    parser.add_argument("--jobs", type=int, default=0, help="scenarios at once; as many as processors by default")
     parser.add_argument("--keep", type=Path, help="where to copy the processes' logs")
     options = parser.parse_args()
     seed = int(options.seed) if options.seed else random.SystemRandom().randrange(100_000)
-    jobs = options.jobs or max(1, (os.cpu_count() or 2) // 2)
+    jobs = options.jobs or os.cpu_count() or 2
     began = time.monotonic()
     print(_HEAD, flush=True)
     with scratch() as folder:

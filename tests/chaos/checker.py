@@ -12,6 +12,7 @@ It trusts none of the three, and not the ledger under test either. What must sta
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -44,12 +45,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A crash or freeze of workers, or of what they need to complete a run. `pids` is `None` for all workers."""
+    """A crash or freeze of workers, or of what they need to complete a run. `pids` is `None` for all workers.
+
+    One that `rewinds` put the database back to an earlier state: what it forgot happens again, as another event.
+    """
 
     what: str
     began: float
     ended: float
     pids: frozenset[int] | None = None
+    rewinds: bool = False
 
 
 @dataclass(slots=True)
@@ -80,7 +85,12 @@ class Verdict:
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong and nothing is left to do."""
-        return not (self.lost or self.duplicated or self.wrongly_dead or self.unfinished)
+        return self.complete and not (self.duplicated or self.wrongly_dead)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything has happened."""
+        return not (self.lost or self.unfinished)
 
 
 def judge(
@@ -139,9 +149,9 @@ def _copies(received: Sequence[Copy], faults: Sequence[Fault]) -> tuple[int, lis
         by_effect[copy.subject, copy.consumer].append(copy)
     excused, blamed = 0, []
     for (subject, consumer), copies in by_effect.items():
-        if len({copy.key for copy in copies}) > 1:
+        if len({copy.key for copy in copies}) > 1 and not any(fault.rewinds for fault in faults):
             blamed.append(f"{subject}: {consumer} sent under {len(copies)} keys")
-        for first, second in zip(copies, copies[1:], strict=False):
+        for first, second in itertools.pairwise(copies):
             if any(_explains(fault, first, second) for fault in faults):
                 excused += 1
             else:

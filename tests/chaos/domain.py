@@ -42,6 +42,7 @@ POISON = ("fail", "kill", "kill_backend", "hang", "swallow", "block")
 """What a poisonous event may do each time it is tried."""
 
 _PAUSE = 0.04
+_SINK_TIMEOUT = 12
 
 
 class ThingMade(Event, type="chaos.made"):
@@ -160,7 +161,7 @@ def _sink() -> tuple[str, int]:
 
 async def tell_sink(copy: bytes) -> None:
     """Send, and wait for the acknowledgement."""
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(_SINK_TIMEOUT):
         reader, writer = await asyncio.open_connection(*_sink())
         try:
             writer.write(copy)
@@ -172,7 +173,7 @@ async def tell_sink(copy: bytes) -> None:
 
 def tell_sink_blocking(copy: bytes) -> None:
     """The same for a thread."""
-    with socket.create_connection(_sink(), timeout=2) as connection:
+    with socket.create_connection(_sink(), timeout=_SINK_TIMEOUT) as connection:
         connection.sendall(copy)
         if connection.recv(3) != b"ok\n":
             raise ConnectionError("the sink did not acknowledge")

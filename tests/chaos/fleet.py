@@ -43,7 +43,7 @@ def command(name: str, port: int = 0) -> list[str]:
 
 
 class Fleet:
-    """Named processes. Whatever is done to a worker is written down in `faults`, for it may explain a repeated effect."""
+    """Named processes. What is done to a worker is written down in `faults`: it may explain a repeated effect."""
 
     def __init__(self, folder: Path, forge: Forge) -> None:
         self.faults: list[Fault] = []
@@ -107,10 +107,11 @@ class Fleet:
     async def close(self) -> None:
         """End everything."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
-            if not self._task.cancelled():
-                self._task.result()  # raises what ended the supervisor
+            task, self._task = self._task, None
+            task.cancel()
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.result()  # raises what ended the supervisor
         self.resume()
         await self.stop(*self._processes)
 

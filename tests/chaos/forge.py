@@ -21,8 +21,18 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-_PRELOADED = ("tests.chaos.app", "relay.cli", "relay.loop", "uvicorn.main", "uvicorn.protocols.http.httptools_impl",
-              "uvicorn.lifespan.on", "uvloop", "dramatiq.cli", "relay.redis_publisher", "relay.rabbitmq_publisher")  # fmt: skip
+_PRELOADED = (
+    "dramatiq.cli",
+    "relay.cli",
+    "relay.loop",
+    "relay.rabbitmq_publisher",
+    "relay.redis_publisher",
+    "tests.chaos.app",
+    "uvicorn.lifespan.on",
+    "uvicorn.main",
+    "uvicorn.protocols.http.httptools_impl",
+    "uvloop",
+)
 
 
 def _become(request: dict[str, Any]) -> None:

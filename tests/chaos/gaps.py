@@ -132,3 +132,8 @@ def _domain(module: Any) -> None:
 @when_imported("service.doorbell")
 def _doorbell(module: Any) -> None:
     _around_sync(module._DoorbellConsumer, "ack", before="worker.before_ack")
+
+
+@when_imported("service.broker")
+def _broker(module: Any) -> None:
+    _around_sync(module._CarefulConsumer, "ack", before="worker.before_ack")

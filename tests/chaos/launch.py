@@ -1,4 +1,4 @@
-"""How a process under attack is started: forked from the forge, or by its own command where its environment must be new."""
+"""How a process under attack is started: forked from the forge, unless its environment must be new from the start."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from typing import TYPE_CHECKING, Self
 from uuid import UUID, uuid4
@@ -14,6 +13,7 @@ from tests.chaos.checker import Request
 from tests.chaos.domain import POISON
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Sequence
 
 __all__ = ["Ledger"]

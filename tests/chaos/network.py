@@ -44,9 +44,15 @@ class Network:
 
     async def set(self, links: str, mode: str, value: float = 0.0) -> None:
         """Change the links that match the pattern; see `tests.chaos.proxy` for the modes."""
+        await self._command(links=links, mode=mode, value=value)
+
+    async def aim(self, links: str, socket: str) -> None:
+        """Reset the links that match the pattern, and connect them to this Unix socket from now on."""
+        await self._command(links=links, mode="aim", socket=socket)
+
+    async def _command(self, **command: object) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        line = json.dumps({"links": links, "mode": mode, "value": value})
-        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
         answer = await self._answer()
         assert answer == b"ok\n", answer

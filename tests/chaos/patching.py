@@ -1,4 +1,4 @@
-"""Changes a module of the service the moment it is imported, in a process that was started with `onpath` on its path."""
+"""Changes a module of the service the moment it is imported, or at once where it has been."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 Modes: `clear`; `latency` (value: seconds for each chunk, both ways); `stall` (nothing gets through until cleared);
 `stall_replies` (what the server says does not); `cut_before` and `cut_after` (value: chance that a request breaks the
 connection before or after the server has it); and, done once to the connections that are open, `reset` (RST) and
-`half_open` (dead for ever, and neither side is told).
+`half_open` (dead for ever, and neither side is told). `aim` resets and leads to the Unix socket `socket` from now on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Link:
 
     def __init__(self, target: tuple[str, int]) -> None:
         self.target = target
+        self.socket = ""
         self.mode = "clear"
         self.value = 0.0
         self.changed = asyncio.Event()
@@ -47,10 +48,20 @@ class Link:
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def aim(self, path: str) -> None:
+        """Connect to another server from now on."""
+        self.socket = path
+        self.set("reset", 0)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self.socket:
+            return await asyncio.open_unix_connection(self.socket)
+        return await asyncio.open_connection(*self.target)
+
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
         try:
-            upstream = await asyncio.open_connection(*self.target)
+            upstream = await self._connect()
         except OSError:
             _abort(writer)
             return
@@ -128,7 +139,10 @@ async def _commands(links: dict[str, Link]) -> None:
     while line := await reader.readline():
         command: dict[str, Any] = json.loads(line)
         for name in fnmatch.filter(links, command["links"]):
-            links[name].set(command["mode"], command.get("value", 0.0))
+            if command["mode"] == "aim":
+                links[name].aim(command["socket"])
+            else:
+                links[name].set(command["mode"], command.get("value", 0.0))
         print("ok", flush=True)
 
 

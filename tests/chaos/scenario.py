@@ -57,7 +57,12 @@ SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(
-    plan: Plan | None = None, *, rate: float = 15, within: float = 25, slow: bool = False, accuses: bool = False,
+    plan: Plan | None = None,
+    *,
+    rate: float = 15,
+    within: float = 25,
+    slow: bool = False,
+    accuses: bool = False,
     needs: Callable[[], bool] = lambda: True,
 ) -> Callable[[Attack], Attack]:
     """Register an attack under its function's name.
@@ -108,8 +113,9 @@ async def _recover(world: World, which: Scenario, result: Result) -> None:
         result.wrong.append(f"{left} requests were never answered")
     while True:
         result.verdict = await world.verdict()
-        # A repeated effect stays repeated, so there is nothing to wait for.
-        if result.verdict.clean or result.verdict.duplicated or time.monotonic() > healed + which.within:
+        # A repeated effect stays repeated, so there is nothing more to wait for than the rest.
+        done = result.verdict.clean or (result.verdict.duplicated and (which.accuses or result.verdict.complete))
+        if done or time.monotonic() > healed + which.within:
             break
         world.fleet.resume()  # gaps may stop processes at any time
         await asyncio.sleep(0.25)

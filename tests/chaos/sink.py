@@ -1,13 +1,21 @@
-"""The outside world: a server that writes down what it really received, and only then acknowledges."""
+"""The outside world: a server that writes down what it really received, and only then acknowledges.
+
+`python -m tests.chaos.sink FILE` answers its port, and serves until its stdin ends. It is a process of its own, so that
+nothing the suite does can make it late.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
+
+from service.dev.places import ROOT
 
 __all__ = ["Copy", "Sink"]
 
@@ -25,27 +33,60 @@ class Copy:
 
 
 class Sink:
-    """Listens on a loopback port while it is entered; `received` is everything so far, in order."""
+    """The suite's side: starts the process, and reads what it wrote down."""
 
-    def __init__(self) -> None:
-        self.received: list[Copy] = []
+    def __init__(self, file: Path) -> None:
         self.port = 0
-        self._server: asyncio.Server | None = None
+        self._file = file
+        self._read = 0
+        self._received: list[Copy] = []
+        self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._file.touch()
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.chaos.sink", str(self._file),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self.port = int(await self._process.stdout.readline())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.close()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        await self._process.wait()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, ValueError):
-            line = await reader.readline()
-            if line.endswith(b"\n"):
-                self.received.append(Copy(at=time.time(), **json.loads(line)))
-                writer.write(b"ok\n")
-                await writer.drain()
-        writer.close()
+    @property
+    def received(self) -> list[Copy]:
+        """Everything so far, in order."""
+        with self._file.open() as file:
+            file.seek(self._read)
+            while (line := file.readline()).endswith("\n"):
+                self._received.append(Copy(**json.loads(line)))
+                self._read = file.tell()
+        return self._received
+
+
+async def _serve(file: Path) -> None:
+    with file.open("a") as received:
+
+        async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(OSError, ValueError):
+                line = await reader.readline()
+                if line.endswith(b"\n"):
+                    received.write(json.dumps({"at": time.time(), **json.loads(line)}) + "\n")
+                    received.flush()
+                    writer.write(b"ok\n")
+                    await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(receive, "127.0.0.1", 0, backlog=500)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        server.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Path(sys.argv[1])))

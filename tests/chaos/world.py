@@ -18,7 +18,7 @@ import redis.asyncio
 
 from service.dev.places import ROOT
 from service.dev.postgres import Postgres
-from service.dev.servers import free_port
+from service.dev.servers import Server, free_port
 from service.dev.valkey import Valkey
 from tests.chaos.checker import Fault, Request, Tables, Verdict, judge
 from tests.chaos.domain import SCHEMA
@@ -26,7 +26,9 @@ from tests.chaos.fleet import Fleet, command
 from tests.chaos.ledger import Ledger
 from tests.chaos.network import Network
 from tests.chaos.sink import Sink
+from tests.rabbitmq.server import Rabbitmq
 from tests.real_servers import TEMPLATE, copy_of, outside_environment
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,6 +68,7 @@ class Plan:
     """Pattern of the processes that the gaps strike."""
     bug: str = ""
     proxied: bool = False
+    rabbitmq: bool = False
     apis: int = 1
     extra: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Further variables for single processes, by name; these are started by their own commands."""
@@ -89,16 +92,17 @@ class World:
         self.plan = plan
         self.dice = random.Random(seed)
         self.seed = seed
-        data = copy_of(ground.seed_data, folder / "postgres")
-        self.postgres = Postgres(data, durable=False, settings={"synchronous_commit": "on"}, tcp=True)
-        self.valkey = Valkey(folder / "valkey", tcp=True)
+        self._ground = ground
+        self.postgres = Postgres(folder / "postgres", durable=False, settings={"synchronous_commit": "on"}, tcp=True)
+        self.broker_server = Rabbitmq(folder / "rabbitmq") if plan.rabbitmq else Valkey(folder / "valkey", tcp=True)
         self.fleet = Fleet(folder, ground.forge)
-        self.sink = Sink()
+        self.sink = Sink(folder / "sink.jsonl")
         self.network: Network
         self.ledger: Ledger
         self.began = time.time()
         self.most_copies = 0
         self.sink_ignores: set[str] = set()
+        self.rewound: Fault | None = None
         self._stack = AsyncExitStack()
         self._faults: list[Fault] = []
 
@@ -106,8 +110,9 @@ class World:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            await asyncio.to_thread(copy_of, self._ground.seed_data, self.postgres.data_dir)
             await asyncio.to_thread(self.postgres.start)
-            stack.callback(self.postgres.stop)
+            stack.push_async_callback(asyncio.to_thread, self.postgres.stop)
             await self._start_broker(stack)
             await self.sql(SCHEMA)
             await stack.enter_async_context(self.sink)
@@ -124,16 +129,25 @@ class World:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+        try:
+            await self.fleet.close()  # before any server, also those that the scenario added
+        finally:
+            await self._stack.aclose()
 
     async def _start_broker(self, stack: AsyncExitStack) -> None:
-        await asyncio.to_thread(self.valkey.start)
-        stack.callback(self.valkey.stop)
+        await asyncio.to_thread(self.broker_server.start)
+        stack.push_async_callback(asyncio.to_thread, self.broker_server.stop)
 
     @property
     def broker_url(self) -> str:
         """Of the broker itself."""
-        return self.valkey.url
+        return self.broker_server.url
+
+    @property
+    def valkey(self) -> Valkey:
+        """The broker, where it is Valkey."""
+        assert isinstance(self.broker_server, Valkey)
+        return self.broker_server
 
     async def _connect(self, stack: AsyncExitStack, ports: dict[str, int]) -> None:
         targets: dict[str, tuple[str, int]] = {}
@@ -184,6 +198,14 @@ class World:
         finally:
             await connection.close()
 
+    async def until(self, query: str, number: int) -> None:
+        """Wait until the first value of `query` is at least this."""
+        await until(lambda: self._reaches(query, number), timeout=20, what=query)
+
+    async def _reaches(self, query: str, number: int) -> bool:
+        rows = await self.sql(query)
+        return bool(rows) and rows[0][0] >= number
+
     async def connect(self) -> asyncpg.Connection[asyncpg.Record]:
         """A connection to the database under attack, past every proxy."""
         return await asyncpg.connect(self.postgres.socket_url(TEMPLATE), server_settings={"statement_timeout": "0"})
@@ -194,6 +216,8 @@ class World:
         return client
 
     def _watch(self, stack: AsyncExitStack) -> None:
+        if self.plan.rabbitmq:
+            return
         task = asyncio.create_task(self._count_copies())
         stack.callback(task.cancel)
 
@@ -205,7 +229,7 @@ class World:
                 async with self.broker() as broker:
                     for queue in ("stock", "mail", "poison"):
                         ids = await broker.hkeys(f"dramatiq:{queue}.msgs")
-                        counts = Counter(each.partition(":")[0] for each in ids)
+                        counts = Counter(str(each).partition(":")[0] for each in ids)
                         self.most_copies = max([self.most_copies, *counts.values()])
             except (redis.RedisError, OSError):
                 continue
@@ -221,8 +245,19 @@ class World:
 
     async def verdict(self) -> Verdict:
         """What the checker says now."""
+        tables = await self.tables()
+        if self.rewound is not None:
+            self._forget_rewound(tables, self.rewound)
         received = [copy for copy in self.sink.received if copy.subject not in self.sink_ignores]
-        return judge(self.ledger.requests, await self.tables(), received, self.faults())
+        return judge(self.ledger.requests, tables, received, self.faults())
+
+    def _forget_rewound(self, tables: Tables, rewound: Fault) -> None:
+        """Forget what was accepted in the time that the database has lost, and that it does not know."""
+        for request in list(self.ledger.requests):
+            accepted = request.accepted or 0.0
+            if rewound.began <= accepted <= rewound.ended and not tables.things[request.subject]:
+                self.ledger.requests.remove(request)
+                self.sink_ignores.add(request.subject)
 
     def faults(self) -> list[Fault]:
         """Everything that may explain a repeated effect outside."""
@@ -234,9 +269,14 @@ class World:
             for each in own
             if each["gap"].startswith("worker")
         ]
-        return [*self.fleet.faults, *self._faults, *struck]
+        rewound = [] if self.rewound is None else [self.rewound]
+        return [*self.fleet.faults, *self._faults, *struck, *rewound]
 
     # -- attacking
+
+    def also_stop(self, server: Server) -> None:
+        """Stop this server, too, when the scenario is over."""
+        self._stack.push_async_callback(asyncio.to_thread, server.stop)
 
     def excuse(self, what: str, began: float, pids: frozenset[int] | None = None) -> None:
         """Note a fault from `began` (of `time.time()`) until now that hit workers, or what they need to complete."""

@@ -1,3 +1,14 @@
 """Every attack, in the order of the sweep; importing this registers them."""
 
-from tests.chaos.scenarios import network, operators, planted, poison, postgres, processes, valkey  # noqa: F401
+from tests.chaos.scenarios import (  # noqa: F401
+    failover,
+    network,
+    operators,
+    planted,
+    poison,
+    postgres,
+    processes,
+    rabbitmq,
+    recovery,
+    valkey,
+)

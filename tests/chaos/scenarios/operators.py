@@ -39,7 +39,7 @@ async def _outbox(world: World, *arguments: str, expected: tuple[int, ...] = (0,
 async def _insert_dead_letters(world: World, count: int) -> list[str]:
     """Dead letters of accepted requests, whose effect has yet to happen; their subjects."""
     subjects = [str(UUID(int=world.dice.getrandbits(128), version=4)) for _ in range(count)]
-    ids = [UUID(int=world.dice.getrandbits(128), version=7) for _ in range(count)]
+    ids = [UUID(int=world.dice.getrandbits(128), version=4) for _ in range(count)]
     await world.sql("INSERT INTO thing SELECT unnest($1::uuid[]), ''", subjects)
     for consumer, queue, step in (("chaos.book", "stock", 1), ("chaos.compute", "mail", 2)):
         await world.sql(
@@ -153,7 +153,7 @@ async def older_worker(world: World) -> None:
 
 
 def _faked(offset: str) -> dict[str, str]:
-    return {"LD_PRELOAD": _LIBFAKETIME, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    return {"LD_PRELOAD": _LIBFAKETIME, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "CHAOS_FAKED": "1"}
 
 
 _CLOCKS = {"api-1": _faked("+1h"), "relay-1": _faked("-1h"), "worker-1": _faked("-1h"), "worker-2": _faked("+1h")}
@@ -181,4 +181,3 @@ async def workers_off_for_two_days(world: World) -> None:
         )
     await world.ledger.stop_load()
     await world.fleet.start(*workers)
-

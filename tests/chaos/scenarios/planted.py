@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from tests.chaos.gaps import RELAY_GAPS
 from tests.chaos.scenario import scenario
 from tests.chaos.world import SHORT, Plan, World
@@ -35,7 +33,7 @@ async def bug_no_fence(world: World) -> None:
 
 async def _deaths(world: World) -> None:
     world.arm()
-    await world.wait(6)
+    await world.wait(5)
 
 
 @scenario(Plan(gaps=_MID_EFFECT.format("kill")))
@@ -44,15 +42,13 @@ async def deaths_in_mid_effect(world: World) -> None:
     await _deaths(world)
 
 
-@scenario(Plan(gaps=_MID_EFFECT.format("kill"), bug="complete_before_effect"), accuses=True, within=8)
+@scenario(Plan(gaps=_MID_EFFECT.format("kill"), bug="complete_before_effect"), accuses=True, within=5)
 async def bug_complete_before_effect(world: World) -> None:
     """The same where the completion comes first."""
     await _deaths(world)
 
 
-@scenario(
-    Plan(gaps=f"{RELAY_GAPS[0]}=kill:0.2", bug="commit_before_publish"), accuses=True, within=10
-)
+@scenario(Plan(gaps=f"{RELAY_GAPS[0]}=kill:0.2", bug="commit_before_publish"), accuses=True, within=10)
 async def bug_commit_before_publish(world: World) -> None:
     """A relay that looks back at nothing dies between commit and publish."""
     await _deaths(world)
@@ -72,15 +68,13 @@ async def bug_narrow_claim(world: World) -> None:
 
 async def _linger(world: World) -> None:
     """A first worker freezes and comes back, a second one dies with the row: a third must get it at once."""
+    query = "SELECT attempts FROM outbox_message WHERE consumer = 'chaos.book'"
+    await world.fleet.stop("worker-2")
     await world.place_surely("linger")
-    query = "SELECT state, attempts FROM outbox_message WHERE consumer = 'chaos.book'"
-    while (await world.sql(query))[0]["attempts"] < 1:
-        await asyncio.sleep(0.05)
-    for name in world.fleet.names("worker"):
-        world.fleet.freeze(name)
-    while (await world.sql(query))[0]["state"] == "running":
-        await asyncio.sleep(0.1)
-    await world.wait(4.5)
+    await world.until(query, 1)
+    world.fleet.freeze("worker-1")
+    await world.fleet.start("worker-2")
+    await world.until(query, 2)
     world.fleet.resume()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.chaos.domain import POISON
 from tests.chaos.scenario import scenario
-from tests.chaos.world import World
+from tests.chaos.world import SHORT, Plan, World
 
 
 async def _poisoned(world: World, *kinds: str) -> None:
@@ -47,7 +47,8 @@ async def poison_swallows_cancellation(world: World) -> None:
     await _poisoned(world, "swallow", "swallow")
 
 
-@scenario(within=60)
+# While the loop stands still, so do its neighbours' runs: they need a time limit that is longer than that.
+@scenario(Plan(settings={**SHORT, "OUTBOX__TIME_LIMIT": "20000"}), within=60)
 async def poison_blocks_the_loop(world: World) -> None:
     """Blocks the loop of its process for longer than a lease; its neighbours stand still and keep their leases."""
     await _poisoned(world, "block", "block")

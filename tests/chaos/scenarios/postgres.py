@@ -137,7 +137,11 @@ async def locks_held(world: World) -> None:
 async def timeouts_on_the_role(world: World) -> None:
     """The role has timeouts that end statements, lock waits and idle transactions within milliseconds."""
     began = time.time()
-    for setting in ("statement_timeout = '30ms'", "lock_timeout = '5ms'", "idle_in_transaction_session_timeout = '25ms'"):
+    for setting in (
+        "statement_timeout = '30ms'",
+        "lock_timeout = '5ms'",
+        "idle_in_transaction_session_timeout = '25ms'",
+    ):
         await world.sql(f"ALTER ROLE postgres SET {setting}")
     await world.sql(_BACKENDS, 1.0)
     await world.wait(8)

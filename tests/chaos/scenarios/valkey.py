@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from contextlib import suppress
+from typing import Any
 
 import redis
 
@@ -103,6 +105,14 @@ async def valkey_drops_clients(world: World) -> None:
                 await broker.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
 
 
+def _body(queue: str, actor: str, *arguments: Any, **more: Any) -> bytes:
+    """A body as Dramatiq's would be; `ID` stands for its key."""
+    fields = {"queue_name": queue, "actor_name": actor, "args": arguments, "kwargs": {}, "message_id": "m",
+              "options": {"redis_message_id": "ID"}, "message_timestamp": 1, **more}  # fmt: skip
+    return json.dumps(fields).encode()
+
+
+_NOBODY = "00000000-0000-7000-8000-000000000000"
 _ODD_BODIES = (
     b"",
     b"{",
@@ -110,20 +120,19 @@ _ODD_BODIES = (
     b"[]",
     b"\xff\xfe\x00",
     b'{"queue_name": "stock"}',
-    b'{"queue_name":"mail","actor_name":"chaos.book","args":["x"],"kwargs":{},"options":{"redis_message_id":"ID"},'
-    b'"message_id":"m","message_timestamp":1}',
-    b'{"queue_name":"stock","actor_name":"chaos.book","args":["not an id"],"kwargs":{},'
-    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
-    b'{"queue_name":"stock","actor_name":"chaos.book","args":[],"kwargs":{},"options":{"redis_message_id":"ID"},'
-    b'"message_id":"m","message_timestamp":1}',
-    b'{"queue_name":"stock","actor_name":"nobody.knows","args":[{"a":1}],"kwargs":{},'
-    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
-    b'{"queue_name":"stock","actor_name":"chaos.book","args":["00000000-0000-7000-8000-000000000000"],"kwargs":{},'
-    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1,"extra":1}',
-    b'{"queue_name":"stock","actor_name":"chaos.book","args":["00000000-0000-7000-8000-000000000000"],"kwargs":{},'
-    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
-    b'{"queue_name":"stock","actor_name":"chaos.book","args":["' + b"x" * 2_000_000 + b'"],"kwargs":{},'
-    b'"options":{"redis_message_id":"ID"},"message_id":"m","message_timestamp":1}',
+    _body("mail", "chaos.book", _NOBODY),
+    _body("stock", "chaos.book", "not an id"),
+    _body("stock", "chaos.book"),
+    _body("stock", "chaos.book", None),
+    _body("stock", "chaos.book", {"a": [1]}),
+    _body("stock", "chaos.book", _NOBODY),
+    _body("stock", "chaos.book", _NOBODY, extra=1),
+    _body("stock", "chaos.book", _NOBODY, options=None),
+    _body("stock", "chaos.book", _NOBODY, args="text", kwargs=[]),
+    _body("stock", "chaos.book", _NOBODY, actor_name=None),
+    _body("stock", "nobody.knows", {"a": 1}),
+    _body("stock", "nobody.knows", _NOBODY),
+    _body("stock", "chaos.book", "x" * 2_000_000),
 )
 
 
@@ -137,9 +146,6 @@ async def odd_messages(world: World) -> None:
             await world.wait(0.1)
         for row in await world.sql("SELECT id::text FROM outbox_message ORDER BY random() LIMIT 50"):
             key = f"stolen-{row['id']}"
-            body = (
-                '{"queue_name":"mail","actor_name":"chaos.compute","args":["%s"],"kwargs":{},"options":'
-                '{"redis_message_id":"%s"},"message_id":"m","message_timestamp":1}' % (row["id"], key)
-            )
+            body = _body("mail", "chaos.compute", row["id"]).replace(b"ID", key.encode())
             await broker.hset("dramatiq:mail.msgs", key, body)
             await broker.rpush("dramatiq:mail", key)

@@ -1,0 +1,63 @@
+"""How quickly work goes on with the settings as shipped; run by `make chaos SLOW=1`.
+
+What a killed worker was running runs again within 45 s; what it had only prefetched, or the broker lost, within
+T + 15 s, where T is 60 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.chaos.scenario import scenario
+from tests.chaos.world import Plan, World
+
+_AS_SHIPPED = Plan(settings={}, forked=False)
+_RUNNING = "SELECT count(*) FROM outbox_message WHERE state = 'running' AND consumer = 'chaos.book'"
+_WAITING = "SELECT count(*) FROM outbox_message WHERE state = 'dispatched'"
+
+
+def _kill_workers(world: World) -> None:
+    for name in world.fleet.names("worker"):
+        world.fleet.kill(name)
+
+
+@scenario(_AS_SHIPPED, rate=0, within=45, slow=True)
+async def slow_running_work(world: World) -> None:
+    """Workers are killed with all their threads busy."""
+    for _ in range(6):
+        await world.place_surely("long")
+    await world.until(_RUNNING, 6)
+    _kill_workers(world)
+
+
+@scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
+async def slow_prefetched_work(world: World) -> None:
+    """Workers are killed while they hold messages that no thread has begun."""
+    for _ in range(8):
+        await world.place_surely("long")
+    await world.until(_RUNNING, 8)
+    for _ in range(10):
+        await world.place_surely()
+    await world.until(_WAITING, 10)
+    _kill_workers(world)
+
+
+@scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
+async def slow_lost_by_the_broker(world: World) -> None:
+    """The broker forgets everything while no worker is there to take it."""
+    workers = world.fleet.names("worker")
+    await world.fleet.stop(*workers)
+    for _ in range(20):
+        await world.place_surely()
+    await world.until(_WAITING, 40)
+    async with world.broker() as broker:
+        await broker.flushall()
+    asyncio.get_running_loop().create_task(world.fleet.start(*workers))
+
+
+@scenario(_AS_SHIPPED, rate=5, within=75, slow=True)
+async def slow_half_open(world: World) -> None:
+    """A relay and a worker stand still for longer than a lease, under load."""
+    world.fleet.freeze("relay-1")
+    world.fleet.freeze("worker-1")
+    await world.wait(40)

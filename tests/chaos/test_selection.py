@@ -1,0 +1,34 @@
+"""A few scenarios of `make chaos`, short enough for every run of the tests; the rest is `make chaos` itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+import tests.chaos.scenarios  # noqa: F401  registers them
+from tests.chaos.scenario import SCENARIOS, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.chaos.world import Ground
+
+SEED = 1
+
+
+@pytest.mark.parametrize("name", ["kill_anything", "zombies_in_mid_effect", "valkey_flushed"])
+def test_nothing_is_lost_and_nothing_happens_twice(name: str, server_folder: Path, ground: Ground) -> None:
+    result = asyncio.run(run(SCENARIOS[name], SEED, server_folder, ground))
+    assert result.wrong == []
+    assert result.verdict.lost == []
+    assert result.verdict.duplicated == []
+    assert result.verdict.clean
+    assert result.verdict.accepted > 10
+
+
+def test_a_system_with_a_bug_is_accused(server_folder: Path, ground: Ground) -> None:
+    result = asyncio.run(run(SCENARIOS["bug_complete_before_effect"], SEED, server_folder, ground))
+    assert result.verdict.accepted > 10
+    assert result.verdict.lost

@@ -1,0 +1,305 @@
+"""The row's state machine against a model, rule by rule, on a real PostgreSQL.
+
+Relays, workers, copies of messages, claims whose reply was lost, zombies that go on with a token of long ago, people
+who replay: Hypothesis chooses who does what next, and the statements of the service and of the relay must answer as the
+model does. Time is the database's: a row comes due when a rule moves its `due_at` into the past.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from relay.ledger import NO_FLOOR, recover_lost, take_due
+from relay.resolve import resolve
+from service.outbox import statements
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+T = TypeVar("T")
+MINUTE = timedelta(seconds=60)
+ERROR = {"type": "Error", "message": "", "traceback": ""}
+_INSERT = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
+VALUES ($1, $1, 'model.happened', 1, 'model.react', 'model', '{}', '{}')
+"""
+
+
+@dataclass
+class Row:
+    """What the model knows of a row. `due` is whether the relay must act on it."""
+
+    state: str = "pending"
+    token: UUID | None = None
+    attempts: int = 0
+    dispatches: int = 0
+    due: bool = True
+    effects: int = 0
+    tokens: list[UUID] = field(default_factory=list)
+
+    def mine(self, token: UUID, *states: str) -> bool:
+        """Whether a statement of this claim may change the row."""
+        return self.token == token and self.state in states
+
+
+class Machine(RuleBasedStateMachine):
+    """One database and one row at a time is not enough: two rows, so that nobody touches the wrong one."""
+
+    url: str
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connection: asyncpg.Connection[asyncpg.Record] = self.run(asyncpg.connect(self.url))
+        self.run(self.connection.execute("TRUNCATE outbox_message, dead_letter"))
+        self.rows: dict[UUID, Row] = {}
+        for _ in range(2):
+            message_id = uuid4()
+            self.run(self.connection.execute(_INSERT, message_id))
+            self.rows[message_id] = Row()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(coroutine)
+
+    def teardown(self) -> None:
+        self.run(self.connection.close())
+
+    def pick(self, number: int) -> tuple[UUID, Row]:
+        return list(self.rows.items())[number]
+
+    def claim_of(self, message_id: UUID, token: UUID) -> statements.Claim:
+        return statements.Claim(message_id, token, message_id, "", 1, "", "", {}, {}, 1, 1)
+
+    def a_token(self, data: st.DataObject, row: Row) -> UUID:
+        """The latest claim's, or that of a zombie."""
+        return data.draw(st.sampled_from(row.tokens)) if row.tokens else uuid4()
+
+    # -- time
+
+    @rule(number=st.integers(0, 1))
+    def time_passes(self, number: int) -> None:
+        message_id, row = self.pick(number)
+        if row.state in ("pending", "dispatched", "running"):
+            self.run(
+                self.connection.execute(
+                    "UPDATE outbox_message SET due_at = clock_timestamp() - interval '1 second' WHERE id = $1",
+                    message_id,
+                )
+            )
+            row.due = True
+
+    # -- the relay
+
+    @rule(commits=st.booleans(), spares=st.booleans())
+    def dispatch(self, commits: bool, spares: bool) -> None:
+        """Hand over what is due; or publish, and die before the commit."""
+        expected = {
+            message_id
+            for message_id, row in self.rows.items()
+            if row.due
+            and (row.state in ("pending", "dispatched") or (row.state == "running" and not spares and row.attempts < 2))
+        }
+        transaction = self.connection.transaction()
+        self.run(transaction.start())
+        batch = self.run(take_due(self.connection, "model", NO_FLOOR, 10, MINUTE, expired_leases=not spares))
+        assert {UUID(each.id) for each in (batch.rows if batch else [])} == expected
+        self.run(transaction.commit() if commits else transaction.rollback())
+        for message_id in expected if commits else ():
+            row = self.rows[message_id]
+            row.state, row.due, row.dispatches = "dispatched", False, row.dispatches + 1
+
+    @rule()
+    def dispatch_late(self) -> None:
+        """Everything came due meanwhile: after an outage, or with no relay for a while."""
+        for number in (0, 1):
+            self.time_passes(number)
+        self.dispatch(commits=True, spares=False)
+
+    @rule()
+    def recover(self) -> None:
+        """Put back what was lost in its second attempt or later."""
+        expected = [row for row in self.rows.values() if row.due and row.state == "running" and row.attempts >= 2]
+        recovered = self.run(recover_lost(self.connection, "model", 10, MINUTE, MINUTE))
+        assert recovered == len(expected)
+        for row in expected:
+            row.state, row.due = "pending", False
+
+    # -- workers, each of which may be a zombie
+
+    @rule(number=st.integers(0, 1))
+    def claim(self, number: int) -> None:
+        """A message arrives, wanted or not: a copy, one from before a flush, one before its own dispatch committed."""
+        self._claim(*self.pick(number), uuid4())
+
+    @precondition(lambda self: any(row.state == "running" for row in self.rows.values()))
+    @rule()
+    def lose_to_another(self) -> None:
+        """Its lease ends while it stands still, and another worker gets a copy of the message."""
+        number = next(number for number in (0, 1) if self.pick(number)[1].state == "running")
+        self.time_passes(number)
+        self._claim(*self.pick(number), uuid4())
+
+    @rule(number=st.integers(0, 1), data=st.data())
+    def claim_again(self, number: int, data: st.DataObject) -> None:
+        """The reply was lost, and the worker asks again with its token."""
+        message_id, row = self.pick(number)
+        self._claim(message_id, row, self.a_token(data, row))
+
+    def _claim(self, message_id: UUID, row: Row, token: UUID) -> None:
+        repeated = row.mine(token, "running")
+        allowed = row.state == "dispatched" or (row.state in ("pending", "running") and row.due) or repeated
+        claimed = self.run(statements.claim(self.connection, message_id, token, MINUTE))
+        assert (claimed is not None) == allowed
+        if claimed is not None:
+            row.attempts += not repeated
+            assert claimed.attempts == row.attempts
+            row.state, row.token, row.due = "running", token, False
+            row.tokens.append(token)
+
+    @rule(number=st.integers(0, 1), data=st.data(), reply_lost=st.booleans())
+    def complete(self, number: int, data: st.DataObject, reply_lost: bool) -> None:
+        """Tick off and take effect; if the reply is lost, the same worker tries it all again."""
+        message_id, row = self.pick(number)
+        claim = self.claim_of(message_id, self.a_token(data, row))
+        for _ in range(1 + reply_lost):
+            allowed = row.mine(claim.token, "running", "dispatched")
+            assert self.run(statements.complete(self.connection, claim)) == allowed
+            if allowed:
+                row.state, row.due = "completed", False
+                row.effects += 1
+
+    @rule(number=st.integers(0, 1), data=st.data())
+    def complete_in_transaction(self, number: int, data: st.DataObject) -> None:
+        message_id, row = self.pick(number)
+        claim = self.claim_of(message_id, self.a_token(data, row))
+        allowed = row.mine(claim.token, "running", "dispatched")
+        transaction = self.connection.transaction()
+        self.run(transaction.start())
+        xid = self.run(self.connection.fetchval("SELECT pg_current_xact_id()::text"))
+        unbroken, completed = self.run(statements.complete_in_transaction(self.connection, claim, xid))
+        assert unbroken
+        assert completed == allowed
+        self.run(transaction.commit())
+        if allowed:
+            row.state, row.due = "completed", False
+            row.effects += 1
+
+    @rule(number=st.integers(0, 1), data=st.data())
+    def fail(self, number: int, data: st.DataObject) -> None:
+        message_id, row = self.pick(number)
+        claim = self.claim_of(message_id, self.a_token(data, row))
+        allowed = row.mine(claim.token, "running")
+        assert self.run(statements.fail(self.connection, claim, ERROR, MINUTE)) == allowed
+        if allowed:
+            row.state, row.due = "pending", False
+
+    @rule(number=st.integers(0, 1), data=st.data())
+    def release(self, number: int, data: st.DataObject) -> None:
+        message_id, row = self.pick(number)
+        claim = self.claim_of(message_id, self.a_token(data, row))
+        allowed = row.mine(claim.token, "running")
+        self.run(statements.release(self.connection, claim))
+        if allowed:
+            row.state, row.due, row.attempts = "pending", True, row.attempts - 1
+
+    @rule(number=st.integers(0, 1), data=st.data())
+    def heartbeat(self, number: int, data: st.DataObject) -> None:
+        message_id, row = self.pick(number)
+        token = self.a_token(data, row)
+        self.run(statements.heartbeat(self.connection, [(message_id, token, MINUTE * 60)], MINUTE))
+        if row.mine(token, "running", "dispatched"):
+            row.state, row.due = "running", False
+
+    # -- the end, and people
+
+    @rule(number=st.integers(0, 1), data=st.data())
+    def die(self, number: int, data: st.DataObject) -> None:
+        message_id, row = self.pick(number)
+        claim = self.claim_of(message_id, self.a_token(data, row))
+        allowed = row.mine(claim.token, "running")
+        assert (self.run(statements.die(self.connection, claim, ERROR, "the rule says so")) is not None) == allowed
+        if allowed:
+            row.state, row.due = "dead", False
+
+    @rule(twice=st.booleans())
+    def replay(self, twice: bool) -> None:
+        """Everything that is dead, once or by two people."""
+        ids = [each["id"] for each in self.run(self.connection.fetch("SELECT id FROM dead_letter"))]
+        for _ in range(1 + twice):
+            expected = [row for row in self.rows.values() if row.state == "dead"]
+            outcome = self.run(resolve(self.connection, "replay", ids, by="model", why=None))
+            assert len(outcome.done) == len(expected)
+            for row in expected:
+                row.state, row.due, row.attempts, row.dispatches, row.token = "pending", True, 0, 0, None
+
+    @precondition(lambda self: any(row.state == "completed" for row in self.rows.values()))
+    @rule()
+    def purge(self) -> None:
+        self.run(self.connection.execute("DELETE FROM outbox_message WHERE state = 'completed'"))
+        for row in self.rows.values():
+            if row.state == "completed":
+                row.state = "purged"
+
+    # -- what is always true
+
+    @invariant()
+    def rows_are_as_the_model_says(self) -> None:
+        found = {
+            row["id"]: (row["state"], row["attempts"], row["dispatches"], row["claim_token"], row["due"])
+            for row in self.run(
+                self.connection.fetch(
+                    "SELECT *, due_at <= clock_timestamp() AND state <> 'completed' AS due FROM outbox_message"
+                )
+            )
+        }
+        expected = {
+            message_id: (row.state, row.attempts, row.dispatches, row.token, row.due)
+            for message_id, row in self.rows.items()
+            if row.state not in ("dead", "purged")
+        }
+        assert found == expected
+
+    @invariant()
+    def no_effect_happens_twice(self) -> None:
+        assert all(row.effects <= 1 for row in self.rows.values())
+
+    @invariant()
+    def the_dead_are_kept(self) -> None:
+        open_letters = self.run(self.connection.fetchval("SELECT count(*) FROM dead_letter WHERE resolution IS NULL"))
+        assert open_letters == sum(row.state == "dead" for row in self.rows.values())
+
+
+@pytest.fixture
+def machine(database_url: str) -> Iterator[type[Machine]]:
+    """The machine, bound to this test's database."""
+    with asyncio.Runner() as runner:
+
+        class Bound(Machine):
+            url = database_url
+            loop = runner.get_loop()
+
+        yield Bound
+
+
+def test_the_statements_answer_as_the_model_does(machine: type[Machine]) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=100,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
