@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from service.dev.postgres import psql
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 TABLES = """
 SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class
@@ -24,13 +26,13 @@ WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace
 FUNCTIONS = "SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
 
 
-def _alembic(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def _alembic(environment: Mapping[str, str], *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "alembic", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=dict(environment), capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=dict(environment), capture_output=True, text=True)
 
 
-def _done(environment: Mapping[str, str], *arguments: str) -> str:
-    done = _alembic(environment, *arguments)
+def _done(environment: Mapping[str, str], *arguments: str, cwd: Path = ROOT) -> str:
+    done = _alembic(environment, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 
@@ -41,6 +43,11 @@ def _refusal(environment: Mapping[str, str], *arguments: str) -> str:
     [line] = [*done.stdout.splitlines(), *done.stderr.splitlines()]
     assert line.startswith("FAILED: ")
     return line
+
+
+def _scripts() -> ScriptDirectory:
+    folder = ROOT / "migrations"
+    return ScriptDirectory(str(folder), version_locations=[str(folder / name) for name in ("ledger", "domains")])
 
 
 def test_down_to_nothing_and_up_again(environment: dict[str, str], database_url: str) -> None:
@@ -54,9 +61,11 @@ def test_down_to_nothing_and_up_again(environment: dict[str, str], database_url:
 
 
 def test_each_branch_goes_down_without_the_other(environment: dict[str, str], database_url: str) -> None:
+    scripts = _scripts()
     for branch, other in (("ledger", "domains"), ("domains", "ledger")):
         _done(environment, "downgrade", f"{branch}@base")
-        assert psql(database_url, "SELECT version_num FROM alembic_version").startswith(other)
+        left = psql(database_url, "SELECT version_num FROM alembic_version")
+        assert [left] == [each.revision for each in scripts.get_revisions(f"{other}@head")]
         _done(environment, "upgrade", f"{branch}@head")
 
 
@@ -67,10 +76,7 @@ def test_the_models_say_what_the_migrations_say(environment: dict[str, str], dat
 
 
 def test_files_are_dated_and_on_one_of_the_two_branches() -> None:
-    scripts = ScriptDirectory(
-        str(ROOT / "migrations"), version_locations=[str(ROOT / "migrations" / name) for name in ("ledger", "domains")]
-    )
-    revisions = list(scripts.walk_revisions())
+    revisions = list(_scripts().walk_revisions())
     assert {label for each in revisions for label in each.branch_labels} == {"ledger", "domains"}
     for each in revisions:
         path = ROOT / each.path
@@ -80,7 +86,8 @@ def test_files_are_dated_and_on_one_of_the_two_branches() -> None:
 
 
 def test_a_database_of_other_code_is_one_line(environment: dict[str, str], database_url: str) -> None:
-    psql(database_url, "UPDATE alembic_version SET version_num = 'gone_0007' WHERE version_num LIKE 'domains%'")
+    [domains] = _scripts().get_revisions("domains@head")
+    psql(database_url, f"UPDATE alembic_version SET version_num = 'gone_0007' WHERE version_num = '{domains.revision}'")
     for arguments in (["upgrade", "heads"], ["downgrade", "base"], ["check"]):
         said = _refusal(environment, *arguments)
         assert "Can't locate revision identified by 'gone_0007'" in said
@@ -121,3 +128,33 @@ def test_a_lock_that_is_held_is_waited_for_shortly(environment: dict[str, str], 
         holder.kill()
     assert "try again" in said
     assert "outbox_message" in psql(database_url, TABLES)
+
+
+_MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+revision, down_revision, branch_labels, depends_on = {revision!r}, {after!r}, None, None
+def upgrade(): op.add_column({table!r}, sa.Column({revision!r}, sa.Integer()))
+def downgrade(): op.drop_column({table!r}, {revision!r})
+"""
+
+
+def test_the_next_ledger_does_not_meet_migrations_of_domains(
+    environment: dict[str, str], database_url: str, tmp_path: Path
+) -> None:
+    """A clone has migrations of its own, the template's next version brings one, and the clone makes another."""
+    shutil.copy(ROOT / "alembic.ini", tmp_path)
+    shutil.copytree(ROOT / "migrations", tmp_path / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+    psql(database_url, "CREATE TABLE mine (id int)")
+    [ledger], [domains] = (_scripts().get_revisions(f"{branch}@head") for branch in ("ledger", "domains"))
+    for revision, after, branch, table in (
+        ("mine_1", domains.revision, "domains", "mine"),
+        ("next_1", ledger.revision, "ledger", "dead_letter"),
+        ("mine_2", "mine_1", "domains", "mine"),
+    ):
+        file = tmp_path / "migrations" / branch / f"2099_01_01_{revision}.py"
+        file.write_text(_MIGRATION.format(revision=revision, after=after, table=table))
+        _done(environment, "upgrade", "heads", cwd=tmp_path)
+    assert set(psql(database_url, "SELECT version_num FROM alembic_version").split()) == {"mine_2", "next_1"}
+    _done(environment, "downgrade", "domains@-2", cwd=tmp_path)
+    assert set(psql(database_url, "SELECT version_num FROM alembic_version").split()) == {domains.revision, "next_1"}
