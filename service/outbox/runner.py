@@ -128,7 +128,10 @@ class Runner:
             _log.debug("outbox.nothing_to_claim", message_id=str(message_id))
             return None
         spec = consumer_named(claim.consumer)
-        if spec is None or claim.version > spec.event.event_version:
+        if self._releasing:
+            # Dramatiq's threads take messages for a moment longer; a run begun now would hold up the shutdown.
+            await self.settle(claim, _Released(delay=timedelta(seconds=1)))
+        elif spec is None or claim.version > spec.event.event_version:
             await self.settle(claim, self._unknown(claim, spec))
         elif claim.attempts > self.max_attempts(spec):
             error = RuntimeError("a worker was lost in the last attempt")

@@ -211,3 +211,18 @@ async def test_a_stopping_worker_releases_what_does_not_end(ledger: Ledger, sett
     assert row is not None
     assert (row["state"], row["attempts"]) == ("pending", 0)
     assert row["due_in"] <= 0
+
+
+async def test_nothing_begins_once_a_stopping_worker_has_released_its_runs(
+    ledger: Ledger, settings: Settings, runner: Runner
+) -> None:
+    """Dramatiq's threads still take what comes in within a second; it would hold up the shutdown."""
+    settings.outbox.shutdown_grace = 0.001
+    runner.stop()
+    await asyncio.sleep(0.05)  # the grace
+    message_id = await ledger.happen("hang")
+    async with asyncio.timeout(3):
+        await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert (row["state"], row["attempts"]) == ("pending", 0)
