@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
+import aiormq
+
 from tests.chaos.gaps import RELAY_GAPS, WORKER_GAPS
 from tests.chaos.scenario import scenario
 from tests.chaos.world import Plan, World
@@ -90,11 +92,11 @@ _ODD = ("", "{", "null", "[]", '{"queue_name": "stock"}', json.dumps({"queue_nam
 @scenario(RABBITMQ, within=45, needs=_installed)
 async def rabbitmq_odd_messages(world: World) -> None:
     """Bodies that no relay would write."""
-    import aio_pika
-
-    connection = await aio_pika.connect(world.broker_url)
-    async with connection:
+    connection = await aiormq.connect(world.broker_url)
+    try:
         channel = await connection.channel()
         for body in _ODD * 3:
-            await channel.default_exchange.publish(aio_pika.Message(body.encode()), routing_key="stock")
+            await channel.basic_publish(body.encode(), routing_key="stock")
             await world.wait(0.2)
+    finally:
+        await connection.close()
