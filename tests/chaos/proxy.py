@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 import json
+import os
 import random
 import socket
 import struct
@@ -152,6 +153,7 @@ async def main(targets: dict[str, tuple[str, int]]) -> None:
     servers = {name: await asyncio.start_server(link.accept, "127.0.0.1", 0) for name, link in links.items()}
     print(json.dumps({name: server.sockets[0].getsockname()[1] for name, server in servers.items()}), flush=True)
     await _commands(links)
+    os._exit(0)  # connections are cut in the middle here, which is nothing to report
 
 
 if __name__ == "__main__":
