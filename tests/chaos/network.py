@@ -27,6 +27,7 @@ class Network:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tests.chaos.proxy", json.dumps(self._targets),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
+            start_new_session=True,
         )  # fmt: skip
         self.ports = json.loads(await self._answer())
         return self

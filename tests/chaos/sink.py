@@ -46,7 +46,7 @@ class Sink:
         self._file.touch()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tests.chaos.sink", str(self._file),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT, start_new_session=True,
         )  # fmt: skip
         assert self._process.stdout is not None
         self.port = int(await self._process.stdout.readline())
