@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from relay.output import error, line, print_json
 from relay.status import Status, gather
 from relay.status_text import METRICS, as_json, as_text, check_conditions, failing
 from service.settings import load_settings
+
+if TYPE_CHECKING:
+    from service.settings import Settings
 
 __all__ = ["status"]
 
@@ -43,17 +46,24 @@ def status(
     """
     settings = load_settings()
     conditions = check_conditions(fail_if) if fail_if is not None else []
+    return asyncio.run(_look(settings, conditions, exact=exact, every=interval if watch else None, json_=json_))
+
+
+async def _look(
+    settings: Settings, conditions: list[tuple[str, str, float]], *, exact: bool, every: float | None, json_: bool
+) -> int:
+    """Once, or every so many seconds until a condition is true."""
     while True:
-        found = asyncio.run(gather(settings, exact=exact))
-        _show(found, watch=watch, json_=json_)
+        found = await gather(settings, exact=exact)
+        _show(found, watch=every is not None, json_=json_)
         problems = [] if found.database_problem else failing(found, conditions)
         for problem in problems:
             error(problem)
         if problems:
             return Exit.FAILED
-        if not watch:
+        if every is None:
             return Exit.UNREACHABLE if found.database_problem or found.broker_problem else Exit.OK
-        asyncio.run(asyncio.sleep(interval))
+        await asyncio.sleep(every)
 
 
 def _show(found: Status, *, watch: bool, json_: bool) -> None:
