@@ -36,7 +36,9 @@ async def client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def worker(settings: Settings, engine: AsyncEngine) -> AsyncIterator[InlineWorker]:
+async def worker(
+    settings: Settings, engine: AsyncEngine, worker_environment: pytest.MonkeyPatch
+) -> AsyncIterator[InlineWorker]:
     """Runs consumers: `await worker.deliver_all()`."""
     async with inline_worker(settings, engine) as worker:
         yield worker
