@@ -174,6 +174,10 @@ class _DoorbellConsumer(Consumer):
             command(self._queue, held)
         except (redis.ConnectionError, redis.TimeoutError) as error:
             raise ConnectionClosed(error) from None
+        except redis.RedisError as error:
+            # A full or read-only server: the message stays where the next consumer finds it stranded, and gives up the
+            # place that it holds here, or this worker would fetch nothing any more after a few of these.
+            _log.warning("doorbell.not_acknowledged", queue=self._queue, error=type(error).__name__)
         self._held.discard(held)
         self._room.set()
 

@@ -78,8 +78,9 @@ async def misbehave(how: str, attempt: int) -> None:
             await asyncio.sleep(25)
         case "linger", 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        case "long", 1:
-            await asyncio.sleep(40)
+        case "held", _:
+            while os.path.exists(os.environ["CHAOS_HOLD"]):  # noqa: ASYNC240, PTH110
+                await asyncio.sleep(0.05)
 
 
 async def write_booking(session: AsyncSession, subject: UUID, delivery: Delivery) -> None:

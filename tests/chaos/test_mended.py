@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import asyncpg
+import pytest
+import redis
+from dramatiq.message import Message
 
+from service.doorbell import DoorbellRedisBroker
 from service.outbox.failures import lost_database
 from service.outbox.heartbeat import Heartbeat
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from service.dev.valkey import Valkey
 
 BROKEN = asyncpg.InternalClientError("cannot switch to state 15; another operation (2) is in progress")
 
@@ -43,3 +49,30 @@ async def test_a_heartbeat_outlives_a_connection_that_breaks_while_it_is_used(da
 
 def test_a_connection_that_breaks_while_it_is_used_counts_as_an_outage() -> None:
     assert lost_database(BROKEN)
+
+
+@pytest.mark.parametrize("refusal", [("maxmemory", "1"), ("min-replicas-to-write", "1")])
+def test_an_acknowledgement_that_the_broker_refuses_keeps_no_place_occupied(
+    own_valkey: Valkey, refusal: tuple[str, str]
+) -> None:
+    """Otherwise a worker that met a full broker a few times would fetch nothing any more."""
+    broker = DoorbellRedisBroker(own_valkey.url, namespace="mended", middleware=[])
+    broker.declare_queue("queue")
+    first: Message[None] = Message(queue_name="queue", actor_name="first", args=(), kwargs={}, options={})
+    second: Message[None] = Message(queue_name="queue", actor_name="second", args=(), kwargs={}, options={})
+    broker.enqueue(first)
+    consumer = broker.consume("queue", prefetch=1, timeout=2_000)
+    message = next(consumer)
+    assert message is not None
+    name, value = refusal
+    broker.client.config_set(name, value)
+    with pytest.raises(redis.ResponseError):
+        broker.do_ack("queue", message.options["redis_message_id"])
+    consumer.ack(message)
+    broker.client.config_set(name, "0")
+    broker.enqueue(second)
+    found = next(consumer)
+    assert found is not None
+    assert found.actor_name == "second"
+    consumer.close()
+    broker.close()

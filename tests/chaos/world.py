@@ -173,6 +173,7 @@ class World:
             "CHAOS_BUG": self.plan.bug,
             "CHAOS_SEED": str(self.seed),
             "CHAOS_ARMED": str(self.folder / "armed"),
+            "CHAOS_HOLD": str(self.folder / "hold"),
             "CHAOS_STRIKES": str(self.folder / "strikes.jsonl"),
             "PYTHONPATH": f"{ROOT / 'tests' / 'chaos' / 'onpath'}:{ROOT}",
             "PYTHONUNBUFFERED": "1",
@@ -295,6 +296,13 @@ class World:
             (self.folder / "armed").touch()
         else:
             (self.folder / "armed").unlink(missing_ok=True)
+
+    def hold(self, *, held: bool = True) -> None:
+        """Let events of the kind `held` run for as long as this lasts."""
+        if held:
+            (self.folder / "hold").touch()
+        else:
+            (self.folder / "hold").unlink()
 
     async def wait(self, seconds: float) -> None:
         """Let time pass under load."""

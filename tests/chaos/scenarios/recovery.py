@@ -13,6 +13,7 @@ from tests.chaos.world import Plan, World
 
 _AS_SHIPPED = Plan(settings={}, forked=False)
 _RUNNING = "SELECT count(*) FROM outbox_message WHERE state = 'running' AND consumer = 'chaos.book'"
+_COMPLETED = "SELECT count(*) FROM outbox_message WHERE state = 'completed'"
 _WAITING = "SELECT count(*) FROM outbox_message WHERE state = 'dispatched'"
 
 
@@ -23,23 +24,28 @@ def _kill_workers(world: World) -> None:
 
 @scenario(_AS_SHIPPED, rate=0, within=45, slow=True)
 async def slow_running_work(world: World) -> None:
-    """Workers are killed with all their threads busy."""
-    for _ in range(6):
-        await world.place_surely("long")
-    await world.until(_RUNNING, 6)
+    """Workers are killed in mid-run, and hold nothing else."""
+    world.hold()
+    for _ in range(4):
+        await world.place_surely("held")
+    await world.until(_RUNNING, 4)
+    await world.until(_COMPLETED, 4)
     _kill_workers(world)
+    world.hold(held=False)
 
 
 @scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
 async def slow_prefetched_work(world: World) -> None:
     """Workers are killed while they hold messages that no thread has begun."""
-    for _ in range(8):
-        await world.place_surely("long")
+    world.hold()
+    for _ in range(16):
+        await world.place_surely("held")
     await world.until(_RUNNING, 8)
     for _ in range(10):
         await world.place_surely()
-    await world.until(_WAITING, 10)
+    await world.until(_WAITING, 18)
     _kill_workers(world)
+    world.hold(held=False)
 
 
 @scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
