@@ -79,7 +79,7 @@ async def misbehave(how: str, attempt: int) -> None:
         case "linger", 2:
             os.kill(os.getpid(), signal.SIGKILL)
         case "held", _:
-            while os.path.exists(os.environ["CHAOS_HOLD"]):  # noqa: ASYNC240, PTH110
+            while os.path.exists(os.environ["CHAOS_HOLD"]):  # noqa: ASYNC110, ASYNC240, PTH110
                 await asyncio.sleep(0.05)
 
 
