@@ -52,6 +52,10 @@ FROM unnest(ARRAY['pending', 'dispatched', 'running', 'completed']) AS state
 """
 
 
+_OUTER_RUN = ("PYTEST", "MAKE", "MARK", "ARGS")
+"""Variables of the run that this test is part of."""
+
+
 class Clone:
     """A copy of the project without any domain."""
 
@@ -68,7 +72,7 @@ class Clone:
         self._installed = folder / "installed"
         self._installed.touch()
         # The nested run is no part of ours.
-        self._environment = {key: value for key, value in environment.items() if not key.startswith(("PYTEST", "MAKE"))}
+        self._environment = {key: value for key, value in environment.items() if not key.startswith(_OUTER_RUN)}
 
     def run(self, *command: str) -> str:
         """Run a command in the copy; what it printed."""
