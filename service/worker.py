@@ -136,9 +136,20 @@ def _run_in_thread(runner: Runner, claim: Claim) -> None:
 def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
     # For a coroutine Dramatiq's limit is the backstop behind the runner's own, which ends it in good order.
     limit = (spec.time_limit or outbox.settings.time_limit) + (outbox.settings.grace * 1000 if spec.is_async else 0)
+
+    def deliver(*args: Any, **_kwargs: Any) -> None:
+        try:
+            (message_id,) = args
+            row = UUID(message_id)
+        except (ValueError, TypeError, AttributeError):
+            # No relay wrote it. An exception would make Dramatiq log all of it, whatever it holds.
+            _log.error("worker.odd_message", consumer=spec.name)
+            return
+        _deliver(outbox, row)
+
     for name in (spec.name, *spec.formerly):
         dramatiq.Actor(
-            lambda message_id: _deliver(outbox, UUID(message_id)),
+            deliver,
             broker=broker,
             actor_name=name,
             queue_name=spec.queue,

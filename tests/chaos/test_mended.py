@@ -15,12 +15,15 @@ from dramatiq.message import Message
 from service.doorbell import DoorbellRedisBroker
 from service.outbox.failures import lost_database
 from service.outbox.heartbeat import Heartbeat
+from service.worker import build
+from tests.chaos import domain  # noqa: F401  registers the consumers
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from service.dev.valkey import Valkey
+    from service.settings import Settings
 
 BROKEN = asyncpg.InternalClientError("cannot switch to state 15; another operation (2) is in progress")
 
@@ -76,3 +79,15 @@ def test_an_acknowledgement_that_the_broker_refuses_keeps_no_place_occupied(
     assert found.actor_name == "second"
     consumer.close()
     broker.close()
+
+
+@pytest.mark.parametrize("arguments", [(), ("secret",), (None,), ({"a": "secret"},), ("a", "b")])
+def test_a_message_that_no_relay_wrote_is_not_logged(
+    settings: Settings, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...]
+) -> None:
+    """Dramatiq logs the whole message when its actor raises."""
+    actor = build(settings).get_actor("chaos.book")
+    assert actor.fn(*arguments) is None
+    out, errors = capsys.readouterr()
+    assert "worker.odd_message" in out + errors
+    assert "secret" not in out + errors
