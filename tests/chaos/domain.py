@@ -96,24 +96,24 @@ async def count_booking(session: AsyncSession, subject: UUID) -> None:
     await session.execute(text("UPDATE shard SET total = total + 1 WHERE id = :id"), {"id": subject.int % 8})
 
 
+@consumer(ThingBooked, queue="mail", name="chaos.confirm")
+async def confirm(event: ThingBooked, delivery: Delivery) -> None:
+    """An effect outside the database, and a while until the delivery is completed."""
+    async with delivery.read() as session:
+        await session.execute(text("SELECT 1"))
+    await asyncio.sleep(random.uniform(0, _PAUSE))
+    await tell_sink(_copy(event.subject_id, delivery))
+    await asyncio.sleep(random.uniform(0, _PAUSE))
+
+
 if not os.environ.get("CHAOS_OLD"):  # a worker that was deployed before this consumer was written
 
-    @consumer(ThingBooked, queue="mail", name="chaos.confirm")
-    async def confirm(event: ThingBooked, delivery: Delivery) -> None:
-        """An effect outside the database, and a while until the delivery is completed."""
-        async with delivery.read() as session:
-            await session.execute(text("SELECT 1"))
-        await asyncio.sleep(random.uniform(0, _PAUSE))
-        await tell_sink(_copy(event.subject_id, delivery))
-        await asyncio.sleep(random.uniform(0, _PAUSE))
-
-
-@consumer(ThingMade, queue="mail", name="chaos.compute")
-def compute(event: ThingMade, delivery: Delivery) -> None:
-    """The same from a thread."""
-    time.sleep(random.uniform(0, _PAUSE))
-    tell_sink_blocking(_copy(event.subject_id, delivery))
-    time.sleep(random.uniform(0, _PAUSE))
+    @consumer(ThingMade, queue="mail", name="chaos.compute")
+    def compute(event: ThingMade, delivery: Delivery) -> None:
+        """The same from a thread."""
+        time.sleep(random.uniform(0, _PAUSE))
+        tell_sink_blocking(_copy(event.subject_id, delivery))
+        time.sleep(random.uniform(0, _PAUSE))
 
 
 @consumer(Poisoned, queue="poison", name="chaos.suffer", max_retries=2, time_limit=1_500)

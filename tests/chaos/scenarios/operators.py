@@ -148,8 +148,9 @@ async def terminated_anyhow(world: World) -> None:
 
 @scenario(Plan(extra=_OLD), within=45)
 async def older_worker(world: World) -> None:
-    """One worker was deployed before a consumer that the API and the other worker know."""
-    await world.wait(8)
+    """For a while, one worker is from before a consumer that the API and the other worker know."""
+    await world.wait(6)
+    await world.fleet.stop("worker-1")
 
 
 def _faked(offset: str) -> dict[str, str]:
