@@ -6,13 +6,14 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from service.dev.demo.stage import Stage, wipe_namespace
 from service.dev.places import ServerError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from datetime import datetime
 
 __all__ = ["kill_relay", "kill_worker", "wipe_broker"]
@@ -40,6 +41,14 @@ async def _eventually(fault: Callable[[], Awaitable[int]], what: str) -> int:
     raise ServerError(f"{what}: {_ATTEMPTS} attempts found nothing in flight, so the demo would prove nothing")
 
 
+@asynccontextmanager
+async def _work_held(stage: Stage) -> AsyncIterator[None]:
+    """Let consumers wait for a lock: on a fast machine hardly anything would be in flight to be hit."""
+    async with stage.database.acquire() as connection, connection.transaction():
+        await connection.execute("LOCK TABLE daily_sales IN SHARE MODE")
+        yield
+
+
 async def kill_worker(stage: Stage, name: str) -> int:
     """SIGKILL a worker while consumers run in it, and start it again.
 
@@ -52,10 +61,11 @@ async def kill_worker(stage: Stage, name: str) -> int:
 async def _kill_worker_once(stage: Stage, name: str) -> int:
     process = stage.processes[name]
     deadline = time.monotonic() + _AIM_FOR
-    while len(await stage.database.fetch(_RUNNING)) < 4 and time.monotonic() < deadline:  # noqa: ASYNC110  PostgreSQL knows
-        await asyncio.sleep(0.005)
-    process.kill()
-    seen = await stage.database.fetch(_RUNNING)
+    async with _work_held(stage):
+        while len(await stage.database.fetch(_RUNNING)) < 12 and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        process.kill()
+        seen = await stage.database.fetch(_RUNNING)
     # Whatever the other worker runs is done by then; what is still running under the same claim died.
     await asyncio.sleep(1)
     died = await stage.database.fetchval(
@@ -116,7 +126,12 @@ async def wipe_broker(stage: Stage) -> int:
     Returns:
         The waiting messages that were lost.
     """
-    return await _eventually(lambda: _wipe_broker_once(stage), "wiping the broker")
+
+    async def wipe() -> int:
+        async with _work_held(stage):
+            return await _wipe_broker_once(stage)
+
+    return await _eventually(wipe, "wiping the broker")
 
 
 async def _wipe_broker_once(stage: Stage) -> int:
