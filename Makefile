@@ -53,7 +53,7 @@ fmt: $(STAMP) ## Format and mend what can be mended
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-UV_COMPILE := uv pip compile pyproject.toml --universal --generate-hashes --no-emit-index-url --no-annotate \
+UV_COMPILE := uv pip compile pyproject.toml --universal --generate-hashes --no-annotate \
 	--python-version 3.11 --custom-compile-command "make lock" --quiet
 lock: ## Pin the newest versions that pyproject.toml allows (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv" >&2; exit 1; }
