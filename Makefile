@@ -59,6 +59,7 @@ lock: ## Pin the newest versions that pyproject.toml allows (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv" >&2; exit 1; }
 	$(UV_COMPILE) --upgrade -o requirements.lock
 	$(UV_COMPILE) --upgrade --group dev -o requirements-dev.lock
+	$(UV_COMPILE) --upgrade --group dev --group bench -c requirements-dev.lock -o requirements-bench.lock
 
 install: $(STAMP) ## Only set up the virtual environment
 
