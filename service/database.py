@@ -69,7 +69,8 @@ def create_engine(
             "prepared_statement_name_func": lambda: f"__asyncpg_{uuid4()}__",
         }
     else:
-        server_settings = {"application_name": application_name}
+        # A plan kept since a table was small would read all of it when it is large.
+        server_settings = {"application_name": application_name, "plan_cache_mode": "force_custom_plan"}
         if statement_timeout is not None:
             server_settings["statement_timeout"] = f"{int(statement_timeout * 1000)}"
             server_settings["idle_in_transaction_session_timeout"] = f"{int(statement_timeout * 1000)}"

@@ -18,7 +18,7 @@ import asyncpg
 from dramatiq.middleware import TimeLimitExceeded
 
 from service.database import OneTransaction, session_factory
-from service.driver import DRIVER_ERRORS, bound_waits, driver_arguments
+from service.driver import DRIVER_ERRORS, bound_waits, connect, driver_arguments
 from service.errors import DeliveryError, TransactionError
 from service.outbox import statements
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
@@ -92,9 +92,7 @@ class Runner:
         prepare = None if settings.database.pooler else bound_waits
         arguments = driver_arguments(settings.database, "outbox-worker-ledger")
         self._pool = asyncpg.create_pool(min_size=0, max_size=4, init=prepare, reset=_keep, **arguments)
-        self._heartbeat = Heartbeat(
-            lambda: asyncpg.connect(**driver_arguments(settings.database, "outbox-worker-heartbeat")), self._lease
-        )
+        self._heartbeat = Heartbeat(lambda: connect(settings.database, "outbox-worker-heartbeat"), self._lease)
         # A pooler in transaction mode may give a statement's second half another server outside a transaction.
         self._transactions = settings.database.pooler
         self._running: set[asyncio.Task[Any]] = set()

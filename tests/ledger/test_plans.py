@@ -1,0 +1,77 @@
+"""A young table grows faster than PostgreSQL's statistics: no statement may read all of it because it was small once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from service.outbox.runner import Runner
+from tests.ledger.test_relay import running
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from service.settings import Settings
+    from tests.ledger.conftest import Ledger
+
+ROWS = 10_000
+MANY = f"""
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, state)
+SELECT id, id, 'ledger.happened', 1, 'ledger.react', 'ledger', json_build_object('subject_id', id)::jsonb, '{{}}', $1
+FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, {ROWS})) AS new
+RETURNING id
+"""
+READ_FROM_INDEX = "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'ix_outbox_message_due'"
+READ_IN_SCANS = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'outbox_message'"
+
+
+async def test_the_relay_reads_each_row_of_a_backlog_about_once(ledger: Ledger, settings: Settings) -> None:
+    await ledger.connection.execute(MANY, "pending")
+    roomy = settings.outbox.model_copy(update={"high_water_mark": 2 * ROWS})
+    async with running(settings.model_copy(update={"outbox": roomy})):
+        await until(lambda: all_dispatched(ledger), timeout=30)
+    read = await until(lambda: reported(ledger), what="the statistics of the relay's session")
+    assert read < 3 * ROWS
+
+
+async def all_dispatched(ledger: Ledger) -> bool:
+    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
+
+
+async def reported(ledger: Ledger) -> int:
+    read: int = await ledger.connection.fetchval(READ_FROM_INDEX)
+    return read if read >= ROWS else 0
+
+
+async def test_a_worker_reads_only_its_own_rows_after_a_burst(
+    ledger: Ledger, settings: Settings, worker_engine: AsyncEngine
+) -> None:
+    runner = Runner(settings, worker_engine)
+    await runner.open()
+    few = [await ledger.happen() for _ in range(10)]  # enough for PostgreSQL to keep a plan
+    await ledger.connection.execute("ANALYZE outbox_message")
+    for message_id in few:
+        await deliver(ledger, runner, message_id)
+    grown = await ledger.connection.fetch(MANY, "dispatched")
+    before = await ledger.connection.fetchval(READ_IN_SCANS)
+    for row in grown[:10]:
+        await deliver(ledger, runner, row["id"])
+    await runner.close()
+    await worker_engine.dispose()
+    await until(lambda: flushed(ledger), what="the statistics of the runner's sessions")
+    assert await ledger.connection.fetchval(READ_IN_SCANS) - before < ROWS
+
+
+async def deliver(ledger: Ledger, runner: Runner, message_id: UUID) -> None:
+    await runner.deliver(message_id)
+    assert await ledger.state(message_id) == "completed"
+
+
+async def flushed(ledger: Ledger) -> bool:
+    """Whether PostgreSQL has counted the look-ups of the sessions that ended."""
+    sessions: int = await ledger.connection.fetchval(
+        """SELECT count(*) FROM pg_stat_activity
+           WHERE datname = current_database() AND application_name LIKE 'outbox-worker%'"""
+    )
+    return sessions == 0
