@@ -39,7 +39,7 @@ _LONGEST_SLEEP = 15.0
 
 _SESSION = {
     "jit": "off",
-    # Rows come in the index's order, whatever the statistics say: any other plan sorts the whole backlog for each batch.
+    # Rows come in the index's order, whatever the statistics say: any other plan sorts the backlog for each batch.
     "enable_sort": "off",
     # Ends the session of a relay that is stopped or gone while it holds the sleeper's lock.
     "idle_session_timeout": f"{int(_LONGEST_SLEEP * 4)}s",

@@ -1,15 +1,16 @@
-"""A young table grows faster than PostgreSQL's statistics: no statement may read all of it because it was small once."""
+"""A young table grows faster than PostgreSQL's statistics: no statement may read all of it that was small."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 from service.outbox.runner import Runner
 from tests.ledger.test_relay import running
 from tests.waiting import until
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.settings import Settings
