@@ -29,7 +29,9 @@ def driver_arguments(settings: DatabaseSettings, application_name: str) -> dict[
 
 async def connect(settings: DatabaseSettings, application_name: str) -> asyncpg.Connection[asyncpg.Record]:
     """A connection for the ledger's own statements, its waits bounded."""
-    connection = await asyncpg.connect(**driver_arguments(settings, application_name))
+    connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
+        **driver_arguments(settings, application_name)
+    )
     if not settings.pooler:
         await bound_waits(connection)
     return connection
