@@ -34,7 +34,7 @@ SELECT :queue,
 FROM generate_series(1, :count)
 """
 
-_WORKERS = 20
+_WORKERS = 8
 _TUNED: dict[str, Any] = {
     "max_workers": _WORKERS,
     "fetch_batch_size": 500,
