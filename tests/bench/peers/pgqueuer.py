@@ -6,8 +6,8 @@ Unlike ours: jobs are finished in batches, in a transaction of their own after t
 effects happen again; finishing matches only the id, not the worker; by default nothing is retried and a failed job is
 deleted (its log row stays; `on_failure="hold"` keeps it to be queued again).
 
-Its worker takes all that is due into memory, whatever its concurrency: `--concurrency` is the number of connections
-that effects may use at a time.
+By default its worker takes all that is due into memory. `--concurrency` is the number of connections that effects may
+use at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pgqueuer.models import Job
 
 _ENTRYPOINT = "effect"
+
+_TUNED: dict[str, Any] = {"batch_size": 200, "max_concurrent_tasks": 400}
 
 _LOAD = """
 INSERT INTO pgqueuer (priority, entrypoint, payload, status)
@@ -94,7 +96,7 @@ async def worker(options: Options) -> None:
         queue.entrypoint(_ENTRYPOINT)(effect)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, queue.shutdown.set)
         ready()
-        await queue.run(batch_size=200 if options.tuned else 10)
+        await queue.run(**(_TUNED if options.tuned else {}))
 
 
 if __name__ == "__main__":
