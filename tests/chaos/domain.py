@@ -42,7 +42,7 @@ POISON = ("fail", "kill", "kill_backend", "hang", "swallow", "block")
 """What a poisonous event may do each time it is tried."""
 
 _PAUSE = 0.04
-_SINK_TIMEOUT = 12
+_SINK_TIMEOUT = float(os.environ.get("CHAOS_SINK_TIMEOUT", "12"))
 
 
 class ThingMade(Event, type="chaos.made"):

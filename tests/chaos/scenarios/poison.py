@@ -47,8 +47,9 @@ async def poison_swallows_cancellation(world: World) -> None:
     await _poisoned(world, "swallow", "swallow")
 
 
-# While the loop stands still, so do its neighbours' runs: they need a time limit that is longer than that.
-@scenario(Plan(settings={**SHORT, "OUTBOX__TIME_LIMIT": "20000"}), within=60)
+# While the loop stands still, so do its neighbours' runs: both of their time limits must be longer than that, up to six
+# times four seconds, or a neighbour fails after it has sent.
+@scenario(Plan(settings={**SHORT, "OUTBOX__TIME_LIMIT": "40000", "CHAOS_SINK_TIMEOUT": "40"}), within=60)
 async def poison_blocks_the_loop(world: World) -> None:
     """Blocks the loop of its process for longer than a lease; its neighbours stand still and keep their leases."""
     await _poisoned(world, "block", "block")
