@@ -14,7 +14,6 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.errors import DatabaseUnavailableError, DeliveryError
@@ -22,7 +21,7 @@ from service.outbox import statements
 from service.outbox.publish import READ_ONLY
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from uuid import UUID
 
     from service.database import SessionFactory
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Delivery", "LeaseLostError"]
 
-_START = text("""
+_START = """
 SELECT pg_current_xact_id()::text, current_setting('transaction_isolation'),
        set_config(CASE WHEN current_setting('server_version_num')::int >= 170000
-                       THEN 'transaction_timeout' ELSE 'statement_timeout' END, :timeout, true),
-       set_config('idle_in_transaction_session_timeout', :timeout, true)
-""")
+                       THEN 'transaction_timeout' ELSE 'statement_timeout' END, $1, true),
+       set_config('idle_in_transaction_session_timeout', $1, true)
+"""
 
 
 class LeaseLostError(Exception):
@@ -110,15 +109,17 @@ class Delivery:
 
     async def _start(self, session: AsyncSession) -> str:
         try:
-            row = (await session.execute(_START, {"timeout": str(self._timeout_ms)})).one()
+            connection = await session.connection()
+            row: Sequence[str] = (await connection.exec_driver_sql(_START, (str(self._timeout_ms),))).one()
         except OSError as error:
             raise DatabaseUnavailableError("PostgreSQL cannot be reached") from error
         if not (await _driver_connection(session)).is_in_transaction():
             raise DeliveryError("a delivery needs a transaction: do not set AUTOCOMMIT on the engine")
-        if row[1] != "read committed":
+        xid, isolation = row[0], row[1]
+        if isolation != "read committed":
             # The heartbeat changes the row meanwhile; above READ COMMITTED the complete would fail for ever.
-            raise DeliveryError(f"a delivery runs at READ COMMITTED, not {row[1].upper()}")
-        return str(row[0])
+            raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.upper()}")
+        return xid
 
     async def _complete(self, session: AsyncSession, xid: str) -> None:
         connection = await _driver_connection(session)

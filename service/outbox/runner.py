@@ -253,6 +253,8 @@ class Runner:
 
     async def settle(self, claim: Claim, outcome: _Outcome) -> None:
         """Write the outcome down; while PostgreSQL is away, for as long as the lease lasts."""
+        if isinstance(outcome, _Completed):
+            return
         give_up_at = asyncio.get_running_loop().time() + self._lease.total_seconds()
         attempt = 0
         while True:
@@ -271,8 +273,6 @@ class Runner:
 
     async def _apply(self, connection: statements.Connection, claim: Claim, outcome: _Outcome) -> None:
         match outcome:
-            case _Completed():
-                return
             case _Lost():
                 _log.warning("outbox.lease_lost", consumer=claim.consumer, message_id=str(claim.id))
             case _Returned():
