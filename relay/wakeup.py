@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["SHORTEST_SLEEP", "Wakeup"]
 
 SHORTEST_SLEEP = 0.05
-"""Seconds between looks while a writer's open transaction keeps this relay from falling asleep."""
+"""Seconds between looks while a writer's long transaction keeps this relay from falling asleep."""
+
+_FIRST_LOOK = 0.002
+"""Seconds until the first of these looks, each pause being twice the one before: most transactions end at once."""
 
 _STANDBY = 2.0
 """Seconds between looks of a relay beside another one that sleeps and is told of everything."""
@@ -50,6 +53,7 @@ class Wakeup:
         self._notified = asyncio.Event()
         self._closing = False
         self._payloads: list[object] = []
+        self._kept_awake = 0
 
     async def open(self, notifier: asyncpg.Connection[asyncpg.Record]) -> None:
         """Listen, and prove it: a relay behind a pooler in transaction mode would never be told of anything.
@@ -100,8 +104,11 @@ class Wakeup:
         row = await self._connection.fetchrow(_TRY)
         assert row is not None
         if not row["granted"]:
-            await self._wait(_STANDBY if row["standby"] else SHORTEST_SLEEP)
+            pause = min(_FIRST_LOOK * 2 ** min(self._kept_awake, 10), SHORTEST_SLEEP)
+            self._kept_awake += 1
+            await self._wait(_STANDBY if row["standby"] else pause)
             return
+        self._kept_awake = 0
         try:
             due_in = await look()
             if due_in > 0:
