@@ -15,7 +15,7 @@ JOBS ?= logical
 # The slow tests take minutes: restarts, outages, RabbitMQ, copies of the project.
 MARK ?= not slow
 
-.PHONY: help demo test chaos dev reset migrate migration lint fmt lock install
+.PHONY: help demo test chaos bench dev reset migrate migration lint fmt lock install
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -28,6 +28,9 @@ test: $(STAMP) ## Run the tests in parallel on PostgreSQL and Valkey (ARGS="-k n
 
 chaos: $(STAMP) ## Attack the running system for 20 minutes (SCENARIO=a,b SEED=1 for one; SLOW=1: recovery times as shipped)
 	@$(PY) -m tests.chaos --scenario '$(SCENARIO)' --seed '$(SEED)' $(if $(SLOW),--slow)
+
+bench: $(STAMP) $(VENV)/.bench ## Measure it beside what else there is, in 20 minutes (QUICK=1: in 4; ONLY=relay,api; OUT=folder)
+	@$(PY) -m tests.bench $(if $(QUICK),--quick) --only '$(ONLY)' $(if $(OUT),--out '$(OUT)')
 
 dev: $(STAMP) ## Run everything until Ctrl-C; the data stays for the next time
 	@$(PY) -m service.dev dev
@@ -80,4 +83,9 @@ $(STAMP): pyproject.toml requirements-dev.lock
 	@echo "installing the pinned dependencies (the first time takes a minute)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The libraries that the benchmark compares with.
+$(VENV)/.bench: requirements-bench.lock $(STAMP)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@touch $@

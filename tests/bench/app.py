@@ -1,0 +1,104 @@
+"""The processes that are measured: `uvicorn tests.bench.app:create_app` and `dramatiq tests.bench.app:setup_broker`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import dramatiq
+from fastapi import APIRouter
+from pydantic import BaseModel
+from sqlalchemy import text
+
+import service.api
+from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.outbox import Delivery, Event, consumer, publish
+from service.settings import load_settings
+from service.telemetry import configure_logging
+from service.worker import build
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+__all__ = ["EFFECT", "ORDER", "SCHEMA", "create_app", "setup_broker"]
+
+SCHEMA = """
+CREATE TABLE bench_order (
+    id uuid PRIMARY KEY, customer text NOT NULL, created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE TABLE bench_effect (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, order_id uuid NOT NULL, started float8,
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+)
+"""
+ORDER = "INSERT INTO bench_order (id, customer) VALUES (:id, :customer)"
+EFFECT = "INSERT INTO bench_effect (order_id, started) VALUES (:id, :started)"
+
+
+class Ordered(Event, type="bench.ordered"):
+    order_id: UUID
+    customer: str
+
+
+class OrderedForTwo(Event, type="bench.ordered_for_two"):
+    order_id: UUID
+    customer: str
+
+
+class OrderedForFour(Event, type="bench.ordered_for_four"):
+    order_id: UUID
+    customer: str
+
+
+@consumer(Ordered, queue="bench", name="bench.effect")
+async def effect(event: Ordered, delivery: Delivery) -> None:
+    """One row; it says when this began."""
+    started = time.time()
+    async with delivery.begin() as session:
+        await session.execute(text(EFFECT), {"id": event.order_id, "started": started})
+
+
+async def nothing(event: Event, delivery: Delivery) -> None:
+    """Only there to be a consumer."""
+
+
+for number in range(2):
+    consumer(OrderedForTwo, queue="bench", name=f"bench.two_{number}")(nothing)
+for number in range(4):
+    consumer(OrderedForFour, queue="bench", name=f"bench.four_{number}")(nothing)
+
+_EVENTS = {0: None, 1: Ordered, 2: OrderedForTwo, 4: OrderedForFour}
+_router = APIRouter()
+
+
+class Order(BaseModel):
+    """What is asked for, and what was stored."""
+
+    customer: str
+    id: UUID | None = None
+
+
+@_router.post("/bench/{consumers}", status_code=201)
+async def make_order(consumers: int, body: Order, session: Session) -> Order:
+    """Store an order, and publish it to so many consumers."""
+    order_id = uuid4()
+    await session.execute(text(ORDER), {"id": order_id, "customer": body.customer})
+    kind = _EVENTS[consumers]
+    if kind is not None:
+        publish(session, kind(order_id=order_id, customer=body.customer))
+    return Order(customer=body.customer, id=order_id)
+
+
+def create_app() -> FastAPI:
+    """The service's own application, with the benchmark's route."""
+    app = service.api.create_app()
+    app.include_router(_router)
+    return app
+
+
+def setup_broker() -> None:
+    """A broker with the benchmark's consumers only."""
+    settings = load_settings()
+    configure_logging(settings.log_format, settings.log_level)
+    dramatiq.set_broker(build(settings))

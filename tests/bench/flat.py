@@ -1,0 +1,152 @@
+"""Whether the drain stays as fast: long backlog, old transaction, much history, after a rest, beside another relay.
+
+Every figure is a pair of rates from the same database server, the usual state first and the hard one second.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from tests.bench.drain import drained
+from tests.bench.stage import INSERT
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from tests.bench.stage import Connection, Stage
+
+__all__ = ["backlog", "burst_after_rest", "held_transaction", "history", "relay_memory", "two_relays", "worker_memory"]
+
+# Rows as a worker leaves them behind; older than any that are open.
+_HISTORY = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, state, due_at,
+                            attempts, dispatches, created_at, dispatched_at, started_at, completed_at)
+SELECT (event || '01')::uuid, (event || '00')::uuid, 'bench.ordered', 1, 'bench.effect', 'bench',
+       '{"order_id": "00000000-0000-4000-8000-000000000000", "customer": "c-123"}', '{}', 'completed', at,
+       1, 1, at, at, at, at
+FROM (
+    SELECT lpad(to_hex((extract(epoch FROM now()) * 1000)::bigint - 600000000 + number), 12, '0') || '7000' || '8'
+           || substr(md5(number::text), 1, 13) AS event,
+           now() - interval '6 days' AS at
+    FROM generate_series($1::int, $2::int) AS number
+) AS events
+"""
+
+
+async def backlog(stage: Stage, lengths: tuple[int, ...]) -> dict[int, float]:
+    """Rows per second by how many wait when the relay, which runs already, first sees them."""
+    rates = {}
+    for length in lengths:
+        async with stage.database() as database, stage.relay(database):
+            connection = await asyncpg.connect(database)
+            await drained(stage, connection, 2_000)
+            rates[length] = await drained(stage, connection, length)
+            await connection.close()
+    return rates
+
+
+async def held_transaction(stage: Stage, before: int, rows: int, *, held: bool) -> float:
+    """Rows per second after `before` rows went out, with a transaction open since before them or not."""
+    async with stage.database() as database, stage.relay(database):
+        connection, other = await asyncpg.connect(database), await asyncpg.connect(database)
+        transaction = other.transaction(isolation="repeatable_read")
+        if held:
+            await transaction.start()
+            await other.execute("SELECT count(*) FROM bench_order")
+        await drained(stage, connection, before)
+        rate = await drained(stage, connection, rows)
+        if held:
+            await transaction.rollback()
+        await connection.close()
+        await other.close()
+        return rate
+
+
+async def history(stage: Stage, kept: int, rows: int, rounds: int) -> tuple[list[float], list[float], list[float]]:
+    """Rows per second with nothing kept, with so many completed rows kept, and while a part of them is purged."""
+    async with stage.database() as database:
+        connection = await asyncpg.connect(database)
+        async with stage.relay(database):
+            await drained(stage, connection, 2_000)
+            empty = [await drained(stage, connection, rows) for _ in range(rounds)]
+        for first in range(1, kept, 500_000):
+            await connection.execute(_HISTORY, first, min(first + 499_999, kept))
+        await connection.execute("VACUUM ANALYZE outbox_message")
+        stage.redis.flushall()
+        async with stage.relay(database):
+            await drained(stage, connection, 2_000)
+            full = [await drained(stage, connection, rows) for _ in range(rounds)]
+            environment = stage.environment(database)
+            async with stage.running("relay", "purge", "--older-than", "1h", environment=environment, ready=None):
+                purging = [await drained(stage, connection, rows) for _ in range(2)]
+        await connection.close()
+    return empty, full, purging
+
+
+async def burst_after_rest(stage: Stage, rows: int) -> tuple[float, float]:
+    """Rows per second of a relay that is at work already, and of one that has slept through its whole life."""
+    async with stage.database() as database:
+        connection = await asyncpg.connect(database)
+        async with stage.relay(database):
+            await drained(stage, connection, 20_000)
+            warm = await drained(stage, connection, rows)
+        async with stage.relay(database):
+            await until(lambda: _sleeps(connection))
+            rested = await drained(stage, connection, rows)
+        await connection.close()
+        return warm, rested
+
+
+async def _sleeps(connection: Connection) -> bool:
+    """Whether a relay holds the lock that it sleeps under."""
+    asleep: bool = await connection.fetchval(
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted)"
+    )
+    return asleep
+
+
+async def two_relays(stage: Stage, rows: int, relays: int) -> float:
+    """Rows per second of so many relays together."""
+    async with stage.database() as database, AsyncExitStack() as stack:
+        for _ in range(relays):
+            await stack.enter_async_context(stage.relay(database))
+        connection = await asyncpg.connect(database)
+        await drained(stage, connection, 2_000)
+        rate = await drained(stage, connection, rows)
+        await connection.close()
+        return rate
+
+
+async def relay_memory(stage: Stage, rows: int, steps: int) -> list[float]:
+    """MiB resident of the relay, after each of so many equal parts of a backlog."""
+    sizes = []
+    async with stage.database() as database, stage.relay(database) as relay:
+        connection = await asyncpg.connect(database)
+        await drained(stage, connection, 10_000)
+        for _ in range(steps):
+            await drained(stage, connection, rows // steps)
+            sizes.append(relay.memory() / 2**20)
+            stage.redis.flushall()
+        await connection.close()
+    return sizes
+
+
+async def worker_memory(stage: Stage, events: int, steps: int) -> list[float]:
+    """MiB resident of a worker, master and child, after each of so many equal parts of its work."""
+    sizes = []
+    async with stage.database() as database, stage.relay(database, OUTBOX__HIGH_WATER_MARK="5000"):
+        connection = await asyncpg.connect(database)
+        async with stage.worker(database) as worker:
+            await connection.execute(INSERT, events)
+            for step in range(1, steps + 1):
+                await until(lambda: _reached(connection, events * step // steps), timeout=300, every=0.2)  # noqa: B023
+                sizes.append(worker.memory() / 2**20)
+        await connection.close()
+    return sizes
+
+
+async def _reached(connection: Connection, effects: int) -> bool:
+    newest: int = await connection.fetchval("SELECT coalesce(max(id), 0) FROM bench_effect")
+    return newest >= effects

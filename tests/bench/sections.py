@@ -1,0 +1,264 @@
+"""The benchmark's sections: which sides are measured in turns, how often, and what is to be reached."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tests.bench import cost, drain, effects, flat, latency, writers
+from tests.bench.figures import Figure
+from tests.bench.peers import PROMISES, QUEUES, RELAYS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.bench.stage import Stage
+
+__all__ = ["SECTIONS", "Result"]
+
+
+@dataclass
+class Result:
+    """What was measured so far."""
+
+    figures: list[Figure] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    plots: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, *figures: Figure) -> None:
+        """Add lines to the table."""
+        self.figures.extend(figures)
+
+
+class Section(Protocol):
+    """Measures and adds to the result."""
+
+    async def __call__(self, stage: Stage, result: Result, *, quick: bool) -> None: ...
+
+
+Sides = dict[str, "Callable[[], Awaitable[float]]"]
+
+
+async def _in_turns(sides: Sides, rounds: int) -> dict[str, list[float]]:
+    """Every side once a round, in another order each time."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name in random.sample(list(sides), len(sides)):
+            values[name].append(await sides[name]())
+    return values
+
+
+def _peers_installed() -> bool:
+    return importlib.util.find_spec("txoutbox") is not None
+
+
+async def relay(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain to Valkey."""
+    sides: Sides = {
+        "relay": lambda: drain.relay(stage, 50_000 if quick else 100_000),
+        "claim": lambda: drain.claim_alone(stage, 50_000 if quick else 100_000),
+        "loop": lambda: drain.loop(stage, 5_000 if quick else 10_000),
+    }
+    values = await _in_turns(sides, 2 if quick else 5)
+    ours = values["relay"]
+    name, unit = "relay drain, PostgreSQL to Valkey", "rows/s"
+    result.add(
+        Figure(name, unit, ours, "loop of SELECT, enqueue, UPDATE", values["loop"], at_least=15),
+        Figure(name, unit, ours, "its statement alone, no broker", values["claim"], at_least=0.6),
+    )
+    result.plots["relay-peers"] = {
+        "this relay": Figure("", "", ours).value,
+        "the loop of tutorials": Figure("", "", values["loop"]).value,
+    }
+
+
+async def relay_peers(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain to Valkey beside two other libraries' relays."""
+    if not _peers_installed():
+        return
+    sides: Sides = {"relay": lambda: drain.relay(stage, 50_000)}
+    for name in RELAYS:
+        sides[f"{name}, tuned"] = lambda name=name: drain.peer(stage, name, 3_000 if quick else 15_000, tuned=True)  # type: ignore[misc]
+        if not quick:
+            sides[name] = lambda name=name: drain.peer(stage, name, 5_000, tuned=False)  # type: ignore[misc]
+    values = await _in_turns(sides, 1 if quick else 3)
+    ours = values.pop("relay")
+    targets = {"txoutbox, tuned": 4.0, "faststream_outbox, tuned": 15.0}
+    for name, theirs in values.items():
+        result.add(
+            Figure("relay drain, PostgreSQL to Valkey", "rows/s", ours, name, theirs, at_least=targets.get(name))
+        )
+    plot = result.plots.setdefault("relay-peers", {"this relay": Figure("", "", ours).value})
+    plot |= {name: Figure("", "", theirs).value for name, theirs in values.items()}
+
+
+async def rabbitmq(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain to RabbitMQ."""
+    if stage.rabbitmq is None:
+        result.texts.append("RabbitMQ is not installed here: its figures are missing.")
+        return
+    sides: Sides = {
+        "relay": lambda: drain.relay(stage, 10_000 if quick else 30_000, "rabbitmq"),
+        "loop": lambda: drain.loop(stage, 2_000 if quick else 5_000, "rabbitmq"),
+    }
+    values = await _in_turns(sides, 1 if quick else 3)
+    against = "loop with confirm_delivery=True"
+    result.add(
+        Figure("relay drain to RabbitMQ, confirmed", "rows/s", values["relay"], against, values["loop"], at_least=3.5)
+    )
+
+
+async def commits(stage: Stage, result: Result, *, quick: bool) -> None:
+    """What the wake-up costs those who commit."""
+    seconds = 3 if quick else 6
+    for writers_ in (16, 64):
+        sides: Sides = {
+            "gated": lambda n=writers_: writers.commits(stage, n, seconds, gated=True),  # type: ignore[misc]
+            "without": lambda n=writers_: writers.commits(stage, n, seconds, gated=False),  # type: ignore[misc]
+        }
+        values = await _in_turns(sides, 1 if quick else 4)
+        name = f"commits of {writers_} writers, with wake-up"
+        result.add(
+            Figure(name, "commits/s", values["gated"], "no trigger, relay polls", values["without"], at_least=0.85)
+        )
+
+
+async def api(stage: Stage, result: Result, *, quick: bool) -> None:
+    """What publishing costs a request."""
+    values = await writers.requests(stage, (0, 1, 2, 4), 2 if quick else 6, 1_600 if quick else 3_200)
+    for consumers, target in ((1, 0.9), (2, None), (4, None)):
+        name = f"POST with an event, consumers: {consumers}"
+        result.add(
+            Figure(name, "requests/s", values[consumers], "the same handler without", values[0], at_least=target)
+        )
+
+
+async def idle_latency(stage: Stage, result: Result, *, quick: bool) -> None:
+    """From commit to the start of the consumer, nothing else to do."""
+    count = 100 if quick else 400
+    curves: dict[str, Any] = {}
+    for broker in ("valkey", *(("rabbitmq",) if stage.rabbitmq else ())):
+        ours = await latency.idle(stage, count, broker)
+        base = await latency.idle_baseline(stage, count, broker)
+        name, versus = f"commit to start, idle, {broker}", "no ledger, stock broker"
+        result.add(
+            Figure(f"{name}, p50", "ms", [ours.p50], versus, [base.p50], at_most=10),
+            Figure(f"{name}, p99", "ms", [ours.p99], versus, [base.p99], at_most=50),
+        )
+        curves[f"this, {broker}"] = {"p50": ours.p50, "p99": ours.p99, "worst": ours.worst}
+        curves[f"stock Dramatiq, {broker}, no database"] = {"p50": base.p50, "p99": base.p99, "worst": base.worst}
+    result.plots["latency"] = curves
+
+
+async def worker(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Effects a second of one worker process, and the latency at 60 % of that."""
+    count = 4_000 if quick else 10_000
+    sides: Sides = {
+        "ledger": lambda: effects.ledger(stage, count, 8, relaying=False),
+        "plain": lambda: effects.plain(stage, count, 8),
+        "whole path": lambda: effects.ledger(stage, count, 8, relaying=True),
+    }
+    values = await _in_turns(sides, 1 if quick else 3)
+    name = "effects of one worker process, 8 threads"
+    result.add(Figure(name, "effects/s", values["ledger"], "same actor, no ledger", values["plain"], at_least=0.75))
+    whole = Figure("effects with the relay at work beside it", "effects/s", values["whole path"])
+    result.add(whole)
+    found = await latency.under_load(stage, whole.value * 0.6, 4 if quick else 10)
+    result.add(Figure("commit to start at 60 % of that, p99", "ms", [found.p99], at_most=100),
+               Figure("commit to start at 60 % of that, p50", "ms", [found.p50]))  # fmt: skip
+
+
+async def queue_peers(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Effects a second beside two queues in PostgreSQL."""
+    if not _peers_installed():
+        return
+    count = 2_000 if quick else 6_000
+    sides: Sides = {"this": lambda: effects.ledger(stage, count, 8, relaying=True)}
+    for name in QUEUES:
+        sides[f"{name}, tuned"] = lambda name=name: effects.peer(stage, name, count, 8, tuned=True)  # type: ignore[misc]
+        if not quick:
+            sides[name] = lambda name=name: effects.peer(stage, name, count, 8, tuned=False)  # type: ignore[misc]
+    values = await _in_turns(sides, 1 if quick else 3)
+    ours = values.pop("this")
+    for name, theirs in values.items():
+        result.add(Figure("effects with transactional enqueue", "effects/s", ours, name, theirs))
+    result.plots["queue-peers"] = {"this, relay and worker": Figure("", "", ours).value}
+    result.plots["queue-peers"] |= {name: Figure("", "", theirs).value for name, theirs in values.items()}
+    result.texts.append("\n".join(f"{name}: {PROMISES[name]}" for name in (*RELAYS, *QUEUES)))
+
+
+async def backlog(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain as the backlog grows."""
+    lengths = (10_000, 100_000) if quick else (10_000, 100_000, 1_000_000)
+    runs = [await flat.backlog(stage, lengths) for _ in range(1 if quick else 2)]
+    short, long = ([run[each] for run in runs] for each in (lengths[0], lengths[-1]))
+    result.add(
+        Figure(f"drain of a backlog of {lengths[-1]:,}", "rows/s", long, f"of {lengths[0]:,}", short, at_least=0.85)
+    )
+    result.plots["backlog"] = {str(each): Figure("", "", [run[each] for run in runs]).value for each in lengths}
+
+
+async def held(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain while a transaction keeps dead rows alive."""
+    before, rows = (60_000, 30_000) if quick else (300_000, 100_000)
+    sides: Sides = {
+        "held": lambda: flat.held_transaction(stage, before, rows, held=True),
+        "free": lambda: flat.held_transaction(stage, before, rows, held=False),
+    }
+    values = await _in_turns(sides, 1 if quick else 3)
+    name = f"drain after {before:,} rows with a transaction held open"
+    result.add(Figure(name, "rows/s", values["held"], "none held", values["free"], at_least=0.8))
+
+
+async def history(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain with much history, and while it is purged."""
+    kept = 300_000 if quick else 5_000_000
+    empty, full, purging = await flat.history(stage, kept, 30_000 if quick else 100_000, 2 if quick else 4)
+    name, versus = f"drain with {kept:,} completed rows kept", "empty history"
+    result.add(
+        Figure(name, "rows/s", full, versus, empty, at_least=0.85),
+        Figure("drain during the purge of these", "rows/s", purging, versus, empty, at_least=0.85),
+    )
+
+
+async def relays(stage: Stage, result: Result, *, quick: bool) -> None:
+    """A burst after a rest, and two relays."""
+    rows = 60_000 if quick else 300_000
+    pairs = [await flat.burst_after_rest(stage, rows) for _ in range(1 if quick else 2)]
+    warm, rested = [each[0] for each in pairs], [each[1] for each in pairs]
+    result.add(Figure(f"burst of {rows:,} onto an idle relay", "rows/s", rested, "warm relay", warm, at_least=0.85))
+    sides: Sides = {str(n): lambda n=n: flat.two_relays(stage, rows, n) for n in (1, 2)}  # type: ignore[misc]
+    values = await _in_turns(sides, 1 if quick else 3)
+    result.add(Figure("two relays", "rows/s", values["2"], "one", values["1"], at_least=0.95))
+
+
+async def memory(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Whether anything grows."""
+    for name, sizes in (
+        ("relay", await flat.relay_memory(stage, 100_000 if quick else 1_000_000, 4)),
+        ("worker", await flat.worker_memory(stage, 8_000 if quick else 100_000, 4)),
+    ):
+        shown = " ".join(f"{each:.0f}" for each in sizes)
+        growth = [sizes[-1] - sizes[0]]
+        result.add(Figure(f"memory of the {name} from first to last quarter", "MiB", growth, at_most=5, note=shown))
+
+
+async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Where the time of one event goes, and what doing nothing costs."""
+    result.texts.append(cost.table(await cost.per_event(stage, 1_600 if quick else 6_400)))
+    for name, (busy, transactions) in (await cost.idle(stage, 5 if quick else 30)).items():
+        result.add(
+            Figure(f"idle {name}, CPU", "% of a core", [busy], at_most=1),
+            Figure(f"idle {name}, PostgreSQL", "transactions/min", [transactions], at_most=30),
+        )
+
+
+SECTIONS: dict[str, Section] = {
+    "relay": relay, "relay-peers": relay_peers, "rabbitmq": rabbitmq, "commits": commits, "api": api,
+    "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog, "held": held,
+    "history": history, "relays": relays, "memory": memory, "costs": costs,
+}  # fmt: skip
+"""In the order in which they run."""
