@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -19,20 +20,21 @@ from tests.ledger import domain
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
+    from relay.publisher import Handover
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
-    from service.settings import Settings
+    from service.settings import BrokerSettings, Settings
     from tests.ledger.conftest import Connect, Ledger
 
 T = timedelta(seconds=60)
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Relay]:
+async def running(settings: Settings, publisher: RedisPublisher | None = None) -> AsyncIterator[Relay]:
     """A relay on the test's loop."""
-    relay = Relay(settings)
+    relay = Relay(settings, publisher)
     task = asyncio.create_task(relay.run())
     try:
         yield relay
@@ -155,6 +157,26 @@ async def test_what_commits_late_below_the_floor_is_found(
         await until(lambda: count_is(broker, settings, 6), timeout=2)
 
 
+async def test_what_commits_late_below_the_floor_does_not_wait_for_the_backlog(
+    ledger: Ledger, settings: Settings, connect: Connect
+) -> None:
+    settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
+    late, late_id = await connect(), uuid4()
+    transaction = late.transaction()
+    await transaction.start()
+    await late.execute(INSERT, late_id)
+    await ledger.connection.executemany(INSERT, [(uuid4(),) for _ in range(5_000)])
+    async with running(settings):
+        await until(lambda: some_dispatched(ledger))
+        await transaction.commit()
+        await until(lambda: dispatched(ledger, late_id), timeout=30)
+        assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
+
+
+async def some_dispatched(ledger: Ledger) -> bool:
+    return bool(await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'dispatched'"))
+
+
 INSERT = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
 VALUES ($1, $1, 'ledger.happened', 1, 'ledger.react', 'ledger', '{}', '{}')
@@ -202,6 +224,60 @@ async def relay_waits(ledger: Ledger) -> bool:
 
 async def dispatched(ledger: Ledger, message_id: UUID) -> bool:
     return await ledger.state(message_id) == "dispatched"
+
+
+class Watched(RedisPublisher):
+    """Notes when it is asked for something."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        super().__init__(settings)
+        self.asked: list[float] = []
+
+    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+        self.asked.append(time.monotonic())
+        return await super().publish(queue, batch, transaction)
+
+    async def ping(self) -> None:
+        self.asked.append(time.monotonic())
+        await super().ping()
+
+
+async def test_a_broker_that_is_away_is_asked_less_and_less_often(
+    ledger: Ledger, settings: Settings, own_valkey: Valkey
+) -> None:
+    settings.broker.url = type(settings.broker.url)(own_valkey.url)
+    own_valkey.stop()
+    publisher = Watched(settings.broker)
+    await ledger.publish()
+    async with running(settings, publisher):
+        await until(lambda: len(publisher.asked) > 4)
+    assert publisher.asked[4] - publisher.asked[0] > 0.05 + 0.1 + 0.2 + 0.4
+
+
+async def test_a_queue_that_refuses_is_asked_less_and_less_often(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
+) -> None:
+    await broker.set(f"{settings.broker.namespace}:ledger", "not a list")
+    publisher = Watched(settings.broker)
+    await ledger.publish()
+    async with running(settings, publisher):
+        await until(lambda: len(publisher.asked) > 3)
+    assert publisher.asked[3] - publisher.asked[0] > 0.125 + 0.25 + 0.5
+
+
+async def test_a_postgres_that_is_away_is_asked_less_and_less_often(settings: Settings) -> None:
+    asked: list[float] = []
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(time.monotonic())
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    settings.database.url = type(settings.database.url)(f"postgresql://nobody@127.0.0.1:{port}/none?ssl=disable")
+    async with server, running(settings):
+        await until(lambda: len(asked) > 4)
+    assert asked[4] - asked[0] > 0.05 + 0.1 + 0.2 + 0.4
 
 
 async def test_a_full_broker_counts_against_no_event(ledger: Ledger, settings: Settings, own_valkey: Valkey) -> None:
