@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.settings import Settings
-    from tests.ledger.conftest import Ledger
+    from tests.ledger.conftest import Connect, Ledger
 
 ROWS = 10_000
 MANY = f"""
@@ -34,6 +34,21 @@ async def test_the_relay_reads_each_row_of_a_backlog_about_once(ledger: Ledger, 
         await until(lambda: all_dispatched(ledger), timeout=30)
     read = await until(lambda: reported(ledger), what="the statistics of the relay's session")
     assert read < 3 * ROWS
+
+
+async def test_the_relay_does_not_crawl_over_what_it_has_handed_over(
+    ledger: Ledger, settings: Settings, connect: Connect
+) -> None:
+    """A transaction anywhere in the database keeps the index entries of all rows that were handed over."""
+    await ledger.connection.execute(MANY, "pending")
+    patient = {"high_water_mark": 2 * ROWS, "batch_size": 100, "redispatch_after": 600}
+    other = await connect()
+    async with other.transaction(isolation="repeatable_read"):
+        await other.execute("SELECT FROM outbox_message LIMIT 1")
+        async with running(settings.model_copy(update={"outbox": settings.outbox.model_copy(update=patient)})):
+            await until(lambda: all_dispatched(ledger), timeout=30)
+        read = await until(lambda: reported(ledger), what="the statistics of the relay's session")
+    assert read < 20 * ROWS
 
 
 async def all_dispatched(ledger: Ledger) -> bool:
