@@ -11,7 +11,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from service.outbox import Delivery, Event, Fail, Retry, consumer
+from service.outbox import Delivery, Event, Fail, Retry, consumer, publish
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -114,6 +114,18 @@ def compute(event: Computed, delivery: Delivery) -> None:
     if event.how == "spin":
         while True:
             time.sleep(0.01)
+
+
+class Misread(Event, type="ledger.misread"):
+    """Its consumer publishes where nothing is committed."""
+
+    subject_id: UUID
+
+
+@consumer(Misread, queue="ledger", name="ledger.misread")
+async def misread(event: Misread, delivery: Delivery) -> None:
+    async with delivery.read() as session:
+        publish(session, Happened(subject_id=event.subject_id))
 
 
 class Gated(Event, type="ledger.gated"):

@@ -132,6 +132,14 @@ async def test_other_isolation_levels_are_refused(ledger: Ledger, settings: Sett
     assert await ledger.effects(message_id) == 0
 
 
+async def test_publishing_where_nothing_is_committed_is_refused(ledger: Ledger, runner: Runner) -> None:
+    (message_id,) = await ledger.publish(domain.Misread(subject_id=uuid4()))
+    await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert "publish inside `async with delivery.begin()" in row["errors"]
+
+
 async def test_system_exit_in_a_consumer_is_a_failure_like_others(ledger: Ledger, runner: Runner) -> None:
     message_id = await ledger.happen("system_exit")
     await runner.deliver(message_id)

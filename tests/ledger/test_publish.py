@@ -196,6 +196,18 @@ async def test_an_autocommit_session_is_refused(ledger: Ledger, settings: Settin
     assert await count(ledger) == 0
 
 
+async def test_accept_refuses_an_autocommit_session(ledger: Ledger, settings: Settings) -> None:
+    """The key would be taken for good before the event exists."""
+    engine = create_engine(settings.database, application_name="t").execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        async with session_factory(engine)() as session:
+            with pytest.raises(PublishError, match="AUTOCOMMIT"):
+                await accept(session, "sender:1", event())
+    finally:
+        await engine.dispose()
+    assert not await ledger.connection.fetchval("SELECT count(*) FROM accepted_event")
+
+
 @pytest.mark.parametrize("annotation", [list[UUID], dict[str, str], object, domain.Happened])
 def test_an_event_holds_ids_and_scalars_only(annotation: object) -> None:
     with pytest.raises(EventDefinitionError, match="IDs and small scalars"):
