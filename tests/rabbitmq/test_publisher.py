@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
+from aiormq import DeliveryError
 from pydantic import SecretStr
 
 from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError, make_publisher
+from relay.rabbitmq_batch import publish_batch
+from relay.rabbitmq_line import Line
 from relay.rabbitmq_publisher import RabbitmqPublisher
 from service.settings import BrokerSettings
 from tests.waiting import until
@@ -78,6 +81,15 @@ async def test_a_deleted_queue_is_refused_once_and_then_declared_again(
         await publisher.publish("ledger", batch(), "t")
     await publisher.publish("ledger", batch(), "t")
     assert await count(amqp) == 3
+
+
+async def test_what_no_queue_takes_is_returned(rabbitmq: Rabbitmq) -> None:
+    """A queue that is deleted and declared again around the batch would answer with its depth as if it had taken it."""
+    line = Line(rabbitmq.url)
+    channel = await line.open()
+    with pytest.raises(DeliveryError):
+        await publish_batch(channel, "missing", [(str(uuid4()), b"{}")])
+    await line.close()
 
 
 async def test_a_queue_with_other_arguments_is_refused_and_another_is_not(
