@@ -15,6 +15,7 @@ import redis.asyncio
 
 from relay.ledger import NO_FLOOR, take_due
 from relay.loop import Relay
+from relay.publisher import Handover
 from relay.redis_publisher import RedisPublisher
 from tests.ledger import domain
 from tests.waiting import until
@@ -22,7 +23,6 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from relay.publisher import Handover
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.settings import BrokerSettings, Settings
@@ -189,8 +189,6 @@ async def count_is(broker: redis.asyncio.Redis, settings: Settings, count: int) 
 
 async def test_a_repeated_call_within_a_transaction_queues_once(settings: Settings, ledger: Ledger) -> None:
     """A later transaction must not be suppressed by it: its dispatch is needed."""
-    from relay.publisher import Handover
-
     publisher = RedisPublisher(settings.broker)
     batch = [Handover(str(uuid4()), "ledger.react", None)]
     assert await publisher.publish("ledger", batch, "t1") == 1
@@ -224,6 +222,19 @@ async def relay_waits(ledger: Ledger) -> bool:
 
 async def dispatched(ledger: Ledger, message_id: UUID) -> bool:
     return await ledger.state(message_id) == "dispatched"
+
+
+async def test_a_trace_of_another_form_is_left_out_and_its_neighbours_keep_theirs(
+    settings: Settings, broker: redis.asyncio.Redis
+) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    traces = {str(uuid4()): each for each in (trace, "odd", None, trace.upper(), trace)}
+    publisher = RedisPublisher(settings.broker)
+    await publisher.publish("ledger", [Handover(each, "ledger.react", traces[each]) for each in traces], "t")
+    await publisher.close()
+    bodies = map(json.loads, await broker.hvals(f"{settings.broker.namespace}:ledger.msgs"))
+    passed_on = {body["message_id"]: body["options"].get("traceparent") for body in bodies}
+    assert passed_on == {each: trace if traces[each] == trace else None for each in traces}
 
 
 class Watched(RedisPublisher):
