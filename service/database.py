@@ -123,12 +123,14 @@ async def commit(session: AsyncSession) -> None:
     """Commit, and notice an error that the caller swallowed.
 
     PostgreSQL answers COMMIT in an aborted transaction with a ROLLBACK and no error; a statement before it raises.
-    The statement also runs deferred constraints here, where a failure can still become an error response.
+    What is inserted here, an event for instance, is such a statement.
     """
     if not session.in_transaction():
         return
+    inserts = bool(session.new)
     await session.flush()
-    await session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    if not inserts:
+        await session.execute(text("SELECT 1"))
     await AsyncSession.commit(session)
 
 
