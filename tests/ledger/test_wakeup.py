@@ -207,10 +207,10 @@ async def nothing_held_back(ledger: Ledger) -> bool:
 
 
 async def test_a_sleepers_death_leaves_the_gate_open(ledger: Ledger, sleeper: Sleeper, connect: Connect) -> None:
-    task = await falls_asleep(ledger, sleeper)
     heir = Sleeper(await connect())
     await heir.wakeup.open(await connect())
-    sleeper.connection.terminate()
+    task = await falls_asleep(ledger, sleeper)
+    await ledger.connection.execute("SELECT pg_terminate_backend($1)", sleeper.connection.get_server_pid())
     await wakes(task)
     await until(lambda: gate_is_free(ledger))
     heirs = await falls_asleep(ledger, heir)
