@@ -81,6 +81,38 @@ def test_an_acknowledgement_that_the_broker_refuses_keeps_no_place_occupied(
     broker.close()
 
 
+def test_what_was_fetched_by_a_connection_that_broke_is_fetched_again(own_valkey: Valkey) -> None:
+    """And what a thread of this process runs is not."""
+    broker = DoorbellRedisBroker(own_valkey.url, namespace="mended", middleware=[])
+    broker.declare_queue("queue")
+    for name in ("first", "second"):
+        broker.enqueue(Message(queue_name="queue", actor_name=name, args=(), kwargs={}, options={}))
+    broker.do_fetch("queue", 1)  # the reply that never arrives
+    consumer = broker.consume("queue", prefetch=4, timeout=500)
+    found = [next(consumer), next(consumer)]
+    assert {each.actor_name for each in found if each is not None} == {"first", "second"}
+    consumer.close()
+    heir = broker.consume("queue", prefetch=4, timeout=100)
+    assert next(heir) is None
+    heir.close()
+    broker.close()
+
+
+def test_of_what_was_fetched_only_the_undecodable_is_set_aside(own_valkey: Valkey) -> None:
+    broker = DoorbellRedisBroker(own_valkey.url, namespace="mended", middleware=[])
+    broker.declare_queue("queue")
+    broker.client.hset("mended:queue.msgs", "bad", "{}")
+    broker.client.rpush("mended:queue", "bad")
+    for number in range(20):
+        broker.enqueue(Message(queue_name="queue", actor_name=f"{number}", args=(), kwargs={}, options={}))
+    consumer = broker.consume("queue", prefetch=21, timeout=500)
+    found = [next(consumer) for _ in range(20)]
+    assert [each.actor_name for each in found if each is not None] == [f"{number}" for number in range(20)]
+    assert broker.client.hkeys("mended:queue.XQ.msgs") == [b"bad"]
+    consumer.close()
+    broker.close()
+
+
 @pytest.mark.parametrize("arguments", [(), ("secret",), (None,), ({"a": "secret"},), ("a", "b")])
 def test_a_message_that_no_relay_wrote_is_not_logged(
     settings: Settings, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...]
