@@ -118,8 +118,8 @@ async def _purge_messages(
         cursor = row["last"]
         removed += row["count"]
         progress(removed)
-        # Leaves half of the disk's time to others.
-        await asyncio.sleep(min(clock() - began, 1))
+        # Leaves most of the processor and the disk to others.
+        await asyncio.sleep(min(3 * (clock() - began), 1))
     return removed
 
 
