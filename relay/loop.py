@@ -38,6 +38,7 @@ _LONGEST_SLEEP = 15.0
 """Seconds. A lease or a pause may have begun since the relay looked."""
 
 _SESSION = {
+    "plan_cache_mode": "force_custom_plan",
     "jit": "off",
     # Rows come in the index's order, whatever the statistics say: any other plan sorts the backlog for each batch.
     "enable_sort": "off",

@@ -16,6 +16,7 @@ from sqlalchemy import MetaData, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
+from service.driver import PreparedBegin
 from service.errors import TransactionError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def create_engine(
         application_name: Shown in `pg_stat_activity`.
         statement_timeout: Seconds; `None` where something else bounds the transaction.
     """
-    connect_args: dict[str, Any] = {"timeout": settings.connect_timeout}
+    connect_args: dict[str, Any] = {"timeout": settings.connect_timeout, "connection_class": PreparedBegin}
     if settings.pooler:
         # A pooler in transaction mode hands out another server connection for every transaction: no prepared
         # statement and no session setting may outlive one, and statement names must not collide.

@@ -79,6 +79,8 @@ class _DoorbellConsumer(Consumer):
         self._queue = queue
         self._prefetch = prefetch
         self._timeout = timeout
+        self._least_room = max(prefetch // 4, 1)
+        """Fetch no fewer than this while others are at hand: a call for each would cost as much as its run."""
         self._held = held
         self._fetched: list[bytes] = []
         self._room = threading.Event()
@@ -115,7 +117,7 @@ class _DoorbellConsumer(Consumer):
     def _fetch(self) -> bool:
         self._room.clear()
         room = self._prefetch - len(self._held)
-        if room > 0:
+        if room >= self._least_room:
             self._fetched = [data for data in self._broker.do_fetch(self._queue, room) if data is not None]
         return bool(self._fetched)
 
@@ -123,7 +125,7 @@ class _DoorbellConsumer(Consumer):
         """Whether there is a reason to fetch before the time is up. Rings heard while busy are used up here."""
         if seconds <= 0:
             return False
-        if len(self._held) >= self._prefetch:
+        if self._prefetch - len(self._held) < self._least_room:
             rung = self._room.wait(seconds)
             while self._pubsub.get_message(timeout=0) is not None:
                 pass
@@ -179,7 +181,8 @@ class _DoorbellConsumer(Consumer):
             # place that it holds here, or this worker would fetch nothing any more after a few of these.
             _log.warning("doorbell.not_acknowledged", queue=self._queue, error=type(error).__name__)
         self._held.discard(held)
-        self._room.set()
+        if self._prefetch - len(self._held) >= self._least_room:
+            self._room.set()
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Give messages back that no thread has started."""

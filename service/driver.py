@@ -12,11 +12,47 @@ import asyncpg
 if TYPE_CHECKING:
     from service.settings import DatabaseSettings
 
-__all__ = ["DRIVER_ERRORS", "bound_waits", "connect", "driver_arguments"]
+    _Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    _Connection = asyncpg.Connection  # it takes no parameter when the program runs
+
+__all__ = ["DRIVER_ERRORS", "PreparedBegin", "bound_waits", "connect", "driver_arguments"]
 
 # asyncpg raises an InternalClientError, which is none of its other errors, when a connection breaks while it is used.
 DRIVER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What a connection of asyncpg's own may raise when PostgreSQL refuses something or goes away."""
+
+
+# Every statement of the ledger's own finds its rows by an index, however small the table is when it is planned. Plans
+# may then be kept for good: made anew for each call, they cost twice as much as the statements.
+_BY_INDEX = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
+
+
+class PreparedBegin(_Connection):
+    """A connection whose next transaction begins with a statement of the caller's, in one round trip with BEGIN.
+
+    Attributes:
+        preamble: That statement, without parameters; empty once it was sent.
+    """
+
+    preamble = ""
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109  asyncpg's
+        """As asyncpg's own, which runs BEGIN by it."""
+        if not self.preamble or args or not query.startswith("BEGIN"):
+            return await super().execute(query, *args, timeout=timeout)
+        query, self.preamble = query + self.preamble, ""
+        try:
+            return await super().execute(query, timeout=timeout)
+        except BaseException:
+            # The transaction may have begun, and whoever asked for it believes that it has not.
+            self.terminate()
+            raise
 
 
 def driver_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:
@@ -40,8 +76,6 @@ async def connect(settings: DatabaseSettings, application_name: str) -> asyncpg.
 async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: str) -> None:
     """Set the session's timeouts, so that defaults of the database role can neither end nor hang a statement.
 
-    And let no plan outlive the table it was made for: one that was kept since the ledger was empty reads all of it.
-
     They are set here and not when connecting, where a pooler would refuse them; behind one in transaction mode they
     would reach other sessions, so there they are the pooler's to set.
     """
@@ -49,7 +83,8 @@ async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: st
         "statement_timeout": "30s",
         "lock_timeout": "0",
         "idle_in_transaction_session_timeout": "10s",
-        "plan_cache_mode": "force_custom_plan",
-    } | more
+        **_BY_INDEX,
+        **more,
+    }
     calls = ", ".join(f"set_config('{name}', ${number}, false)" for number, name in enumerate(bounds, start=1))
     await connection.execute(f"SELECT {calls}", *bounds.values())

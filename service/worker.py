@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import dramatiq
-from dramatiq.asyncio import get_event_loop_thread
+from dramatiq.asyncio import EventLoopThread, get_event_loop_thread, set_event_loop_thread
 from dramatiq.middleware import (
     AgeLimit,
     AsyncIO,
@@ -37,6 +37,11 @@ from service.outbox.runner import Runner
 from service.settings import Settings, load_settings
 from service.telemetry import configure_logging, get_logger, trace_context
 
+try:
+    import uvloop
+except ImportError:  # there is none for Windows
+    uvloop = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -47,6 +52,18 @@ if TYPE_CHECKING:
 __all__ = ["setup_broker"]
 
 _log = get_logger(__name__)
+
+
+class _Loop(AsyncIO):
+    """Dramatiq's event-loop thread, on uvloop where there is one."""
+
+    def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        thread = EventLoopThread(self.logger)
+        if uvloop is not None:
+            thread.loop.close()
+            thread.loop = uvloop.new_event_loop()
+        thread.start(timeout=1.0)
+        set_event_loop_thread(thread)
 
 
 class _Outbox(Middleware):
@@ -175,7 +192,7 @@ def build(settings: Settings) -> Broker:
     outbox = _Outbox(settings)
     # `before_*` hooks run in this order, `after_*` hooks in reverse: the loop is there before and after the runner.
     middleware = [
-        AsyncIO(), outbox, AgeLimit(), TimeLimit(), ShutdownNotifications(), Callbacks(), Pipelines(), Retries(),
+        _Loop(), outbox, AgeLimit(), TimeLimit(), ShutdownNotifications(), Callbacks(), Pipelines(), Retries(),
         CurrentMessage(),
     ]  # fmt: skip
     broker = make_broker(settings.broker, middleware)

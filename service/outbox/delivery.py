@@ -14,26 +14,28 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.driver import PreparedBegin
 from service.errors import DatabaseUnavailableError, DeliveryError
 from service.outbox import statements
 from service.outbox.publish import READ_ONLY
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
     from uuid import UUID
 
     from service.database import SessionFactory
-    from service.outbox.statements import Claim, Connection
+    from service.outbox.statements import Claim
 
 __all__ = ["Delivery", "LeaseLostError"]
 
+# A query and not SET: it takes the snapshot, after which PostgreSQL refuses another isolation level. The token is set
+# for this transaction only, so it tells at the end whether this still is the one that began here.
 _START = """
-SELECT pg_current_xact_id()::text, current_setting('transaction_isolation'),
-       set_config(CASE WHEN current_setting('server_version_num')::int >= 170000
-                       THEN 'transaction_timeout' ELSE 'statement_timeout' END, $1, true),
-       set_config('idle_in_transaction_session_timeout', $1, true)
+SELECT set_config('outbox.delivery', '{token}', true), set_config('{timeout}', '{milliseconds}', true),
+       set_config('idle_in_transaction_session_timeout', '{milliseconds}', true)
 """
 
 
@@ -89,11 +91,16 @@ class Delivery:
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncSession]:
         async with self._sessions() as session:
-            xid = await self._start(session)
-            yield session
-            await session.flush()
-            await self._complete(session, xid)
-            await AsyncSession.commit(session)
+            driver = await self._start(session)
+            try:
+                yield session
+                await session.flush()
+                if driver.preamble:  # the block ran no statement, so nothing has begun
+                    await session.execute(text("SELECT 1"))
+                await self._complete(driver)
+                await AsyncSession.commit(session)
+            finally:
+                driver.preamble = ""
         self.completed = True
 
     @asynccontextmanager
@@ -107,32 +114,28 @@ class Delivery:
             if session.new or session.dirty or session.deleted:
                 raise DeliveryError("delivery.read() is never committed: write inside `async with delivery.begin()`")
 
-    async def _start(self, session: AsyncSession) -> str:
+    async def _start(self, session: AsyncSession) -> PreparedBegin:
         try:
-            connection = await session.connection()
-            row: Sequence[str] = (await connection.exec_driver_sql(_START, (str(self._timeout_ms),))).one()
+            raw = await (await session.connection()).get_raw_connection()
         except OSError as error:
             raise DatabaseUnavailableError("PostgreSQL cannot be reached") from error
-        if not (await _driver_connection(session)).is_in_transaction():
+        assert raw.dbapi_connection is not None
+        isolation = raw.dbapi_connection.isolation_level
+        if isolation == "autocommit":
             raise DeliveryError("a delivery needs a transaction: do not set AUTOCOMMIT on the engine")
-        xid, isolation = row[0], row[1]
-        if isolation != "read committed":
+        if isolation != "read_committed":
             # The heartbeat changes the row meanwhile; above READ COMMITTED the complete would fail for ever.
-            raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.upper()}")
-        return xid
+            raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.replace('_', ' ').upper()}")
+        driver = raw.driver_connection
+        assert isinstance(driver, PreparedBegin)
+        timeout = "transaction_timeout" if driver.get_server_version() >= (17,) else "statement_timeout"
+        driver.preamble = _START.format(token=self._claim.token, timeout=timeout, milliseconds=self._timeout_ms)
+        return driver
 
-    async def _complete(self, session: AsyncSession, xid: str) -> None:
-        connection = await _driver_connection(session)
-        unbroken, completed = await statements.complete_in_transaction(connection, self._claim, xid)
+    async def _complete(self, driver: PreparedBegin) -> None:
+        unbroken, completed = await statements.complete_in_transaction(driver, self._claim)
         if not unbroken:
             raise DeliveryError("the transaction of begin() was committed or rolled back inside its block")
         if not completed:
             self.lost = True
             raise LeaseLostError
-
-
-async def _driver_connection(session: AsyncSession) -> Connection:
-    raw = await (await session.connection()).get_raw_connection()
-    connection: Connection | None = raw.driver_connection
-    assert connection is not None
-    return connection

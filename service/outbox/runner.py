@@ -21,6 +21,7 @@ from service.database import OneTransaction, session_factory
 from service.driver import DRIVER_ERRORS, bound_waits, connect, driver_arguments
 from service.errors import DeliveryError, TransactionError
 from service.outbox import statements
+from service.outbox.claims import Claims
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError
 from service.outbox.failures import backoff, describe, lost_database
@@ -95,6 +96,7 @@ class Runner:
         self._heartbeat = Heartbeat(lambda: connect(settings.database, "outbox-worker-heartbeat"), self._lease)
         # A pooler in transaction mode may give a statement's second half another server outside a transaction.
         self._transactions = settings.database.pooler
+        self._claims = Claims(self._ledger, self._lease)
         self._running: set[asyncio.Task[Any]] = set()
         self._stopping = False
         self._releasing = False
@@ -155,8 +157,7 @@ class Runner:
         attempt = 0
         while True:
             try:
-                async with self._ledger() as connection:
-                    return await statements.claim(connection, message_id, token, self._lease)
+                return await self._claims.claim(message_id, token)
             except DRIVER_ERRORS as error:
                 attempt += 1
                 _log.warning("outbox.claim_waits", error=type(error).__name__, message_id=str(message_id))

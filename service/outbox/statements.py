@@ -15,54 +15,69 @@ from typing import TYPE_CHECKING, Any
 from service.outbox.failures import ERRORS_KEPT
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from uuid import UUID
 
     import asyncpg
 
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
-__all__ = ["Claim", "claim", "complete", "complete_in_transaction", "die", "fail", "heartbeat", "release"]
+__all__ = ["Claim", "claim", "claim_free", "complete", "complete_in_transaction", "die", "fail", "heartbeat", "release"]
 
 # The states a claim may come from must cover what the row looked like before the relay's dispatch commits: a worker
 # can be faster than that commit, and READ COMMITTED waits only for rows whose committed version matches.
 #
 # A claim of a first dispatch need not survive a crash of PostgreSQL: it would only run again. From the second on it
 # must, or a message that crashes its backend would never use up its attempts.
-_CLAIM = """
-UPDATE outbox_message
-SET state = 'running',
-    claim_token = $2,
-    attempts = attempts + CASE WHEN state = 'running' AND claim_token = $2 THEN 0 ELSE 1 END,
-    started_at = clock_timestamp(),
-    due_at = clock_timestamp() + $3
-WHERE id = $1
-  AND (state = 'dispatched'
-       OR (state IN ('pending', 'running') AND due_at <= now())
-       OR (state = 'running' AND claim_token = $2))
-RETURNING id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches,
-          due_at < clock_timestamp() + $3::interval / 2 AS stale,
-          CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
+_CLAIMABLE = """
+(message.state = 'dispatched'
+ OR (message.state IN ('pending', 'running') AND message.due_at <= now())
+ OR (message.state = 'running' AND message.claim_token = asked.token))
 """
 
-# The transaction's number tells whether the effect is still whole: it changes when a consumer commits or rolls back
-# behind the session's back.
-_COMPLETE_IN_TRANSACTION = """
-WITH transaction AS (SELECT pg_current_xact_id() = $3::text::xid8 AS unbroken),
-completed AS (
-    UPDATE outbox_message
-    SET state = 'completed', completed_at = clock_timestamp()
-    WHERE id = $1 AND claim_token = $2 AND state IN ('running', 'dispatched')
-      AND (SELECT unbroken FROM transaction)
-    RETURNING id
-)
-SELECT (SELECT unbroken FROM transaction) AS unbroken, EXISTS (SELECT FROM completed) AS completed
+_TAKE = """
+SET state = 'running',
+    claim_token = asked.token,
+    attempts = message.attempts
+               + CASE WHEN message.state = 'running' AND message.claim_token = asked.token THEN 0 ELSE 1 END,
+    started_at = clock_timestamp(),
+    due_at = clock_timestamp() + $3
 """
+
+_TAKEN = """
+message.id, claim_token, event_id, event_type, version, consumer, queue, payload, headers, attempts,
+message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale
+"""
+
+_CLAIM = f"""
+UPDATE outbox_message AS message {_TAKE}
+FROM (SELECT $1::uuid AS id, $2::uuid AS token) AS asked
+WHERE message.id = asked.id AND {_CLAIMABLE}
+RETURNING {_TAKEN}, CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
+"""
+
+_CLAIM_FREE = f"""
+WITH asked AS MATERIALIZED (
+    SELECT message.ctid, message.dispatches, asked.token
+    FROM unnest($1::uuid[], $2::uuid[]) AS asked (id, token) JOIN outbox_message AS message ON message.id = asked.id
+    WHERE {_CLAIMABLE}
+    FOR UPDATE OF message SKIP LOCKED
+)
+UPDATE outbox_message AS message {_TAKE}
+FROM asked WHERE message.ctid = asked.ctid
+RETURNING {_TAKEN},
+          (SELECT set_config('synchronous_commit', 'off', true)
+           WHERE NOT EXISTS (SELECT FROM asked WHERE asked.dispatches >= 2))
+"""  # noqa: S608
 
 _COMPLETE = """
 UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp()
 WHERE id = $1 AND claim_token = $2 AND state IN ('running', 'dispatched')
-RETURNING id
 """
+
+# What `Delivery` set for its transaction tells whether the effect is still whole: it is gone when a consumer has
+# committed or rolled back behind the session's back.
+_UNBROKEN = "coalesce(current_setting('outbox.delivery', true), '') = $2::uuid::text"
 
 # The oldest error stays: it says what went wrong first.
 _ERRORS = f"""
@@ -143,11 +158,19 @@ async def claim(connection: Connection, message_id: UUID, token: UUID, lease: ti
     if row is not None and row["stale"]:
         # PostgreSQL computed the lease, waited for a lock on a row that then had not changed, and used it as it was.
         row = await connection.fetchrow(_CLAIM, message_id, token, lease)
-    if row is None:
-        return None
+    return None if row is None else _claim(row)
+
+
+async def claim_free(connection: Connection, asked: Sequence[tuple[UUID, UUID]], lease: timedelta) -> list[Claim]:
+    """Take what can be taken of `(id, token)` without waiting for a lock. What is missing is to be asked for alone."""
+    ids, tokens = zip(*asked, strict=True)
+    return [_claim(row) for row in await connection.fetch(_CLAIM_FREE, ids, tokens, lease)]
+
+
+def _claim(row: asyncpg.Record) -> Claim:
     return Claim(
         id=row["id"],
-        token=token,
+        token=row["claim_token"],
         event_id=row["event_id"],
         event_type=row["event_type"],
         version=row["version"],
@@ -160,16 +183,17 @@ async def claim(connection: Connection, message_id: UUID, token: UUID, lease: ti
     )
 
 
-async def complete_in_transaction(connection: Connection, mine: Claim, xid: str) -> tuple[bool, bool]:
-    """Tick the row off inside the effect's transaction: (it is still transaction `xid`, the row was still mine)."""
-    row = await connection.fetchrow(_COMPLETE_IN_TRANSACTION, mine.id, mine.token, xid)
-    assert row is not None
-    return row["unbroken"], row["completed"]
+async def complete_in_transaction(connection: Connection, mine: Claim) -> tuple[bool, bool]:
+    """Tick the row off inside the effect's transaction: (it is still that transaction, the row was still mine)."""
+    if await connection.fetchval(f"{_COMPLETE} AND {_UNBROKEN} RETURNING true", mine.id, mine.token):
+        return True, True
+    unbroken = await connection.fetchval(f"SELECT $1::uuid IS NOT NULL AND {_UNBROKEN}", mine.id, mine.token)
+    return bool(unbroken), False
 
 
 async def complete(connection: Connection, mine: Claim) -> bool:
     """Tick the row off after an effect outside the database; whether it was still mine."""
-    return await connection.fetchval(_COMPLETE, mine.id, mine.token) is not None
+    return bool(await connection.fetchval(f"{_COMPLETE} RETURNING true", mine.id, mine.token))
 
 
 async def fail(connection: Connection, mine: Claim, error: dict[str, str], backoff: timedelta) -> bool:

@@ -62,7 +62,7 @@ async def relay(stage: Stage, result: Result, *, quick: bool) -> None:
         "claim": lambda: drain.claim_alone(stage, 50_000 if quick else 100_000),
         "loop": lambda: drain.loop(stage, 5_000 if quick else 10_000),
     }
-    values = await _in_turns(sides, 2 if quick else 5)
+    values = await _in_turns(sides, 2 if quick else 4)
     ours = values["relay"]
     name, unit = "relay drain, PostgreSQL to Valkey", "rows/s"
     result.add(
@@ -84,7 +84,7 @@ async def relay_peers(stage: Stage, result: Result, *, quick: bool) -> None:
         sides[f"{name}, tuned"] = lambda name=name: drain.peer(stage, name, 3_000 if quick else 15_000, tuned=True)  # type: ignore[misc]
         if not quick:
             sides[name] = lambda name=name: drain.peer(stage, name, 5_000, tuned=False)  # type: ignore[misc]
-    values = await _in_turns(sides, 1 if quick else 3)
+    values = await _in_turns(sides, 1 if quick else 2)
     ours = values.pop("relay")
     targets = {"txoutbox, tuned": 4.0, "faststream_outbox, tuned": 15.0}
     for name, theirs in values.items():
@@ -113,13 +113,13 @@ async def rabbitmq(stage: Stage, result: Result, *, quick: bool) -> None:
 
 async def commits(stage: Stage, result: Result, *, quick: bool) -> None:
     """What the wake-up costs those who commit."""
-    seconds = 3 if quick else 6
+    seconds = 3 if quick else 5
     for writers_ in (16, 64):
         sides: Sides = {
             "gated": lambda n=writers_: writers.commits(stage, n, seconds, gated=True),  # type: ignore[misc]
             "without": lambda n=writers_: writers.commits(stage, n, seconds, gated=False),  # type: ignore[misc]
         }
-        values = await _in_turns(sides, 1 if quick else 4)
+        values = await _in_turns(sides, 1 if quick else 3)
         name = f"commits of {writers_} writers, with wake-up"
         result.add(
             Figure(name, "commits/s", values["gated"], "no trigger, relay polls", values["without"], at_least=0.85)
@@ -128,7 +128,7 @@ async def commits(stage: Stage, result: Result, *, quick: bool) -> None:
 
 async def api(stage: Stage, result: Result, *, quick: bool) -> None:
     """What publishing costs a request."""
-    values = await writers.requests(stage, (0, 1, 2, 4), 2 if quick else 6, 1_600 if quick else 3_200)
+    values = await writers.requests(stage, (0, 1, 2, 4), 2 if quick else 4, 1_600 if quick else 3_200)
     for consumers, target in ((1, 0.9), (2, None), (4, None)):
         name = f"POST with an event, consumers: {consumers}"
         result.add(
@@ -138,7 +138,7 @@ async def api(stage: Stage, result: Result, *, quick: bool) -> None:
 
 async def idle_latency(stage: Stage, result: Result, *, quick: bool) -> None:
     """From commit to the start of the consumer, nothing else to do."""
-    count = 100 if quick else 400
+    count = 100 if quick else 250
     curves: dict[str, Any] = {}
     for broker in ("valkey", *(("rabbitmq",) if stage.rabbitmq else ())):
         ours = await latency.idle(stage, count, broker)
@@ -155,7 +155,7 @@ async def idle_latency(stage: Stage, result: Result, *, quick: bool) -> None:
 
 async def worker(stage: Stage, result: Result, *, quick: bool) -> None:
     """Effects a second of one worker process, and the latency at 60 % of that."""
-    count = 4_000 if quick else 10_000
+    count = 4_000 if quick else 6_000
     sides: Sides = {
         "ledger": lambda: effects.ledger(stage, count, 8, relaying=False),
         "plain": lambda: effects.plain(stage, count, 8),
@@ -181,7 +181,7 @@ async def queue_peers(stage: Stage, result: Result, *, quick: bool) -> None:
         sides[f"{name}, tuned"] = lambda name=name: effects.peer(stage, name, count, 8, tuned=True)  # type: ignore[misc]
         if not quick:
             sides[name] = lambda name=name: effects.peer(stage, name, count, 8, tuned=False)  # type: ignore[misc]
-    values = await _in_turns(sides, 1 if quick else 3)
+    values = await _in_turns(sides, 1 if quick else 2)
     ours = values.pop("this")
     for name, theirs in values.items():
         result.add(Figure("effects with transactional enqueue", "effects/s", ours, name, theirs))
@@ -216,7 +216,7 @@ async def held(stage: Stage, result: Result, *, quick: bool) -> None:
 async def history(stage: Stage, result: Result, *, quick: bool) -> None:
     """The drain with much history, and while it is purged."""
     kept = 300_000 if quick else 5_000_000
-    empty, full, purging = await flat.history(stage, kept, 30_000 if quick else 100_000, 2 if quick else 4)
+    empty, full, purging = await flat.history(stage, kept, 30_000 if quick else 100_000, 2 if quick else 3)
     name, versus = f"drain with {kept:,} completed rows kept", "empty history"
     result.add(
         Figure(name, "rows/s", full, versus, empty, at_least=0.85),
@@ -248,7 +248,7 @@ async def memory(stage: Stage, result: Result, *, quick: bool) -> None:
 
 async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
     """Where the time of one event goes, and what doing nothing costs."""
-    result.texts.append(cost.table(await cost.per_event(stage, 1_600 if quick else 6_400)))
+    result.texts.append(cost.table(await cost.per_event(stage, 1_600 if quick else 3_200)))
     for name, (busy, transactions) in (await cost.idle(stage, 5 if quick else 30)).items():
         result.add(
             Figure(f"idle {name}, CPU", "% of a core", [busy], at_most=1),

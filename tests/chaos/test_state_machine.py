@@ -185,8 +185,8 @@ class Machine(RuleBasedStateMachine):
         allowed = row.mine(claim.token, "running", "dispatched")
         transaction = self.connection.transaction()
         self.run(transaction.start())
-        xid = self.run(self.connection.fetchval("SELECT pg_current_xact_id()::text"))
-        unbroken, completed = self.run(statements.complete_in_transaction(self.connection, claim, xid))
+        self.run(self.connection.execute(f"SET LOCAL outbox.delivery = '{claim.token}'"))
+        unbroken, completed = self.run(statements.complete_in_transaction(self.connection, claim))
         assert unbroken
         assert completed == allowed
         self.run(transaction.commit())

@@ -1,0 +1,74 @@
+"""The claims of a worker process: whoever asks while a statement is under way shares the next one.
+
+What must stay true: the shared statement passes over rows that somebody has locked, so that no row holds up another's
+claim; and only a statement of its own, which waits for the lock, may tell somebody that there is nothing to claim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from service.driver import DRIVER_ERRORS
+from service.outbox import statements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+    from datetime import timedelta
+    from uuid import UUID
+
+    from service.outbox.statements import Claim, Connection
+
+__all__ = ["Claims"]
+
+
+class Claims:
+    """Takes rows for the runs of one event loop.
+
+    Args:
+        ledger: Lends a connection.
+        lease: For how long a row is taken.
+    """
+
+    def __init__(self, ledger: Callable[[], AbstractAsyncContextManager[Connection]], lease: timedelta) -> None:
+        self._ledger = ledger
+        self._lease = lease
+        self._asked: dict[tuple[UUID, UUID], asyncio.Future[Claim | None]] = {}
+        self._sharing: asyncio.Task[None] | None = None
+
+    async def claim(self, message_id: UUID, token: UUID) -> Claim | None:
+        """See `statements.claim`, whose errors this raises."""
+        answer: asyncio.Future[Claim | None] = asyncio.get_running_loop().create_future()
+        self._asked[message_id, token] = answer
+        if self._sharing is None:
+            self._sharing = asyncio.create_task(self._share())
+        claim = await answer
+        if claim is not None:
+            return claim
+        async with self._ledger() as connection:
+            return await statements.claim(connection, message_id, token, self._lease)
+
+    async def _share(self) -> None:
+        try:
+            while self._asked:
+                asked, self._asked = self._asked, {}
+                await self._ask(asked)
+        finally:
+            self._sharing = None
+
+    async def _ask(self, asked: dict[tuple[UUID, UUID], asyncio.Future[Claim | None]]) -> None:
+        try:
+            async with self._ledger() as connection:
+                claims = await statements.claim_free(connection, list(asked), self._lease)
+        except BaseException as error:
+            for answer in asked.values():
+                if not answer.done():
+                    answer.set_exception(error)
+            if not isinstance(error, DRIVER_ERRORS):
+                raise
+            return
+        given = {(claim.id, claim.token): claim for claim in claims}
+        for key, answer in asked.items():
+            if not answer.done():
+                answer.set_result(given.get(key))
