@@ -41,6 +41,7 @@ CLOCK = {
 _HERE = Path(__file__).parent
 
 _SLOW = (
+    "bench/",
     "chaos/",
     "contract/test_stock_worker.py",
     "deploy/",
