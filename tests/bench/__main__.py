@@ -37,14 +37,12 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-async def _measure(stage: Stage, names: list[str], *, quick: bool) -> sections.Result:
-    result = sections.Result()
+async def _measure(stage: Stage, names: list[str], result: sections.Result, *, quick: bool) -> None:
     for name in names:
-        began = time.monotonic()
-        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+        began, known = time.monotonic(), len(result.figures)
+        print(f"{name} ...", file=sys.stderr, flush=True)
         await sections.SECTIONS[name](stage, result, quick=quick)
-        print(f"{time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return result
+        print(f"{table(result.figures[known:])}\n{time.monotonic() - began:.0f} s\n", file=sys.stderr, flush=True)
 
 
 def _machine(stage: Stage) -> dict[str, Any]:
@@ -65,7 +63,8 @@ def main() -> int:
     names = arguments.only or list(sections.SECTIONS)
     began = time.monotonic()
     with open_stage() as stage:
-        result = asyncio.run(_measure(stage, names, quick=arguments.quick))
+        result = sections.Result()
+        asyncio.run(_measure(stage, names, result, quick=arguments.quick))
         machine = _machine(stage)
     took = time.monotonic() - began
     print(table(result.figures))

@@ -42,6 +42,7 @@ async def backlog(stage: Stage, lengths: tuple[int, ...]) -> dict[int, float]:
         async with stage.database() as database, stage.relay(database):
             connection = await asyncpg.connect(database)
             await drained(stage, connection, 2_000)
+            stage.redis.flushall()  # a full million is as much as the relay lets wait
             rates[length] = await drained(stage, connection, length)
             await connection.close()
     return rates
