@@ -109,7 +109,7 @@ def test_the_supervisor_starts_a_dead_process_again(
 
     assert until_sync(restarted)
     assert time.monotonic() - began > 0.9, "it is not restarted without a pause"
-    assert not _runs(child), "what its leader left behind is ended before it starts again"
+    until_sync(lambda: not _runs(child), timeout=2, what="the end of what its leader left behind")
     assert ("family", "-- ended with SIGKILL; starts again in 1 s --") in lines
 
 
