@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from service.database import SessionFactory
-    from service.outbox.statements import Claim
+    from service.outbox.statements import Claim, Connection
 
 __all__ = ["Delivery", "LeaseLostError"]
 
@@ -35,7 +35,8 @@ __all__ = ["Delivery", "LeaseLostError"]
 # for this transaction only, so it tells at the end whether this still is the one that began here.
 _START = """
 SELECT set_config('outbox.delivery', '{token}', true), set_config('{timeout}', '{milliseconds}', true),
-       set_config('idle_in_transaction_session_timeout', '{milliseconds}', true)
+       set_config('idle_in_transaction_session_timeout', '{milliseconds}', true),
+       current_setting('transaction_isolation') AS isolation
 """
 
 
@@ -95,12 +96,13 @@ class Delivery:
             try:
                 yield session
                 await session.flush()
-                if driver.preamble:  # the block ran no statement, so nothing has begun
+                if type(driver) is PreparedBegin and driver.preamble:  # without a statement nothing has begun
                     await session.execute(text("SELECT 1"))
                 await self._complete(driver)
                 await AsyncSession.commit(session)
             finally:
-                driver.preamble = ""
+                if type(driver) is PreparedBegin:
+                    driver.preamble = ""
         self.completed = True
 
     @asynccontextmanager
@@ -114,25 +116,30 @@ class Delivery:
             if session.new or session.dirty or session.deleted:
                 raise DeliveryError("delivery.read() is never committed: write inside `async with delivery.begin()`")
 
-    async def _start(self, session: AsyncSession) -> PreparedBegin:
+    async def _start(self, session: AsyncSession) -> Connection:
         try:
-            raw = await (await session.connection()).get_raw_connection()
+            connection = await session.connection()
+            raw = await connection.get_raw_connection()
+            driver: Connection | None = raw.driver_connection
+            assert driver is not None
+            assert raw.dbapi_connection is not None
+            timeout = "transaction_timeout" if driver.get_server_version() >= (17,) else "statement_timeout"
+            start = _START.format(token=self._claim.token, timeout=timeout, milliseconds=self._timeout_ms)
+            # asyncpg answers isinstance() with True for every connection.
+            if type(driver) is PreparedBegin and raw.dbapi_connection.isolation_level == "read_committed":
+                driver.preamble = start
+                return driver
+            isolation = (await connection.exec_driver_sql(start)).one().isolation
         except OSError as error:
             raise DatabaseUnavailableError("PostgreSQL cannot be reached") from error
-        assert raw.dbapi_connection is not None
-        isolation = raw.dbapi_connection.isolation_level
-        if isolation == "autocommit":
+        if not driver.is_in_transaction():
             raise DeliveryError("a delivery needs a transaction: do not set AUTOCOMMIT on the engine")
-        if isolation != "read_committed":
+        if isolation != "read committed":
             # The heartbeat changes the row meanwhile; above READ COMMITTED the complete would fail for ever.
-            raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.replace('_', ' ').upper()}")
-        driver = raw.driver_connection
-        assert isinstance(driver, PreparedBegin)
-        timeout = "transaction_timeout" if driver.get_server_version() >= (17,) else "statement_timeout"
-        driver.preamble = _START.format(token=self._claim.token, timeout=timeout, milliseconds=self._timeout_ms)
+            raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.upper()}")
         return driver
 
-    async def _complete(self, driver: PreparedBegin) -> None:
+    async def _complete(self, driver: Connection) -> None:
         unbroken, completed = await statements.complete_in_transaction(driver, self._claim)
         if not unbroken:
             raise DeliveryError("the transaction of begin() was committed or rolled back inside its block")
