@@ -32,6 +32,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from service.dev.valkey import Valkey
     from service.settings import Settings
     from tests.real_servers import Where
 
@@ -51,11 +52,12 @@ def talkative(servers: Where, server_folder: Path) -> Iterator[Postgres]:
 
 
 @pytest.fixture
-def told(settings: Settings, talkative: Postgres) -> Settings:
-    """The test's settings, with that PostgreSQL."""
+def told(settings: Settings, talkative: Postgres, own_valkey: Valkey) -> Settings:
+    """The test's settings, with servers that nobody else uses."""
     database = settings.database.model_copy(update={"url": SecretStr(talkative.url(TEMPLATE))})
     roomy = settings.outbox.model_copy(update={"high_water_mark": 10 * ROWS})
-    return settings.model_copy(update={"database": database, "outbox": roomy})
+    broker = settings.broker.model_copy(update={"url": SecretStr(own_valkey.url)})
+    return settings.model_copy(update={"database": database, "broker": broker, "outbox": roomy})
 
 
 @pytest.fixture
@@ -136,7 +138,8 @@ async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
     async with running(told):
         await until(lambda: all_dispatched(watched))
     before, called = statements(talkative), await commands(told)
-    worker = Worker(environment | {"DATABASE__URL": told.database.dsn}, tmp_path / "worker.log", "-p", "1", "-t", "4")
+    addresses = {"DATABASE__URL": told.database.dsn, "BROKER__URL": told.broker.redis_url}
+    worker = Worker(environment | addresses, tmp_path / "worker.log", "-p", "1", "-t", "4")
     try:
         await until(lambda: all_completed(watched), timeout=30)
     finally:
