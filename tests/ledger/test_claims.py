@@ -80,7 +80,10 @@ async def test_a_worker_faster_than_the_dispatch_waits_for_it(ledger: Ledger, le
 
 
 async def somebody_waits(ledger: Ledger) -> bool:
-    waiting: int = await ledger.connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    waiting: int = await ledger.connection.fetchval(
+        "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+        "WHERE NOT granted AND datname = current_database()"
+    )
     return waiting > 0
 
 
