@@ -136,15 +136,16 @@ class Relay:
     async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
         moved = 0
         while not self._stopping.is_set():
-            if not moved or self._now() - self._looked_at >= 1:
+            looked = not moved or self._now() - self._looked_at >= 1
+            if looked:
                 await self._look(connection)
             try:
                 moved = await self._round(connection)
             except BrokerUnavailableError as error:
                 await self._wait_for_broker(connection, error)
                 continue
-            if moved:
-                continue
+            if moved or not looked:
+                continue  # what was seen before the last batch does not tell what is due now
             if self._due_in() <= 0:
                 # Due, but locked by somebody, in a full or refused queue, or spared: look again soon.
                 await self._pause(SHORTEST_SLEEP)

@@ -85,6 +85,21 @@ async def sleeping(ledger: Ledger) -> bool:
     )
 
 
+async def test_an_event_right_after_another_is_not_kept_waiting(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause before another look is for rows that are due and locked, not for those that were just handed over."""
+    monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 8.0)
+    async with running(settings):
+        for expected in range(1, 5):
+            await ledger.publish()
+            await until(lambda: has_queued(broker, settings, expected), timeout=4)  # noqa: B023
+
+
+async def has_queued(broker: redis.asyncio.Redis, settings: Settings, expected: int) -> bool:
+    return len(await queued(broker, settings)) >= expected
+
+
 async def test_a_delayed_event_waits(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
     (late,) = await ledger.publish(delay=timedelta(seconds=1))
     (prompt,) = await ledger.publish()
