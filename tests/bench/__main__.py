@@ -37,12 +37,11 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-async def _measure(stage: Stage, names: list[str], result: sections.Result, *, quick: bool) -> None:
-    for name in names:
-        began, known = time.monotonic(), len(result.figures)
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        await sections.SECTIONS[name](stage, result, quick=quick)
-        print(f"{table(result.figures[known:])}\n{time.monotonic() - began:.0f} s\n", file=sys.stderr, flush=True)
+async def _measure(stage: Stage, name: str, result: sections.Result, *, quick: bool) -> None:
+    began, known = time.monotonic(), len(result.figures)
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    await sections.SECTIONS[name](stage, result, quick=quick)
+    print(f"{table(result.figures[known:])}\n{time.monotonic() - began:.0f} s\n", file=sys.stderr, flush=True)
 
 
 def _machine(stage: Stage) -> dict[str, Any]:
@@ -62,20 +61,24 @@ def main() -> int:
     arguments = _arguments()
     names = arguments.only or list(sections.SECTIONS)
     began = time.monotonic()
+    result = sections.Result()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with open_stage() as stage:
-        result = sections.Result()
-        asyncio.run(_measure(stage, names, result, quick=arguments.quick))
-        machine = _machine(stage)
-    took = time.monotonic() - began
+        for name in names:
+            asyncio.run(_measure(stage, name, result, quick=arguments.quick))
+            document = {
+                "machine": _machine(stage),
+                "quick": arguments.quick,
+                "seconds": round(time.monotonic() - began),
+            }
+            document |= {"figures": as_document(result.figures), "texts": result.texts, "plots": result.plots}
+            (arguments.out / "bench.json").write_text(json.dumps(document, indent=1) + "\n")
     print(table(result.figures))
     for text in result.texts:
         print(f"\n{text}")
     missed = [each.name for each in result.figures if each.met is False]
+    took = time.monotonic() - began
     print(f"\n{len(result.figures)} figures in {took:.0f} s, {len(missed)} of them short of what they have to reach")
-    document = {"machine": machine, "quick": arguments.quick, "seconds": round(took)}
-    document |= {"figures": as_document(result.figures), "texts": result.texts, "plots": result.plots}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench.json").write_text(json.dumps(document, indent=1) + "\n")
     _draw(document, arguments.out)
     return 1 if missed else 0
 
