@@ -19,9 +19,9 @@ __all__ = ["BUGS"]
 
 _FENCE = "AND claim_token = $2 AND state IN ('running', 'dispatched')"
 _NO_FENCE = "AND $2::uuid IS NOT NULL"
-_CLAIM_FROM = """(state = 'dispatched'
-       OR (state IN ('pending', 'running') AND due_at <= now())
-       OR (state = 'running' AND claim_token = $2))"""
+_CLAIM_FROM = """(message.state = 'dispatched'
+ OR (message.state IN ('pending', 'running') AND message.due_at <= now())
+ OR (message.state = 'running' AND message.claim_token = asked.token))"""
 _DUE_AGAIN = "clock_timestamp() + $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))"
 
 
@@ -38,7 +38,6 @@ def no_fence() -> None:
     @when_imported("service.outbox.statements")
     def patch(module: Any) -> None:
         _replace(module, "_COMPLETE", _FENCE, _NO_FENCE)
-        _replace(module, "_COMPLETE_IN_TRANSACTION", _FENCE, _NO_FENCE)
 
 
 def complete_before_effect() -> None:
@@ -51,8 +50,9 @@ def complete_before_effect() -> None:
         @asynccontextmanager
         async def begin_completed(self: Any) -> AsyncIterator[Any]:
             async with self._sessions() as session:
-                xid = await self._start(session)
-                await self._complete(session, xid)
+                driver = await self._start(session)
+                await session.execute(module.text("SELECT 1"))
+                await self._complete(driver)
                 await module.AsyncSession.commit(session)
 
             async def nothing(*_: Any) -> None:
@@ -93,7 +93,8 @@ def narrow_claim() -> None:
 
     @when_imported("service.outbox.statements")
     def patch(module: Any) -> None:
-        _replace(module, "_CLAIM", _CLAIM_FROM, "state = 'dispatched'")
+        _replace(module, "_CLAIM", _CLAIM_FROM, "message.state = 'dispatched'")
+        _replace(module, "_CLAIM_FREE", _CLAIM_FROM, "message.state = 'dispatched'")
 
 
 def heartbeat_without_token() -> None:
