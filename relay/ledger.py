@@ -62,7 +62,7 @@ RETURNING message.id::text, message.consumer, message.headers ->> 'traceparent',
 # with it: they wait apart from each other instead of meeting again at once.
 _RECOVER = """
 WITH expired AS MATERIALIZED (
-    SELECT id FROM outbox_message
+    SELECT ctid FROM outbox_message
     WHERE queue = $1 AND state <> 'completed' AND state = 'running' AND attempts >= 2 AND due_at <= now()
     ORDER BY due_at, id LIMIT $2
     FOR UPDATE SKIP LOCKED
@@ -75,7 +75,7 @@ SET state = 'pending',
              || jsonb_build_array(jsonb_build_object(
                     'at', clock_timestamp(), 'attempt', attempts, 'type', 'WorkerLost',
                     'message', 'the lease ended without a heartbeat', 'traceback', ''))
-FROM expired WHERE message.id = expired.id
+FROM expired WHERE message.ctid = expired.ctid
 RETURNING message.id
 """
 

@@ -24,15 +24,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Claim", "claim", "claim_free", "complete", "complete_in_transaction", "die", "fail", "heartbeat", "release"]
 
+# Rows are found by the primary key. While the table is empty by PostgreSQL's statistics, the index of due rows looks
+# just as good, and a plan that is kept would read all of it for every row. `_STATE` keeps that index out: PostgreSQL
+# cannot tell from `_STATE = 'running'` that the row is in it. Arrays are matched by position for the same reason: a
+# join with them may be planned from the table's side.
+_STATE = "(message.state || '')"
+
 # The states a claim may come from must cover what the row looked like before the relay's dispatch commits: a worker
 # can be faster than that commit, and READ COMMITTED waits only for rows whose committed version matches.
 #
 # A claim of a first dispatch need not survive a crash of PostgreSQL: it would only run again. From the second on it
 # must, or a message that crashes its backend would never use up its attempts.
-_CLAIMABLE = """
-(message.state = 'dispatched'
- OR (message.state IN ('pending', 'running') AND message.due_at <= now())
- OR (message.state = 'running' AND message.claim_token = asked.token))
+_CLAIMABLE = f"""
+({_STATE} = 'dispatched'
+ OR ({_STATE} IN ('pending', 'running') AND message.due_at <= now())
+ OR ({_STATE} = 'running' AND message.claim_token = asked.token))
 """
 
 _TAKE = """
@@ -59,8 +65,9 @@ RETURNING {_TAKEN}, CASE WHEN dispatches < 2 THEN set_config('synchronous_commit
 _CLAIM_FREE = f"""
 WITH asked AS MATERIALIZED (
     SELECT message.ctid, message.dispatches, asked.token
-    FROM unnest($1::uuid[], $2::uuid[]) AS asked (id, token) JOIN outbox_message AS message ON message.id = asked.id
-    WHERE {_CLAIMABLE}
+    FROM outbox_message AS message
+    CROSS JOIN LATERAL (SELECT ($2::uuid[])[array_position($1::uuid[], message.id)] AS token) AS asked
+    WHERE message.id = ANY($1::uuid[]) AND {_CLAIMABLE}
     FOR UPDATE OF message SKIP LOCKED
 )
 UPDATE outbox_message AS message {_TAKE}
@@ -70,10 +77,10 @@ RETURNING {_TAKEN},
            WHERE NOT EXISTS (SELECT FROM asked WHERE asked.dispatches >= 2))
 """  # noqa: S608
 
-_COMPLETE = """
-UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp()
-WHERE id = $1 AND claim_token = $2 AND state IN ('running', 'dispatched')
-"""
+_COMPLETE = f"""
+UPDATE outbox_message AS message SET state = 'completed', completed_at = clock_timestamp()
+WHERE id = $1 AND claim_token = $2 AND {_STATE} IN ('running', 'dispatched')
+"""  # noqa: S608
 
 # What `Delivery` set for its transaction tells whether the effect is still whole: it is gone when a consumer has
 # committed or rolled back behind the session's back.
@@ -87,17 +94,17 @@ CASE WHEN jsonb_array_length(errors) >= {ERRORS_KEPT} THEN errors - 1 ELSE error
 
 # A retry may be due before the moment a sleeping relay wakes up at.
 _FAIL = f"""
-UPDATE outbox_message
+UPDATE outbox_message AS message
 SET state = 'pending', due_at = clock_timestamp() + $4, errors = {_ERRORS}
-WHERE id = $1 AND claim_token = $2 AND state = 'running'
+WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
 RETURNING outbox_wake()
 """  # noqa: S608
 
 _RELEASE = f"""
-UPDATE outbox_message
+UPDATE outbox_message AS message
 SET state = 'pending', due_at = clock_timestamp() + $4, attempts = attempts - 1,
     errors = CASE WHEN $3::jsonb IS NULL THEN errors ELSE {_ERRORS} END
-WHERE id = $1 AND claim_token = $2 AND state = 'running'
+WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
 RETURNING outbox_wake(), (
     SELECT min((error ->> 'at')::timestamptz) < clock_timestamp() - $5::interval
     FROM jsonb_array_elements(errors) AS error
@@ -107,9 +114,9 @@ RETURNING outbox_wake(), (
 
 _DIE = f"""
 WITH dead AS (
-    DELETE FROM outbox_message
-    WHERE id = $1 AND claim_token = $2 AND state = ANY($5)
-    RETURNING *
+    DELETE FROM outbox_message AS message
+    WHERE id = $1 AND claim_token = $2 AND {_STATE} = ANY($5)
+    RETURNING message.*
 )
 INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
                          dispatches, created_at, errors, reason)
@@ -121,18 +128,20 @@ RETURNING id
 
 # SKIP LOCKED: rows locked by a complete would otherwise be waited for in another order than the completes lock them.
 # A row the relay handed out again is taken back as long as nobody claimed it.
-_HEARTBEAT = """
-WITH mine AS (
-    SELECT message.id, lease.until
-    FROM unnest($1::uuid[], $2::uuid[], $3::interval[]) AS lease (id, token, until)
-    JOIN outbox_message AS message ON message.id = lease.id AND message.claim_token = lease.token
-    WHERE message.state IN ('running', 'dispatched') AND clock_timestamp() < message.started_at + lease.until
+_HEARTBEAT = f"""
+WITH mine AS MATERIALIZED (
+    SELECT message.ctid, lease.until
+    FROM outbox_message AS message
+    CROSS JOIN LATERAL (SELECT array_position($1::uuid[], message.id) AS number) AS place
+    CROSS JOIN LATERAL (SELECT ($2::uuid[])[number] AS token, ($3::interval[])[number] AS until) AS lease
+    WHERE message.id = ANY($1::uuid[]) AND message.claim_token = lease.token
+      AND {_STATE} IN ('running', 'dispatched') AND clock_timestamp() < message.started_at + lease.until
     FOR UPDATE OF message SKIP LOCKED
 )
 UPDATE outbox_message AS message
 SET state = 'running', due_at = LEAST(clock_timestamp() + $4, message.started_at + mine.until)
-FROM mine WHERE message.id = mine.id
-"""
+FROM mine WHERE message.ctid = mine.ctid
+"""  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True)
