@@ -94,9 +94,9 @@ async def per_event(stage: Stage, events: int) -> dict[str, Cost]:
         connection = await asyncpg.connect(database)
         costs = {}
         async with api(stage, database) as (run, port):
-            await post_all(port, 1, 320)
+            await post_all(port, "/order/1", 320)
             before = await _settled(stage, connection, run)
-            await post_all(port, 1, events)
+            await post_all(port, "/order/1", events)
             costs["API"] = _difference(before, await _settled(stage, connection, run), events)
         await connection.execute("DELETE FROM outbox_message")
         await connection.execute("VACUUM ANALYZE outbox_message")

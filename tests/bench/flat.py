@@ -34,18 +34,18 @@ FROM (
 ) AS events
 """
 
+_KEPT = "SELECT count(*) FROM outbox_message WHERE state = 'completed'"
 
-async def backlog(stage: Stage, lengths: tuple[int, ...]) -> dict[int, float]:
-    """Rows per second by how many wait when the relay, which runs already, first sees them."""
-    rates = {}
-    for length in lengths:
-        async with stage.database() as database, stage.relay(database):
-            connection = await asyncpg.connect(database)
-            await drained(stage, connection, 2_000)
-            stage.redis.flushall()  # a full million is as much as the relay lets wait
-            rates[length] = await drained(stage, connection, length)
-            await connection.close()
-    return rates
+
+async def backlog(stage: Stage, length: int) -> float:
+    """Rows per second when so many wait by the time that the relay, which runs already, first sees them."""
+    async with stage.database() as database, stage.relay(database):
+        connection = await asyncpg.connect(database)
+        await drained(stage, connection, 2_000)
+        stage.redis.flushall()  # a full million is as much as the relay lets wait
+        rate = await drained(stage, connection, length)
+        await connection.close()
+        return rate
 
 
 async def held_transaction(stage: Stage, before: int, rows: int, *, held: bool) -> float:
@@ -65,25 +65,39 @@ async def held_transaction(stage: Stage, before: int, rows: int, *, held: bool) 
         return rate
 
 
-async def history(stage: Stage, kept: int, rows: int, rounds: int) -> tuple[list[float], list[float], list[float]]:
-    """Rows per second with nothing kept, with so many completed rows kept, and while a part of them is purged."""
-    async with stage.database() as database:
-        connection = await asyncpg.connect(database)
-        async with stage.relay(database):
-            await drained(stage, connection, 2_000)
-            empty = [await drained(stage, connection, rows) for _ in range(rounds)]
+async def history(
+    stage: Stage, kept: int, rows: int, rounds: int
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Rows per second with so many completed rows kept and, next, with none; then the same during their purge."""
+    async with stage.database() as full, stage.database() as empty:
+        connection = await asyncpg.connect(full)
         for first in range(1, kept, 500_000):
             await connection.execute(_HISTORY, first, min(first + 499_999, kept))
         await connection.execute("VACUUM ANALYZE outbox_message")
-        stage.redis.flushall()
-        async with stage.relay(database):
-            await drained(stage, connection, 2_000)
-            full = [await drained(stage, connection, rows) for _ in range(rounds)]
-            environment = stage.environment(database)
-            async with stage.running("relay", "purge", "--older-than", "1h", environment=environment, ready=None):
-                purging = [await drained(stage, connection, rows) for _ in range(2)]
+        still = [(await _after_a_few(stage, full, rows), await _after_a_few(stage, empty, rows)) for _ in range(rounds)]
+        environment = stage.environment(full)
+        purging = []
+        for _ in range(rounds):
+            async with stage.running(
+                "relay", "purge", "--older-than", "1h", environment=environment, ready=None
+            ) as purge:
+                before = await connection.fetchval(_KEPT)
+                rate = await _after_a_few(stage, full, rows)
+                assert await connection.fetchval(_KEPT) < before, "nothing was purged meanwhile"
+                assert purge.process.exit_code is None, "the purge was over before the drain"
+            purging.append((rate, await _after_a_few(stage, empty, rows)))
         await connection.close()
-    return empty, full, purging
+    return still, purging
+
+
+async def _after_a_few(stage: Stage, database: str, rows: int) -> float:
+    async with stage.relay(database):
+        connection = await asyncpg.connect(database)
+        await drained(stage, connection, 2_000)
+        rate = await drained(stage, connection, rows)
+        await connection.close()
+        stage.redis.flushall()
+        return rate
 
 
 async def burst_after_rest(stage: Stage, rows: int) -> tuple[float, float]:

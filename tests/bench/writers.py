@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from service.dev.servers import free_port
 from tests.bench.stage import INSERT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from tests.bench.stage import Running, Stage
 
@@ -79,24 +80,23 @@ async def api(stage: Stage, database: str) -> AsyncIterator[tuple[Running, int]]
         yield run, port
 
 
-async def requests(stage: Stage, consumers: tuple[int, ...], rounds: int, count: int) -> dict[int, list[float]]:
-    """Requests per second of `POST` with an event for so many consumers, from 16 kept connections, in turns."""
-    figures: dict[int, list[float]] = {each: [] for each in consumers}
+async def requests(stage: Stage, paths: Sequence[str], rounds: int, count: int) -> dict[str, list[float]]:
+    """Requests per second of `POST` to each path, from 16 kept connections, in turns."""
+    figures: dict[str, list[float]] = {each: [] for each in paths}
     async with stage.database() as database, api(stage, database) as (_, port):
-        for each in consumers:
+        for each in paths:
             await post_all(port, each, 200)
         for _ in range(rounds):
-            for each in consumers:
+            for each in random.sample(paths, len(paths)):
                 figures[each].append(await post_all(port, each, count))
     return figures
 
 
-async def post_all(port: int, consumers: int, count: int) -> float:
+async def post_all(port: int, path: str, count: int) -> float:
     """Requests per second of so many requests."""
     body = json.dumps({"customer": "c-123"}).encode()
     request = (
-        f"POST /bench/{consumers} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode() + body
     began = time.perf_counter()
     await asyncio.gather(*(_post(port, request, count // 16) for _ in range(16)))
