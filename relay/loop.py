@@ -11,7 +11,7 @@ import asyncio
 import signal
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import asyncpg
@@ -80,6 +80,7 @@ class Relay:
         self._publisher = publisher or make_publisher(settings.broker)
         self._stopping = asyncio.Event()
         self._wakeup: Wakeup | None = None
+        self._was_told = False
         self._queues: dict[str, _Queue] = {}
         self._heads: list[QueueHead] = []
         self._looked_at = 0.0
@@ -114,11 +115,7 @@ class Relay:
         connection = await asyncpg.connect(**arguments)
         try:
             wakeup = Wakeup(connection)
-            notifier = await asyncpg.connect(**arguments)
-            try:
-                await wakeup.open(notifier)
-            finally:
-                await notifier.close(timeout=2)
+            await self._prove(wakeup, arguments)
             await bound_waits(connection, **_SESSION)
             # Were PostgreSQL away for longer than a lease, every healthy lease would look expired now.
             self._spare_running_until = self._now() + self._outbox.lease / 2
@@ -132,6 +129,19 @@ class Relay:
             self._wakeup = None
             with suppress(*DRIVER_ERRORS):
                 await connection.close(timeout=2)
+
+    async def _prove(self, wakeup: Wakeup, arguments: dict[str, Any]) -> None:
+        """Make sure that notifications arrive. Where they once did, it is no wrong setting when they do not."""
+        notifier = await asyncpg.connect(**arguments)
+        try:
+            await wakeup.open(notifier)
+        except ConfigurationError as error:
+            if self._was_told:
+                raise ConnectionError("notifications do not arrive any more") from error
+            raise
+        finally:
+            await notifier.close(timeout=2)
+        self._was_told = True
 
     async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
         moved = 0

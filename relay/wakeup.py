@@ -34,6 +34,12 @@ _FIRST_LOOK = 0.002
 _STANDBY = 2.0
 """Seconds between looks of a relay beside another one that sleeps and is told of everything."""
 
+_PATIENCE = (5.0, 2.0)
+"""Seconds that each of the proofs at the start may take."""
+
+_ANSWER = 5.0
+"""Seconds until a session that is well has answered."""
+
 _TRY = """
 SELECT pg_try_advisory_lock(outbox_gate()) AS granted,
        EXISTS (
@@ -63,23 +69,35 @@ class Wakeup:
                 and would get through any pooler.
 
         Raises:
-            ConfigurationError: when this session, idle, does not receive the other's notification.
+            ConfigurationError: when this session is well and, idle, does not receive the other's notification.
+            OSError, asyncpg.PostgresError, asyncpg.InterfaceError: when one of them ends or does not answer.
         """
         await self._connection.add_listener("outbox", self._on_notify)
+        for patience in _PATIENCE:
+            if await self._is_told(notifier, patience):
+                return
+            # PostgreSQL may have stood still meanwhile; then the answer takes its time, or the next proof succeeds.
+            await self._connection.execute("SELECT 1", timeout=_ANSWER)
+        raise ConfigurationError(
+            "DATABASE__URL: the relay is not told of notifications; give it a direct connection or a pooler in "
+            "session mode (PgBouncer in transaction mode swallows them)"
+        )
+
+    async def _is_told(self, notifier: asyncpg.Connection[asyncpg.Record], seconds: float) -> bool:
+        """Whether this session, asking nothing, receives what the other notifies it of."""
         token = str(uuid4())
-        await notifier.execute("SELECT pg_notify('outbox', $1)", token)
-        try:
-            async with asyncio.timeout(5):
-                while token not in self._payloads:
-                    self._notified.clear()
-                    await self._notified.wait()
-        except TimeoutError:
-            raise ConfigurationError(
-                "DATABASE__URL: the relay is not told of notifications; give it a direct connection or a pooler in "
-                "session mode (PgBouncer in transaction mode swallows them)"
-            ) from None
-        finally:
-            self._payloads.clear()
+        await notifier.execute("SELECT pg_notify('outbox', $1)", token, timeout=_ANSWER)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + seconds
+        while token not in self._payloads:
+            if self._connection.is_closed():
+                raise ConnectionResetError("the connection ended before a notification came")
+            if clock() >= deadline:
+                return False
+            self._notified.clear()
+            await self._wait(deadline - clock())
+        self._payloads.clear()
+        return True
 
     def _on_notify(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
         if payload:

@@ -1,0 +1,88 @@
+"""A listener between a client and a real server, where a test decides what goes through."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+__all__ = ["Link", "Proxy", "proxy", "socket_of"]
+
+
+class Link:
+    """One client's connection. `asked` is all that the client has sent."""
+
+    def __init__(self, *writers: asyncio.StreamWriter) -> None:
+        self.asked = b""
+        self._writers = writers
+
+    def cut(self) -> None:
+        """Break both sides at once."""
+        for each in self._writers:
+            each.transport.abort()
+
+
+async def _pass(_link: Link, chunk: bytes) -> bytes:
+    return chunk
+
+
+class Proxy:
+    """What becomes of each chunk: the rules return what is passed on, as late as they like."""
+
+    def __init__(self, upstream: str) -> None:
+        self.request: Callable[[Link, bytes], Awaitable[bytes]] = _pass
+        self.reply: Callable[[Link, bytes], Awaitable[bytes]] = _pass
+        self.links: list[Link] = []
+        self.port = 0
+        self._upstream = upstream
+
+    def allow_all(self) -> None:
+        """Pass everything on from now on."""
+        self.request = self.reply = _pass
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one client."""
+        answers, upstream = await asyncio.open_unix_connection(self._upstream)
+        link = Link(writer, upstream)
+        self.links.append(link)
+        with suppress(OSError):
+            await asyncio.gather(self._ask(link, reader, upstream), self._answer(link, answers, writer))
+        link.cut()
+
+    async def _ask(self, link: Link, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(65_536):
+            link.asked += chunk
+            upstream.write(await self.request(link, chunk))
+        upstream.write_eof()
+
+    async def _answer(self, link: Link, answers: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await answers.read(65_536):
+            writer.write(await self.reply(link, chunk))
+        link.cut()
+
+
+@asynccontextmanager
+async def proxy(socket: str) -> AsyncIterator[Proxy]:
+    """A proxy on a loopback port in front of a server's Unix socket."""
+    opened = Proxy(socket)
+    server = await asyncio.start_server(opened.accept, "127.0.0.1", 0)
+    opened.port = server.sockets[0].getsockname()[1]
+    try:
+        yield opened
+    finally:
+        server.close()
+        for link in opened.links:
+            link.cut()
+
+
+def socket_of(url: str) -> str:
+    """The Unix socket of a PostgreSQL's or Valkey's URL."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return parts.path
+    query = parse_qs(parts.query)
+    return f"{query['host'][0]}/.s.PGSQL.{query['port'][0]}"
