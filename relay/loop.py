@@ -19,6 +19,7 @@ import asyncpg
 from relay.ledger import NO_FLOOR, Batch, Floor, QueueHead, queue_heads, recover_lost, take_due
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
 from relay.purge import purge
+from relay.sparing import Sparing
 from relay.wakeup import SHORTEST_SLEEP, Wakeup
 from service.driver import DRIVER_ERRORS, bound_waits, driver_arguments
 from service.errors import ConfigurationError
@@ -84,7 +85,8 @@ class Relay:
         self._queues: dict[str, _Queue] = {}
         self._heads: list[QueueHead] = []
         self._looked_at = 0.0
-        self._spare_running_until = 0.0
+        self._serving_since = float("inf")
+        self._sparing = Sparing(settings.outbox.lease)
 
     def stop(self) -> None:
         """Finish the batch at hand and end."""
@@ -97,11 +99,11 @@ class Relay:
         attempt = 0
         try:
             while not self._stopping.is_set():
-                began = self._now()
+                self._serving_since = float("inf")
                 try:
                     await self._serve()
                 except DRIVER_ERRORS as error:
-                    attempt = 1 if self._now() - began > 30 else attempt + 1
+                    attempt = 1 if self._now() - self._serving_since > 1 else attempt + 1
                     pause = backoff(attempt, 100, 5_000).total_seconds()
                     reason = f"{type(error).__name__}: {error}"[:200]
                     _log.warning("relay.database_unavailable", error=reason, retry_in=round(pause, 2))
@@ -117,12 +119,12 @@ class Relay:
             wakeup = Wakeup(connection)
             await self._prove(wakeup, arguments)
             await bound_waits(connection, **_SESSION)
-            # Were PostgreSQL away for longer than a lease, every healthy lease would look expired now.
-            self._spare_running_until = self._now() + self._outbox.lease / 2
-            self._queues.clear()
-            self._wakeup = wakeup
             with _migrated():
                 await queue_heads(connection)
+            self._serving_since = self._now()
+            self._sparing.connected(self._serving_since)
+            self._queues.clear()
+            self._wakeup = wakeup
             _log.info("relay.started")
             await self._rounds(connection, wakeup)
         finally:
@@ -166,9 +168,10 @@ class Relay:
         """See which queues have open rows, recover lost ones, and let the next scans begin without a floor."""
         self._heads = [head for head in await queue_heads(connection) if not head.paused]
         self._looked_at = self._now()
+        self._sparing.heard(self._looked_at)
         for head in self._heads:
             self._queues.setdefault(head.queue, _Queue()).floor = NO_FLOOR
-            if head.due_in <= 0 and not self._spares_running():
+            if head.due_in <= 0 and not self._sparing.active(self._now()):
                 await self._recover(connection, head.queue)
         return self._due_in()
 
@@ -222,7 +225,7 @@ class Relay:
         redispatch_after = timedelta(seconds=self._outbox.redispatch_after)
         for floor in floors:
             batch = await take_due(
-                connection, name, floor, limit, redispatch_after, expired_leases=not self._spares_running()
+                connection, name, floor, limit, redispatch_after, expired_leases=not self._sparing.active(self._now())
             )
             if batch is not None:
                 return batch
@@ -237,6 +240,7 @@ class Relay:
             attempt += 1
             await self._pause(backoff(attempt, 100, 5_000).total_seconds())
             await connection.execute("SELECT 1")
+            self._sparing.heard(self._now())
             try:
                 await self._publisher.ping()
             except BrokerUnavailableError:
@@ -246,9 +250,6 @@ class Relay:
 
     def _due_in(self) -> float:
         return min((head.due_in for head in self._heads), default=float("inf"))
-
-    def _spares_running(self) -> bool:
-        return self._now() < self._spare_running_until
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

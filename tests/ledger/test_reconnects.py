@@ -1,4 +1,4 @@
-"""A relay outlives every connection, and blames the settings only where they are wrong."""
+"""A relay outlives every connection, takes no lease from a healthy worker, and gives up on no lost one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy.engine import make_url
 
+from relay.sparing import Sparing
 from relay.wakeup import Wakeup
 from service.errors import ConfigurationError
 from tests.ledger.proxy import Link, Proxy, proxy, socket_of
@@ -104,3 +105,40 @@ async def test_a_relay_that_was_told_once_does_not_blame_the_settings(
         between.allow_all()
         (message_id,) = await ledger.publish()
         await until(lambda: dispatched(ledger, message_id), timeout=20)
+
+
+async def test_a_connection_that_breaks_again_and_again_recovers_what_was_lost(
+    ledger: Ledger, settings: Settings
+) -> None:
+    """It breaks more often than half a lease, for which a relay spares what runs after an outage."""
+    settings.outbox.lease = 6
+    (lost,) = await ledger.publish()
+    await ledger.set(lost, state="running", attempts=1)
+    await ledger.expire(lost)
+    broken = 0
+    async with running(settings):
+
+        async def recovered() -> bool:
+            nonlocal broken
+            broken += await ledger.connection.fetchval(
+                """SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                   WHERE application_name = 'outbox-relay' AND datname = current_database()
+                     AND backend_start < clock_timestamp() - interval '1.5 s'"""
+            )
+            return await dispatched(ledger, lost)
+
+        await until(recovered, timeout=20)
+    assert broken
+
+
+def test_only_an_outage_that_may_have_outlived_a_lease_spares() -> None:
+    sparing = Sparing(lease=8)
+    sparing.connected(100)
+    assert sparing.active(103.9), "it cannot know how long PostgreSQL was away before"
+    sparing.heard(103)
+    sparing.connected(104.9)
+    assert not sparing.active(104.9), "nobody's lease has ended in two seconds"
+    sparing.heard(200)
+    sparing.connected(202.1)
+    assert sparing.active(206)
+    assert not sparing.active(206.2)

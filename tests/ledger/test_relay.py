@@ -377,7 +377,9 @@ async def test_a_restarted_postgres_is_reconnected_and_running_rows_are_spared(
         await connection.execute(INSERT, running_id)
         await until(lambda: has(broker, settings, running_id))
         await connection.close()
-        own_postgres.restart(mode="immediate")
+        own_postgres.stop(mode="immediate")
+        await asyncio.sleep(1.5)  # the fault itself: longer than a healthy lease is sure to last
+        own_postgres.start()
         connection = await asyncpg.connect(own_postgres.url("service"))
         await connection.execute(
             "UPDATE outbox_message SET state = 'running', attempts = 1, due_at = now() - interval '1 s'"
