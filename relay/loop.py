@@ -2,7 +2,8 @@
 
 What must stay true: a row is marked as dispatched and handed over in one transaction, so what the broker did not take
 stays due. A failure of the broker or of PostgreSQL counts against no event; the relay rolls back, waits with backoff
-and goes on by itself. Any number of relays may run: they skip each other's rows.
+and goes on by itself. A queue that takes nothing holds no other up: it is tried again apart from them. Any number of
+relays may run: they skip each other's rows.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import asyncio
 import signal
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import asyncpg
 
-from relay.ledger import NO_FLOOR, Batch, Floor, QueueHead, queue_heads, recover_lost, take_due
+from relay.lane import Lane
+from relay.ledger import NO_FLOOR, Batch, QueueHead, queue_heads, recover_lost, take_due
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
-from relay.purge import purge
+from relay.purge import purge_regularly
 from relay.sparing import Sparing
 from relay.wakeup import SHORTEST_SLEEP, Wakeup
 from service.driver import DRIVER_ERRORS, bound_waits, driver_arguments
@@ -50,8 +52,8 @@ _SESSION = {
     "tcp_keepalives_count": "3",
 }
 
-_PURGE_EVERY = 60.0
-"""Seconds between purges."""
+_LOOK_EVERY = 1.0
+"""Seconds between looks at the queues: a pause is honoured within that, as is what committed late below a floor."""
 
 
 @contextmanager
@@ -62,31 +64,25 @@ def _migrated() -> Iterator[None]:
         raise ConfigurationError("the database is not migrated: run `alembic upgrade heads`") from error
 
 
-class _Queue:
-    """What the relay remembers of a queue between its rounds."""
-
-    def __init__(self) -> None:
-        self.floor: Floor = NO_FLOOR
-        self.depth = 0
-        self.refused = 0
-        self.blocked_until = 0.0
-
-
 class Relay:
     """One relay. `run` until `stop`."""
 
     def __init__(self, settings: Settings, publisher: Publisher | None = None) -> None:
-        self._settings = settings
+        direct = settings.database.model_copy(update={"pooler": False})
+        self._arguments = driver_arguments(direct, "outbox-relay")
+        self._apart = driver_arguments(direct, "outbox-relay-apart")
         self._outbox = settings.outbox
         self._publisher = publisher or make_publisher(settings.broker)
         self._stopping = asyncio.Event()
         self._wakeup: Wakeup | None = None
         self._was_told = False
-        self._queues: dict[str, _Queue] = {}
+        self._lanes: dict[str, Lane] = {}
         self._heads: list[QueueHead] = []
         self._looked_at = 0.0
         self._serving_since = float("inf")
         self._sparing = Sparing(settings.outbox.lease)
+        self._trial: asyncio.Task[None] | None = None
+        self._tried = ""
 
     def stop(self) -> None:
         """Finish the batch at hand and end."""
@@ -96,34 +92,39 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until stopped; an outage of PostgreSQL or of the broker is waited out."""
-        attempt = 0
         try:
-            while not self._stopping.is_set():
-                self._serving_since = float("inf")
-                try:
-                    await self._serve()
-                except DRIVER_ERRORS as error:
-                    attempt = 1 if self._now() - self._serving_since > 1 else attempt + 1
-                    pause = backoff(attempt, 100, 5_000).total_seconds()
-                    reason = f"{type(error).__name__}: {error}"[:200]
-                    _log.warning("relay.database_unavailable", error=reason, retry_in=round(pause, 2))
-                    await self._pause(pause)
+            await self._serve_until_stopped()
+            if self._trial is not None:
+                await asyncio.wait((self._trial,))
         finally:
+            if self._trial is not None:
+                self._trial.cancel()
+                await asyncio.wait((self._trial,), timeout=2)
             await self._publisher.close()
 
+    async def _serve_until_stopped(self) -> None:
+        attempt = 0
+        while not self._stopping.is_set():
+            self._serving_since = float("inf")
+            try:
+                await self._serve()
+            except DRIVER_ERRORS as error:
+                attempt = 1 if self._now() - self._serving_since > 1 else attempt + 1
+                pause = backoff(attempt, 100, 5_000).total_seconds()
+                reason = f"{type(error).__name__}: {error}"[:200]
+                _log.warning("relay.database_unavailable", error=reason, retry_in=round(pause, 2))
+                await self._pause(pause)
+
     async def _serve(self) -> None:
-        direct = self._settings.database.model_copy(update={"pooler": False})
-        arguments = driver_arguments(direct, "outbox-relay")
-        connection = await asyncpg.connect(**arguments)
+        connection = await asyncpg.connect(**self._arguments)
         try:
             wakeup = Wakeup(connection)
-            await self._prove(wakeup, arguments)
+            await self._prove(wakeup)
             await bound_waits(connection, **_SESSION)
             with _migrated():
                 await queue_heads(connection)
             self._serving_since = self._now()
             self._sparing.connected(self._serving_since)
-            self._queues.clear()
             self._wakeup = wakeup
             _log.info("relay.started")
             await self._rounds(connection, wakeup)
@@ -132,9 +133,9 @@ class Relay:
             with suppress(*DRIVER_ERRORS):
                 await connection.close(timeout=2)
 
-    async def _prove(self, wakeup: Wakeup, arguments: dict[str, Any]) -> None:
+    async def _prove(self, wakeup: Wakeup) -> None:
         """Make sure that notifications arrive. Where they once did, it is no wrong setting when they do not."""
-        notifier = await asyncpg.connect(**arguments)
+        notifier = await asyncpg.connect(**self._arguments)
         try:
             await wakeup.open(notifier)
         except ConfigurationError as error:
@@ -148,21 +149,20 @@ class Relay:
     async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
         moved = 0
         while not self._stopping.is_set():
-            looked = not moved or self._now() - self._looked_at >= 1
+            looked = not moved or self._must_look()
             if looked:
                 await self._look(connection)
-            try:
-                moved = await self._round(connection)
-            except BrokerUnavailableError as error:
-                await self._wait_for_broker(connection, error)
-                continue
+            moved = await self._round(connection)
             if moved or not looked:
                 continue  # what was seen before the last batch does not tell what is due now
             if self._due_in() <= 0:
-                # Due, but locked by somebody, in a full or refused queue, or spared: look again soon.
+                # Due, but locked by somebody, in a full queue, or spared: look again soon.
                 await self._pause(SHORTEST_SLEEP)
             else:
                 await wakeup.sleep(lambda: self._look(connection), min(_LONGEST_SLEEP, self._outbox.lease / 2))
+
+    def _must_look(self) -> bool:
+        return self._now() - self._looked_at >= _LOOK_EVERY
 
     async def _look(self, connection: asyncpg.Connection[asyncpg.Record]) -> float:
         """See which queues have open rows, recover lost ones, and let the next scans begin without a floor."""
@@ -170,7 +170,7 @@ class Relay:
         self._looked_at = self._now()
         self._sparing.heard(self._looked_at)
         for head in self._heads:
-            self._queues.setdefault(head.queue, _Queue()).floor = NO_FLOOR
+            self._lanes.setdefault(head.queue, Lane()).floor = NO_FLOOR
             if head.due_in <= 0 and not self._sparing.active(self._now()):
                 await self._recover(connection, head.queue)
         return self._due_in()
@@ -183,45 +183,86 @@ class Relay:
             _log.warning("relay.workers_lost", queue=queue, messages=recovered)
 
     async def _round(self, connection: asyncpg.Connection[asyncpg.Record]) -> int:
-        """Give each queue one batch; how many rows were handed over."""
+        """Give each queue one batch, those first that have waited longest; how many rows were handed over."""
+        self._end_trial()
         moved = 0
-        for head in self._heads:
-            if not self._stopping.is_set():
-                moved += await self._dispatch(connection, head.queue, self._queues[head.queue])
+        for head in sorted(self._heads, key=lambda head: self._lanes[head.queue].served_at):
+            if self._stopping.is_set() or self._must_look():
+                break
+            lane = self._lanes[head.queue]
+            if not lane.refused:
+                moved += await self._give(connection, head.queue, lane)
+            elif head.due_in <= 0 and self._trial is None and lane.rests_for(self._now()) <= 0:
+                self._tried = head.queue
+                self._trial = asyncio.create_task(self._try_apart(head.queue, lane))
         return moved
 
-    async def _dispatch(self, connection: asyncpg.Connection[asyncpg.Record], name: str, queue: _Queue) -> int:
-        limit = await self._room(name, queue)
+    async def _give(self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane) -> int:
+        """Hand a batch over. If it fails and the broker is well all the same, then the queue is at fault."""
+        try:
+            return await self._dispatch(connection, name, lane)
+        except QueueRefusedError as error:
+            self._refuse(name, lane, error)
+        except BrokerUnavailableError as error:
+            if await self._wait_for_broker(connection, error) == 1:
+                self._refuse(name, lane, error)
+        return 0
+
+    def _refuse(self, name: str, lane: Lane, error: Exception) -> None:
+        pause = lane.refuse(self._now())
+        _log.warning("relay.queue_refused", queue=name, error=str(error), retry_in=round(pause, 2))
+
+    async def _try_apart(self, name: str, lane: Lane) -> None:
+        """Try a queue that was refused, on a connection of its own: the others go on meanwhile."""
+        try:
+            connection = await asyncpg.connect(**self._apart)
+            try:
+                await bound_waits(connection, **_SESSION)
+                moved = await self._dispatch(connection, name, lane)
+            finally:
+                await connection.close(timeout=2)
+            if not moved and lane.depth >= self._outbox.high_water_mark:
+                lane.refused = 0  # it is full, and says so
+            elif not moved:
+                lane.rest(self._now())  # another relay is trying it
+        except (QueueRefusedError, BrokerUnavailableError) as error:
+            self._refuse(name, lane, error)
+        except DRIVER_ERRORS:
+            lane.rest(self._now())
+        finally:
+            self._tried = ""
+            if self._wakeup is not None:
+                self._wakeup.interrupt()
+
+    def _end_trial(self) -> None:
+        if self._trial is not None and self._trial.done():
+            trial, self._trial = self._trial, None
+            trial.result()
+
+    async def _dispatch(self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane) -> int:
+        lane.served_at = self._now()
+        limit = await self._room(name, lane)
         if limit <= 0:
             return 0
-        try:
-            async with connection.transaction():
-                batch = await self._take(connection, name, queue, limit)
-                if batch is None:
-                    return 0
-                queue.depth = await self._publisher.publish(name, batch.rows, uuid4().hex[:16])
-        except QueueRefusedError as error:
-            queue.refused += 1
-            pause = backoff(queue.refused, 250, 5_000).total_seconds()
-            queue.blocked_until = self._now() + pause
-            _log.warning("relay.queue_refused", queue=name, error=str(error), retry_in=round(pause, 2))
-            return 0
-        queue.floor, queue.refused = batch.floor, 0
-        _log.debug("relay.dispatched", queue=name, messages=len(batch.rows), waiting=queue.depth)
+        async with connection.transaction():
+            batch = await self._take(connection, name, lane, limit)
+            if batch is None:
+                return 0
+            lane.depth = await self._publisher.publish(name, batch.rows, uuid4().hex[:16])
+        lane.floor, lane.refused = batch.floor, 0
+        _log.debug("relay.dispatched", queue=name, messages=len(batch.rows), waiting=lane.depth)
         return len(batch.rows)
 
-    async def _room(self, name: str, queue: _Queue) -> int:
+    async def _room(self, name: str, lane: Lane) -> int:
         """How many rows the queue may take now: a backlog waits in PostgreSQL, where it cannot fill the broker."""
-        if self._now() < queue.blocked_until:
-            return 0
-        if queue.depth >= self._outbox.high_water_mark:
-            queue.depth = await self._publisher.depth(name)
-        return min(self._outbox.batch_size, self._outbox.high_water_mark - queue.depth)
+        if lane.depth >= self._outbox.high_water_mark:
+            lane.depth = await self._publisher.depth(name)
+        return min(self._outbox.batch_size, self._outbox.high_water_mark - lane.depth)
 
     async def _take(
-        self, connection: asyncpg.Connection[asyncpg.Record], name: str, queue: _Queue, limit: int
+        self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane, limit: int
     ) -> Batch | None:
-        floors = (queue.floor, NO_FLOOR) if queue.floor != NO_FLOOR else (NO_FLOOR,)
+        floors = (lane.floor, NO_FLOOR) if lane.floor != NO_FLOOR else (NO_FLOOR,)
         redispatch_after = timedelta(seconds=self._outbox.redispatch_after)
         for floor in floors:
             batch = await take_due(
@@ -233,7 +274,8 @@ class Relay:
 
     async def _wait_for_broker(
         self, connection: asyncpg.Connection[asyncpg.Record], error: BrokerUnavailableError
-    ) -> None:
+    ) -> int:
+        """Wait until the broker takes messages; how often it was asked."""
         _log.warning("relay.broker_unavailable", error=str(error))
         attempt = 0
         while not self._stopping.is_set():
@@ -246,10 +288,16 @@ class Relay:
             except BrokerUnavailableError:
                 continue
             _log.info("relay.broker_back", probes=attempt)
-            return
+            break
+        return attempt
 
     def _due_in(self) -> float:
-        return min((head.due_in for head in self._heads), default=float("inf"))
+        """Seconds until there is something to do, 0 or less if there is now."""
+        return min((max(head.due_in, self._rests_for(head.queue)) for head in self._heads), default=float("inf"))
+
+    def _rests_for(self, name: str) -> float:
+        # The end of its trial ends the sleep.
+        return float("inf") if name == self._tried else self._lanes[name].rests_for(self._now())
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -273,7 +321,7 @@ async def run(settings: Settings) -> int:
     configure_logging(settings.log_format, settings.log_level)
     relay = Relay(settings)
     task = asyncio.create_task(relay.run())
-    purger = asyncio.create_task(_purge_regularly(settings))
+    purger = asyncio.create_task(purge_regularly(settings))
     signals = 0
 
     def on_signal() -> None:
@@ -294,21 +342,3 @@ async def run(settings: Settings) -> int:
         await asyncio.wait((purger,), timeout=2)
     _log.info("relay.stopped")
     return 0
-
-
-async def _purge_regularly(settings: Settings) -> None:
-    """Purge once a minute, on a connection that is open no longer than that takes."""
-    keep = timedelta(seconds=settings.outbox.keep_completed)
-    keep_http_keys = timedelta(seconds=settings.api.keep_idempotency_keys)
-    while True:
-        await asyncio.sleep(_PURGE_EVERY)
-        try:
-            connection = await asyncpg.connect(**driver_arguments(settings.database, "outbox-purge"))
-            try:
-                removed = await purge(connection, keep, keep_http_keys)
-            finally:
-                await connection.close(timeout=2)
-        except DRIVER_ERRORS as error:
-            _log.warning("relay.purge_failed", error=type(error).__name__)
-        else:
-            _log.debug("relay.purged", messages=removed)

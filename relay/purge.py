@@ -15,12 +15,23 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import asyncpg
+
+from service.driver import DRIVER_ERRORS, driver_arguments
+from service.telemetry import get_logger
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from relay.console import Connection
+    from service.settings import Settings
 
-__all__ = ["Purged", "purge", "purge_step_by_step"]
+__all__ = ["Purged", "purge", "purge_regularly", "purge_step_by_step"]
+
+_log = get_logger(__name__)
+
+EVERY = 60.0
+"""Seconds between the purges of a relay."""
 
 PAGE = 2_000
 """Rows looked at in one transaction."""
@@ -139,3 +150,21 @@ async def _purge_http_keys(connection: Connection, keep: timedelta, page: int) -
         removed += count
         if count < page:
             return removed
+
+
+async def purge_regularly(settings: Settings) -> None:
+    """Purge once a minute until cancelled, on a connection that is open no longer than that takes."""
+    keep = timedelta(seconds=settings.outbox.keep_completed)
+    keep_http_keys = timedelta(seconds=settings.api.keep_idempotency_keys)
+    while True:
+        await asyncio.sleep(EVERY)
+        try:
+            connection = await asyncpg.connect(**driver_arguments(settings.database, "outbox-purge"))
+            try:
+                removed = await purge(connection, keep, keep_http_keys)
+            finally:
+                await connection.close(timeout=2)
+        except DRIVER_ERRORS as error:
+            _log.warning("relay.purge_failed", error=type(error).__name__)
+        else:
+            _log.debug("relay.purged", messages=removed)

@@ -58,6 +58,7 @@ class RabbitmqPublisher:
         self._quorum = settings.quorum_queues
         self._timeout = settings.publish_timeout
         self._lines: dict[str, Line] = {}
+        self._probing = asyncio.Lock()
         self._given_up: set[asyncio.Task[Any]] = set()
 
     async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:  # noqa: ARG002
@@ -102,7 +103,8 @@ class RabbitmqPublisher:
             await channel.basic_publish(b"", routing_key=_NOBODYS_QUEUE)
 
         try:
-            await self._on_line(_PROBE, probe, seconds)
+            async with self._probing:  # each queue may ask at any time, and a line is opened by one of them
+                await self._on_line(_PROBE, probe, seconds)
         except _SilentError:
             raise BrokerUnavailableError("RabbitMQ did not answer in time") from None
         except QueueRefusedError as error:

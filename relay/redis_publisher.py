@@ -95,7 +95,7 @@ _BROKER_AT_FAULT = (
 )
 
 # Error codes that redis-py has no class for, at the start of the reply.
-_BROKER_AT_FAULT_CODES = ("OOM", "READONLY", "LOADING", "NOAUTH", "NOPERM", "MISCONF", "MASTERDOWN", "NOREPLICAS",
+_BROKER_AT_FAULT_CODES = ("OOM", "READONLY", "LOADING", "NOAUTH", "MISCONF", "MASTERDOWN", "NOREPLICAS",
                           "CLUSTERDOWN", "BUSY", "TRYAGAIN", "UNKILLABLE", "WRONGPASS")  # fmt: skip
 
 

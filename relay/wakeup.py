@@ -104,6 +104,10 @@ class Wakeup:
             self._payloads.append(payload)
         self._notified.set()
 
+    def interrupt(self) -> None:
+        """End this sleep; there is something new to do."""
+        self._notified.set()
+
     def wake(self) -> None:
         """End this sleep and every later one."""
         self._closing = True

@@ -23,6 +23,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from relay.publisher import Publisher
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.settings import BrokerSettings, Settings
@@ -32,7 +33,7 @@ T = timedelta(seconds=60)
 
 
 @asynccontextmanager
-async def running(settings: Settings, publisher: RedisPublisher | None = None) -> AsyncIterator[Relay]:
+async def running(settings: Settings, publisher: Publisher | None = None) -> AsyncIterator[Relay]:
     """A relay on the test's loop."""
     relay = Relay(settings, publisher)
     task = asyncio.create_task(relay.run())

@@ -1,0 +1,54 @@
+"""What a relay remembers of one queue between two hand-overs.
+
+A queue that was refused rests, each time for longer up to a bound, and is then tried apart from the others: it may hang
+for as long as the publisher waits, and would hold all of them up.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from relay.ledger import NO_FLOOR
+from service.outbox.failures import backoff
+
+if TYPE_CHECKING:
+    from relay.ledger import Floor
+
+__all__ = ["Lane"]
+
+_SHORTEST_REST = 250
+_LONGEST_REST = 5_000
+"""Milliseconds."""
+
+
+class Lane:
+    """One queue, as this relay knows it. Times are those of the event loop, in seconds.
+
+    Attributes:
+        floor: Where the next scan may start.
+        depth: Messages that waited in the broker's queue when it last said so.
+        refused: How often in a row the queue took nothing.
+        served_at: When it last had its turn.
+    """
+
+    def __init__(self) -> None:
+        self.floor: Floor = NO_FLOOR
+        self.depth = 0
+        self.refused = 0
+        self.served_at = 0.0
+        self._rests_until = 0.0
+
+    def refuse(self, now: float) -> float:
+        """Note that it took nothing; for how many seconds it is left alone now."""
+        self.refused += 1
+        return self.rest(now)
+
+    def rest(self, now: float) -> float:
+        """Leave it alone as long as after the last refusal; for how many seconds."""
+        pause = backoff(max(self.refused, 1), _SHORTEST_REST, _LONGEST_REST).total_seconds()
+        self._rests_until = now + pause
+        return pause
+
+    def rests_for(self, now: float) -> float:
+        """Seconds until it may be tried again, 0 or less if it may be now."""
+        return self._rests_until - now
