@@ -48,7 +48,14 @@ class Publisher(Protocol):
         """
 
     async def depth(self, queue: str) -> int:
-        """How many messages wait in the queue."""
+        """How many messages wait in the queue; one that is missing may be created."""
+
+    async def inspect(self, queue: str) -> int | None:
+        """How many messages wait in the queue, `None` if there is no such queue. Nothing is created.
+
+        Raises:
+            BrokerUnavailableError, QueueRefusedError: it would not take messages.
+        """
 
     async def ping(self) -> None:
         """Return if the broker would take messages now; raise `BrokerUnavailableError` if not."""

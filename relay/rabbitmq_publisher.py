@@ -14,7 +14,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiormq import AMQPChannelError, AMQPError, DeliveryError
+from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryError
 
 from relay.body import encode
 from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError
@@ -74,6 +74,21 @@ class RabbitmqPublisher:
         """See `Publisher.depth`."""
         return await self._ask(queue, lambda channel: count(channel, queue))
 
+    async def inspect(self, queue: str) -> int | None:
+        """See `Publisher.inspect`."""
+
+        async def question(channel: Channel) -> int:
+            await count(channel, queue)
+            await self._declare(channel, queue)  # which exists: this tells whether its arguments are the right ones
+            return await count(channel, queue)
+
+        try:
+            return await self._ask(queue, question, declare=False)
+        except QueueRefusedError as error:
+            if isinstance(error.__cause__, ChannelNotFoundEntity):
+                return None
+            raise
+
     async def ping(self) -> None:
         """See `Publisher.ping`."""
         await self._ping(self._timeout)
@@ -84,12 +99,12 @@ class RabbitmqPublisher:
         self._lines.clear()
         await asyncio.gather(*(line.close() for line in lines))
 
-    async def _ask(self, queue: str, question: Callable[[Channel], Awaitable[T]]) -> T:
+    async def _ask(self, queue: str, question: Callable[[Channel], Awaitable[T]], *, declare: bool = True) -> T:
         """Ask on the queue's line; if there is no answer, find out whether that is the queue's fault."""
         if not 0 < len(queue.encode()) <= _LONGEST_NAME:
             raise QueueRefusedError("RabbitMQ has no queue of such a name")
         try:
-            return await self._on_line(queue, question, self._timeout * 0.75)
+            return await self._on_line(queue, question, self._timeout * 0.75, declare=declare)
         except _SilentError:
             await self._ping(self._timeout * 0.25)
             raise QueueRefusedError("the queue did not answer in time") from None
@@ -104,19 +119,21 @@ class RabbitmqPublisher:
 
         try:
             async with self._probing:  # each queue may ask at any time, and a line is opened by one of them
-                await self._on_line(_PROBE, probe, seconds)
+                await self._on_line(_PROBE, probe, seconds, declare=False)
         except _SilentError:
             raise BrokerUnavailableError("RabbitMQ did not answer in time") from None
         except QueueRefusedError as error:
             raise BrokerUnavailableError(str(error)) from error
 
-    async def _on_line(self, name: str, question: Callable[[Channel], Awaitable[T]], seconds: float) -> T:
+    async def _on_line(
+        self, name: str, question: Callable[[Channel], Awaitable[T]], seconds: float, *, declare: bool
+    ) -> T:
         """Ask on a line, which is given up after any failure: the next question opens another."""
         line = self._lines.get(name)
         if line is None or line.ended:
             line = self._lines[name] = Line(self._url)
         # A task of its own, because aiormq cancels who waits on a connection that ends.
-        task = asyncio.ensure_future(self._talk(line, name, question))
+        task = asyncio.ensure_future(self._talk(line, name, question, declare=declare))
         try:
             await _watch(line, task, seconds)
             error = asyncio.CancelledError("the connection ended") if task.cancelled() else task.exception()
@@ -127,11 +144,11 @@ class RabbitmqPublisher:
             self._give_up(name, line, task)
             raise
 
-    async def _talk(self, line: Line, name: str, question: Callable[[Channel], Awaitable[T]]) -> T:
+    async def _talk(self, line: Line, name: str, question: Callable[[Channel], Awaitable[T]], *, declare: bool) -> T:
         channel = line.channel
         if channel is None:
             channel = await line.open()
-            if name != _PROBE:
+            if declare:
                 await self._declare(channel, name)
         return await question(channel)
 

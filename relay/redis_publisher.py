@@ -129,6 +129,11 @@ class RedisPublisher:
         """See `Publisher.depth`."""
         return int(await self._call(self._client.llen(f"{self._namespace}:{queue}")))
 
+    async def inspect(self, queue: str) -> int | None:
+        """See `Publisher.inspect`. A list without messages is one that does not exist."""
+        await self._call(self._client.hlen(f"{self._namespace}:{queue}.msgs"))
+        return await self.depth(queue)
+
     async def ping(self) -> None:
         """See `Publisher.ping`."""
         try:

@@ -1,12 +1,14 @@
 """How the outbox is doing: what is open per queue and consumer, and whether PostgreSQL, broker and relay are there.
 
 What must stay true: it is cheap however much has been completed. So what is open is counted in the index that holds
-nothing else, and what is completed is counted only in a small table, and estimated in a large one.
+nothing else, and what is completed is counted only in a small table, and estimated in a large one. And it changes
+nothing, and answers in bounded time whatever is down.
 """
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,9 +20,10 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
     from relay.console import Connection
+    from relay.publisher import Publisher
     from service.settings import BrokerSettings, Settings
 
-__all__ = ["Completed", "Counts", "Pause", "Status", "gather"]
+__all__ = ["BrokerQueue", "Completed", "Counts", "Pause", "Status", "gather"]
 
 SMALL_TABLE = 64 * 2**20
 """Bytes up to which completed rows are counted."""
@@ -29,6 +32,12 @@ UNCLAIMED_AFTER = 3
 """Hand-overs without a claim after which a delivery counts as unclaimed."""
 
 _BROKER_PATIENCE = 3.0
+_QUEUE_PATIENCE = 4.0
+_QUEUES_PATIENCE = 6.0
+"""Seconds that the broker, one queue and all queues may take to answer."""
+
+_AT_ONCE = 16
+"""Queues asked about at the same time; each needs a connection where the broker is RabbitMQ."""
 
 _OPEN = f"""
 SELECT queue, consumer,
@@ -68,6 +77,11 @@ class Counts:
     completed: int | None = None
     oldest: float | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether any is still to be done."""
+        return bool(self.pending or self.dispatched or self.running)
+
     def update(self, counted: dict[str, Any]) -> None:
         for name, value in counted.items():
             setattr(self, name, value)
@@ -92,6 +106,21 @@ class Pause:
     why: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class BrokerQueue:
+    """A queue with open deliveries, in the broker.
+
+    Attributes:
+        state: `ok`, `full` (at its mark, so the rest waits in PostgreSQL), `missing`, `refused` or `unknown`.
+        waiting: Messages in it, where it says so.
+        problem: Why it is refused.
+    """
+
+    state: str
+    waiting: int | None = None
+    problem: str | None = None
+
+
 @dataclass(slots=True)
 class Status:
     """Everything `outbox status` says. A problem is a sentence, `None` when there is none."""
@@ -103,6 +132,7 @@ class Status:
     consumers: dict[tuple[str, str], Counts] = field(default_factory=dict)
     completed: Completed = Completed(None, True)
     paused: list[Pause] = field(default_factory=list)
+    queues: dict[str, BrokerQueue] = field(default_factory=dict)
 
     def total(self, name: str) -> int:
         return sum(getattr(each, name) or 0 for each in self.consumers.values())
@@ -115,9 +145,41 @@ class Status:
 async def gather(settings: Settings, *, exact: bool = False) -> Status:
     """Ask PostgreSQL and the broker, neither of which need be there."""
     status = Status(_address(settings.broker))
-    broker_problem, _ = await asyncio.gather(_ping(settings.broker), _ask_database(status, settings, exact))
-    status.broker_problem = broker_problem
+    publisher = make_publisher(settings.broker.model_copy(update={"publish_timeout": _QUEUE_PATIENCE}))
+    try:
+        status.broker_problem, _ = await asyncio.gather(
+            _ping(publisher, status.broker), _ask_database(status, settings, exact)
+        )
+        if status.broker_problem is None:
+            await _ask_queues(status, publisher, settings.outbox.high_water_mark)
+    finally:
+        await publisher.close()
     return status
+
+
+async def _ask_queues(status: Status, publisher: Publisher, mark: int) -> None:
+    """Ask the broker about every queue with open deliveries."""
+    names = {queue for (queue, _), counts in status.consumers.items() if counts.is_open}
+    status.queues = dict.fromkeys(sorted(names), BrokerQueue("unknown"))
+    turn = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(name: str) -> None:
+        async with turn:
+            status.queues[name] = await _inspect(publisher, name, mark)
+
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_QUEUES_PATIENCE):
+            await asyncio.gather(*map(ask, names))
+
+
+async def _inspect(publisher: Publisher, name: str, mark: int) -> BrokerQueue:
+    try:
+        waiting = await publisher.inspect(name)
+    except (BrokerUnavailableError, QueueRefusedError) as error:
+        return BrokerQueue("refused", problem=str(error))
+    if waiting is None:
+        return BrokerQueue("missing")
+    return BrokerQueue("full" if waiting >= mark else "ok", waiting)
 
 
 async def _ask_database(status: Status, settings: Settings, exact: bool) -> None:
@@ -159,17 +221,14 @@ async def _add(status: Status, connection: Connection, statement: str) -> None:
         status.consumers.setdefault(key, Counts()).update(counted)
 
 
-async def _ping(settings: BrokerSettings) -> str | None:
-    publisher = make_publisher(settings)
+async def _ping(publisher: Publisher, address: str) -> str | None:
     try:
         async with asyncio.timeout(_BROKER_PATIENCE):
             await publisher.ping()
     except (BrokerUnavailableError, QueueRefusedError) as error:
-        return f"cannot use the broker at {_address(settings)} ({error}): is it running, and is BROKER__URL right?"
+        return f"cannot use the broker at {address} ({error}): is it running, and is BROKER__URL right?"
     except TimeoutError:
-        return f"the broker at {_address(settings)} does not answer within {_BROKER_PATIENCE:.0f} s"
-    finally:
-        await publisher.close()
+        return f"the broker at {address} does not answer within {_BROKER_PATIENCE:.0f} s"
     return None
 
 

@@ -35,6 +35,9 @@ def status(
 ) -> int:
     """Show what is open and what is down. Per queue and consumer.
 
+    A queue is marked if it is paused, at its high-water mark (full), refused by
+    the broker or missing in it.
+
     \b
     PENDING     wait for a relay, for their delay or for a retry
     DISPATCHED  are in the broker and wait for a worker

@@ -22,6 +22,14 @@ __all__ = ["METRICS", "as_json", "as_text", "check_conditions", "failing"]
 METRICS = ("pending", "dispatched", "running", "failed", "unclaimed", "dead", "oldest", "relays", "paused")
 """What a condition can be about."""
 
+_STATES = {
+    "full": "is full: {each.waiting:,} wait in the broker, the rest here; do its workers keep up?",
+    "missing": "is missing in the broker: the next hand-over declares it",
+    "refused": "is refused by the broker: {each.problem}",
+    "unknown": "was not asked about: the broker takes too long to answer",
+}
+"""What a person reads of a queue's state."""
+
 _CONDITION = re.compile(r"\s*([a-z]+)\s*(>=|<=|>|<|=)\s*(\d+(?:\.\d+)?)([smhd]?)\s*")
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "=": operator.eq}
 
@@ -54,12 +62,19 @@ def _table(status: Status) -> str:
             for name in ("PENDING", "DISPATCHED", "RUNNING", "FAILED", "DEAD", "DONE", "OLDEST")
         ),
     ]
-    paused = {each.queue for each in status.paused}
+    marks = _marks(status)
     rows: list[list[str]] = []
     for queue, consumers in groupby(sorted(status.consumers.items()), key=lambda item: item[0][0]):
-        rows.append([f"{queue} (paused)" if paused & {queue, EVERY_QUEUE} else queue, *[""] * 7])
+        rows.append([f"{queue} ({marks[queue]})" if queue in marks else queue, *[""] * 7])
         rows += [[f"  {consumer}", *_cells(counts)] for (_, consumer), counts in consumers]
     return table(columns, rows, gap=1)
+
+
+def _marks(status: Status) -> dict[str, str]:
+    """What is out of the ordinary, by queue."""
+    marks = {name: each.state for name, each in status.queues.items() if each.state != "ok"}
+    paused = {each.queue for each in status.paused}
+    return marks | {queue: "paused" for queue, _ in status.consumers if paused & {queue, EVERY_QUEUE}}
 
 
 def _cells(counts: Counts) -> list[str]:
@@ -68,10 +83,13 @@ def _cells(counts: Counts) -> list[str]:
 
 
 def _hints(status: Status) -> Iterator[str]:
-    for each in status.paused:
-        name = "all queues are" if each.queue == EVERY_QUEUE else f"queue {each.queue} is"
-        why = f": {each.why}" if each.why else ""
-        yield plain(f"{name} paused for {age(each.age)} by {each.paused_by}{why}")
+    for pause in status.paused:
+        which = "all queues are" if pause.queue == EVERY_QUEUE else f"queue {pause.queue} is"
+        why = f": {pause.why}" if pause.why else ""
+        yield plain(f"{which} paused for {age(pause.age)} by {pause.paused_by}{why}")
+    for name, each in status.queues.items():
+        if each.state in _STATES:
+            yield plain(f"queue {name} {_STATES[each.state].format(each=each)}")
     for (queue, consumer), counts in sorted(status.consumers.items()):
         if counts.unclaimed:
             yield f"{consumer}: {counts.unclaimed:,} handed over repeatedly and not taken; is a worker on {queue}?"
@@ -88,6 +106,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "totals": {name: _metric(status, name) for name in METRICS},
         "completed": asdict(status.completed),
         "paused": [asdict(each) for each in status.paused],
+        "queues": [{"queue": name} | asdict(each) for name, each in status.queues.items()],
         "consumers": [
             {"queue": queue, "consumer": consumer} | asdict(counts)
             for (queue, consumer), counts in sorted(status.consumers.items())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+import redis
 
 from relay import status as status_module
 from tests.waiting import until_sync
@@ -136,6 +138,69 @@ def test_a_missing_postgresql_is_named_and_the_broker_is_shown(outbox: Outbox, m
     assert "secret" not in ran.out + ran.err
     found = outbox("status", "--json").json
     assert (found["postgresql"]["ok"], found["broker"]["ok"]) == (False, True)
+
+
+def test_both_missing_are_both_named(outbox: Outbox, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE__URL", "postgresql://ann:secret@127.0.0.1:1/shop")
+    monkeypatch.setenv("BROKER__URL", own_valkey.url)
+    own_valkey.kill()
+    ran = outbox("status")
+    assert ran.code == 3
+    assert "PostgreSQL  DOWN: cannot reach PostgreSQL at 127.0.0.1:1/shop" in ran.out
+    assert "broker      DOWN: cannot use the broker at" in ran.out
+    found = outbox("status", "--json").json
+    assert (found["postgresql"]["ok"], found["broker"]["ok"], found["queues"]) == (False, False, [])
+
+
+def test_a_full_and_a_refused_queue_are_named(
+    outbox: Outbox, rows: Rows, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTBOX__HIGH_WATER_MARK", "2")
+    rows.message(3)
+    rows.message(1, queue="'email'")
+    rows.message(1, queue="'audit'")
+    rows.message(1, queue="'done'", state="'completed'", completed_at="now()")
+    name = environment["BROKER__NAMESPACE"]
+    with redis.Redis.from_url(environment["BROKER__URL"].replace("valkey://", "redis://")) as client:
+        client.rpush(f"{name}:stock", "one", "two")
+        client.set(f"{name}:email", "not a list")
+        client.rpush(f"{name}:audit", "one")
+    ran = outbox("status")
+    assert ran.code == 0, ran.err
+    assert "broker      ok" in ran.out
+    assert {"stock (full)", "email (refused)", "audit"} <= set(ran.out.splitlines())
+    assert "queue stock is full: 2 wait in the broker" in ran.out
+    assert "queue email is refused by the broker: WRONGTYPE" in ran.out
+    queues = outbox("status", "--json").json["queues"]
+    assert [(each["queue"], each["state"], each["waiting"]) for each in queues] == [
+        ("audit", "ok", 1),
+        ("email", "refused", None),
+        ("stock", "full", 2),
+    ]
+    assert "WRONGTYPE" in queues[1]["problem"]
+
+
+def test_a_queue_whose_bodies_are_refused_is_named(outbox: Outbox, rows: Rows, environment: dict[str, str]) -> None:
+    rows.message(1)
+    with redis.Redis.from_url(environment["BROKER__URL"].replace("valkey://", "redis://")) as client:
+        client.set(f"{environment['BROKER__NAMESPACE']}:stock.msgs", "not a hash")
+    assert "stock (refused)" in outbox("status").out.splitlines()
+
+
+def test_a_broker_that_stands_still_is_down_within_its_time(
+    outbox: Outbox, rows: Rows, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROKER__URL", own_valkey.url)
+    rows.message(1)
+    assert own_valkey.pid
+    os.kill(own_valkey.pid, signal.SIGSTOP)
+    try:
+        ran = outbox("status")
+    finally:
+        os.kill(own_valkey.pid, signal.SIGCONT)
+    assert ran.code == 3
+    assert "does not answer within 3 s" in ran.out
+    assert "orders.reserve_stock" in ran.out
 
 
 def test_completed_rows_of_a_large_table_are_estimated(
