@@ -2,6 +2,7 @@
 
 An actor this worker does not know would be dead-lettered in the broker before any code of ours ran; here it reaches
 the ledger, which keeps the row for a worker that does. A body that names another queue would end a thread for good.
+What else a body may not do is in `bodies.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from dramatiq.errors import ActorNotFound, ConnectionClosed
 
+from service.bodies import OF_LEDGER, can_run, disarm
 from service.doorbell import DoorbellRedisBroker
 from service.telemetry import get_logger
 
@@ -56,7 +58,7 @@ class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
         consumer = super().consume(queue_name, prefetch, timeout)
         # The queue was declared on a connection of this thread's, which nobody would keep alive from here on.
         del self.connection
-        return _CarefulConsumer(consumer, queue_name)
+        return _CarefulConsumer(self, consumer, queue_name)
 
     def _declare_queue(self, queue_name: str) -> Any:
         arguments: dict[str, Any] = self._build_queue_arguments(queue_name)  # type: ignore[no-untyped-call]
@@ -72,7 +74,8 @@ class _CarefulConsumer(Consumer):
     means another message on the connection after that.
     """
 
-    def __init__(self, consumer: Consumer, queue: str) -> None:
+    def __init__(self, broker: Broker, consumer: Consumer, queue: str) -> None:
+        self._broker = broker
         self._consumer = consumer
         self._queue = queue
         self._held: dict[int, MessageProxy] = {}
@@ -81,20 +84,13 @@ class _CarefulConsumer(Consumer):
         message = next(self._consumer)
         if message is None:
             return None
-        if not self._can_run(message):
-            _log.error("broker.unusable_message", queue=self._queue, message_id=str(message.message_id)[:100])
+        if not can_run(message, self._queue):
+            _log.error("broker.unusable_message", queue=self._queue)
             self._consumer.nack(message)
             return None
+        disarm(message, self._broker)
         self._held[id(message)] = message
         return message
-
-    def _can_run(self, message: MessageProxy) -> bool:
-        fields: dict[str, Any] = message.asdict()
-        return (
-            fields["queue_name"] == self._queue
-            and isinstance(fields["actor_name"], str)
-            and isinstance(fields["options"], dict)
-        )
 
     def ack(self, message: MessageProxy) -> None:
         self._settle(self._consumer.ack, message)
@@ -132,6 +128,5 @@ def declare_unknown(broker: Broker, run: Callable[[UUID], None], queue: str) -> 
             raise ActorNotFound("the message is for an actor that this worker does not know") from None
         run(message_id)
 
-    dramatiq.Actor(
-        unknown, broker=broker, actor_name=UNKNOWN_ACTOR, queue_name=queue, priority=0, options={"max_retries": 0}
-    )
+    options = {OF_LEDGER: True, "max_retries": 0}
+    dramatiq.Actor(unknown, broker=broker, actor_name=UNKNOWN_ACTOR, queue_name=queue, priority=0, options=options)

@@ -24,6 +24,7 @@ from dramatiq.message import Message
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from service.bodies import can_run, disarm
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -138,17 +139,15 @@ class _DoorbellConsumer(Consumer):
     def _decode(self, data: bytes) -> MessageProxy | None:
         try:
             message: Message[Any] = Message.decode(data)
+            if not can_run(message, self._queue):
+                raise DecodeError("the body is not one that a thread can run", data, ValueError(message.queue_name))
             held = message.options["redis_message_id"]
-            if (
-                message.queue_name != self._queue
-                or not isinstance(held, str)
-                or not isinstance(message.actor_name, str)
-            ):
-                # Dramatiq looks the queue's consumer up by this name; a wrong one ends the thread for good.
-                raise DecodeError("the body names another queue or no actor", data, ValueError(message.queue_name))
-        except (DecodeError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(held, str):
+                raise DecodeError("the body has no place in the list", data, ValueError(held))
+        except (DecodeError, KeyError) as error:
             self._set_aside(data, error)
             return None
+        disarm(message, self._broker)
         self._held.add(held)
         return MessageProxy(message)
 

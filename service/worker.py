@@ -29,6 +29,7 @@ from dramatiq.middleware import (
 from dramatiq.middleware.threading import Interrupt
 
 import service.domains
+from service.bodies import OF_LEDGER
 from service.broker import declare_unknown, make_broker
 from service.database import create_engine
 from service.errors import ConfigurationError
@@ -171,7 +172,7 @@ def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
             actor_name=name,
             queue_name=spec.queue,
             priority=spec.priority,
-            options={"max_retries": 0, "time_limit": limit},
+            options={OF_LEDGER: True, "max_retries": 0, "time_limit": limit},
         )
 
 

@@ -43,6 +43,7 @@ _HERE = Path(__file__).parent
 _SLOW = (
     "bench/",
     "chaos/",
+    "contract/test_plain_actors.py",
     "contract/test_stock_worker.py",
     "deploy/",
     "docs/test_adoption.py",

@@ -66,8 +66,8 @@ async def react(event: Happened, delivery: Delivery) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "block":
             time.sleep(3)  # noqa: ASYNC251  the misbehaviour under test
-        case "slow":
-            await asyncio.sleep(1)
+        case "slow" | "slower":
+            await asyncio.sleep(1 if event.how == "slow" else 3)
         case "hang":
             await asyncio.sleep(3600)
     async with delivery.begin() as session:

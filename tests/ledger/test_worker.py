@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import psutil
+import pytest
 import redis.asyncio
 
 from relay.loop import Relay
@@ -231,6 +232,43 @@ async def test_bodies_nobody_can_run_hurt_no_neighbour(
         await until(drained)
     await client.aclose()
     assert [await ledger.effects(each[0]) for each in ids] == [1] * 20
+
+
+async def push(settings: Settings, queue: str, fields: dict[str, object]) -> None:
+    """Push a body as Dramatiq's would be, but for what `fields` say."""
+    unique = str(uuid4())
+    body = {"actor_name": "ledger.react", "args": [], "kwargs": {}, "message_id": unique, "message_timestamp": 1,
+            "queue_name": queue, **fields}  # fmt: skip
+    body["options"] = {"redis_message_id": unique, **fields["options"]}  # type: ignore[dict-item]
+    key = f"{settings.broker.namespace}:{queue}"
+    async with redis.asyncio.Redis.from_url(settings.broker.redis_url) as client:
+        await client.hset(f"{key}.msgs", unique, json.dumps(body))
+        await client.rpush(key, unique)
+
+
+FOREIGN_OPTIONS: list[dict[str, object]] = [
+    {"time_limit": 1},
+    {"max_age": 1},
+    {"on_success": "ledger.react", "pipe_target": {"queue_name": "ledger"}},
+    *[dict[str, object](eta=99_999_999_999_999) for _ in range(6)],
+]
+"""More `eta` than the worker of the tests below prefetches."""
+
+
+@pytest.mark.parametrize("suffix", ["", ".DQ"])
+async def test_options_in_a_body_reach_no_delivery(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, suffix: str
+) -> None:
+    """Dramatiq would keep the last in memory until 5138, fetch nothing more, and end the run of the first."""
+    ids = [await ledger.happen("slower") for _ in FOREIGN_OPTIONS]
+    for message_id, options in zip(ids, FOREIGN_OPTIONS, strict=True):
+        await push(settings, f"ledger{suffix}", {"args": [str(message_id)], "options": options})
+    worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "3")
+    try:
+        await until(lambda: all_completed(ledger), timeout=30)
+    finally:
+        await asyncio.to_thread(worker.stop)
+    assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE attempts <> 1") == 0
 
 
 async def test_messages_with_odd_arguments_are_dropped(
