@@ -5,7 +5,9 @@ a connection breaks, and loses a message's neighbours to one that it cannot deco
 
 - A waiting consumer has subscribed before it last saw the queue empty, and whoever pushes onto an empty queue
   publishes; so no message waits for the poll, which stays as a safety net.
-- Whatever this process has fetched and not handed to a thread goes back into the queue when a consumer starts.
+- Whatever this process has fetched and no thread has goes back into the queue when a consumer starts or ends. Dramatiq
+  forgets what it delays when a connection breaks, so a delayed message is never a thread's.
+- A thread waits for the server once at most: what it could not acknowledge, the consumer does when the server is back.
 
 Only public seams of Dramatiq are used: `consume`, `enqueue`, the `do_*` commands and the key names of its wire format.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -28,7 +32,7 @@ from service.bodies import can_run, disarm
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["DoorbellRedisBroker", "doorbell_channel"]
 
@@ -38,10 +42,32 @@ _log = get_logger(__name__)
 # fetched by nobody.
 _SOCKET_TIMEOUT = 60
 
+# Of a million commands, how many look for messages of dead processes. An idle consumer sends one command a second.
+_MAINTENANCE_CHANCE = 50_000
+
 
 def doorbell_channel(namespace: str, queue: str) -> str:
     """The channel that is published to when a message is pushed onto an empty queue."""
     return f"{namespace}:{queue}.doorbell"
+
+
+@contextmanager
+def _as_connection_error() -> Iterator[None]:
+    """A server that is away, full or read-only: for Dramatiq it is the same, the consumer starts again soon."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise ConnectionClosed(error) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """What this process has of a queue, by id in the queue's list. It outlives the queue's consumers."""
+
+    running: set[str] = field(default_factory=set)
+    """Handed to threads."""
+    settled: dict[str, Callable[[str, str], Any]] = field(default_factory=dict)
+    """Done, but the server could not be told by this command."""
 
 
 class DoorbellRedisBroker(RedisBroker):
@@ -55,110 +81,130 @@ class DoorbellRedisBroker(RedisBroker):
             # A command repeated by the client would fetch twice, and nobody would see the first reply.
             retry=Retry(NoBackoff(), 0),
         )
-        super().__init__(client=client, namespace=namespace, middleware=middleware)  # type: ignore[no-untyped-call]
-        self._held: dict[str, set[str]] = {}
-        self._held_lock = threading.Lock()
+        super().__init__(  # type: ignore[no-untyped-call]
+            client=client, namespace=namespace, middleware=middleware, maintenance_chance=_MAINTENANCE_CHANCE
+        )
+        self._fetched: dict[str, _Fetched] = {}
+        self._fetched_lock = threading.Lock()
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
         """A consumer that blocks until the doorbell rings, or for `timeout` milliseconds."""
-        with self._held_lock:
-            held = self._held.setdefault(queue_name, set())
-        return _DoorbellConsumer(self, queue_name, prefetch, timeout / 1000, held)
+        with self._fetched_lock:
+            fetched = self._fetched.setdefault(queue_name, _Fetched())
+        return _DoorbellConsumer(self, queue_name, prefetch, timeout / 1000, fetched)
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
         """Enqueue, and ring."""
         enqueued = super().enqueue(message, delay=delay)
-        self.client.publish(doorbell_channel(self.namespace, enqueued.queue_name), "")
+        self.ring(enqueued.queue_name)
         return enqueued
+
+    def ring(self, queue: str) -> None:
+        """Wake the queue's waiting consumers. Unheard, what was pushed waits for their next look."""
+        with suppress(redis.RedisError):
+            self.client.publish(doorbell_channel(self.namespace, queue), "")
 
 
 class _DoorbellConsumer(Consumer):
-    """Fetches a queue's messages. `held` are the ids handed to threads; it outlives this consumer."""
+    """Fetches a queue's messages."""
 
-    def __init__(self, broker: DoorbellRedisBroker, queue: str, prefetch: int, timeout: float, held: set[str]) -> None:
+    def __init__(
+        self, broker: DoorbellRedisBroker, queue: str, prefetch: int, timeout: float, fetched: _Fetched
+    ) -> None:
         self._broker = broker
         self._queue = queue
         self._prefetch = prefetch
         self._timeout = timeout
         self._least_room = max(prefetch // 4, 1)
         """Fetch no fewer than this while others are at hand: a call for each would cost as much as its run."""
-        self._held = held
-        self._fetched: list[bytes] = []
-        self._room = threading.Event()
+        self._running = fetched.running
+        self._settled = fetched.settled
+        self._delayed: set[str] = set()
+        self._bodies: list[bytes] = []
+        self._was_full = False
+        self._vacancy = threading.Event()
         self._acks = f"{broker.namespace}:__acks__.{broker.broker_id}.{queue}"
         self._pubsub = broker.client.pubsub(ignore_subscribe_messages=True)
         try:
-            self._pubsub.subscribe(doorbell_channel(broker.namespace, queue))
-            self._requeue_stranded()
-        except (redis.ConnectionError, redis.TimeoutError) as error:
+            with _as_connection_error():
+                self._pubsub.subscribe(doorbell_channel(broker.namespace, queue))
+                self._settle_rest()
+                self._requeue_stranded()
+        except ConnectionClosed:
             self._pubsub.close()
-            raise ConnectionClosed(error) from None
+            raise
 
     def _requeue_stranded(self) -> None:
-        members: set[bytes] = self._broker.client.smembers(self._acks)  # type: ignore[assignment]
-        stranded = [each.decode() for each in members if each.decode() not in self._held]
+        stranded = [each for each in self._unacknowledged() if each not in self._running and each not in self._settled]
         if stranded:
             _log.warning("doorbell.requeued_stranded", queue=self._queue, messages=len(stranded))
-            self._broker.do_requeue(self._queue, *stranded)
+            self._give_back(stranded)
+
+    def _unacknowledged(self) -> list[str]:
+        members: set[bytes] = self._broker.client.smembers(self._acks)  # type: ignore[assignment]
+        return [each.decode() for each in members]
+
+    def _give_back(self, ids: list[str]) -> None:
+        self._broker.do_requeue(self._queue, *ids)
+        # Whoever pushes onto a queue that is not empty need not ring.
+        self._broker.ring(self._queue)
 
     def __next__(self) -> MessageProxy | None:
         """The next message, or `None` after the timeout so that the caller can look whether to stop."""
-        try:
-            deadline = time.monotonic() + self._timeout
-            while True:
-                while self._fetched:
-                    message = self._decode(self._fetched.pop(0))
+        deadline = time.monotonic() + self._timeout
+        with _as_connection_error():
+            while (left := deadline - time.monotonic()) > 0:
+                while self._bodies:
+                    message = self._decode(self._bodies.pop(0))
                     if message is not None:
                         return message
-                if not self._fetch() and not self._wait(deadline - time.monotonic()):
-                    return None
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise ConnectionClosed(error) from None
+                if not self._fetch():
+                    self._wait(left)
+        return None
+
+    def _room(self) -> int:
+        """How many may be fetched; none for as long as there are only a few."""
+        room = self._prefetch - len(self._running) - len(self._delayed)
+        return room if room >= self._least_room else 0
 
     def _fetch(self) -> bool:
-        self._room.clear()
-        room = self._prefetch - len(self._held)
-        if room >= self._least_room:
-            self._fetched = [data for data in self._broker.do_fetch(self._queue, room) if data is not None]
-        return bool(self._fetched)
+        """Whether there was anything, be it an id whose body is gone."""
+        self._settle_rest()
+        self._vacancy.clear()
+        room = self._room()
+        self._was_full = not room
+        bodies = self._broker.do_fetch(self._queue, room) if room else []
+        self._bodies = [data for data in bodies if data is not None]
+        return bool(bodies)
 
-    def _wait(self, seconds: float) -> bool:
-        """Whether there is a reason to fetch before the time is up. Rings heard while busy are used up here."""
-        if seconds <= 0:
-            return False
-        if self._prefetch - len(self._held) < self._least_room:
-            rung = self._room.wait(seconds)
-            while self._pubsub.get_message(timeout=0) is not None:
-                pass
-            return rung
-        rung = self._pubsub.get_message(timeout=seconds) is not None
+    def _wait(self, seconds: float) -> None:
+        """Return when there is a reason to fetch, or the time is up. Rings heard while busy are used up here."""
+        rung = self._vacancy.wait(seconds) if self._was_full else self._pubsub.get_message(timeout=seconds)
         while rung and self._pubsub.get_message(timeout=0) is not None:
             pass
-        return rung
 
     def _decode(self, data: bytes) -> MessageProxy | None:
         try:
             message: Message[Any] = Message.decode(data)
             if not can_run(message, self._queue):
                 raise DecodeError("the body is not one that a thread can run", data, ValueError(message.queue_name))
-            held = message.options["redis_message_id"]
-            if not isinstance(held, str):
-                raise DecodeError("the body has no place in the list", data, ValueError(held))
+            unique = message.options["redis_message_id"]
+            if not isinstance(unique, str):
+                raise DecodeError("the body has no place in the list", data, ValueError(unique))
         except (DecodeError, KeyError) as error:
             self._set_aside(data, error)
             return None
         disarm(message, self._broker)
-        self._held.add(held)
+        (self._running if message.options.get("eta") is None else self._delayed).add(unique)
         return MessageProxy(message)
 
     def _set_aside(self, data: bytes, error: Exception) -> None:
         """Move a body that nobody can run to the queue's dead letters, and only that one."""
         _log.error("doorbell.undecodable", queue=self._queue, error=type(error).__name__, size=len(data))
         bodies = f"{self._broker.namespace}:{self._queue}.msgs"
-        members: set[bytes] = self._broker.client.smembers(self._acks)  # type: ignore[assignment]
-        for each in members:
-            if each.decode() not in self._held and self._broker.client.hget(bodies, each.decode()) == data:
-                self._broker.do_nack(self._queue, each.decode())
+        for each in self._unacknowledged():
+            if each not in self._running and self._broker.client.hget(bodies, each) == data:
+                self._broker.do_nack(self._queue, each)
                 return
 
     def ack(self, message: MessageProxy) -> None:
@@ -169,30 +215,43 @@ class _DoorbellConsumer(Consumer):
         """The message goes to Dramatiq's own dead letters."""
         self._settle(self._broker.do_nack, message)
 
-    def _settle(self, command: Any, message: MessageProxy) -> None:
-        held = message.options["redis_message_id"]
+    def _settle(self, command: Callable[[str, str], Any], message: MessageProxy) -> None:
+        unique = message.options["redis_message_id"]
         try:
-            command(self._queue, held)
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise ConnectionClosed(error) from None
+            command(self._queue, unique)
         except redis.RedisError as error:
-            # A full or read-only server: the message stays where the next consumer finds it stranded, and gives up the
-            # place that it holds here, or this worker would fetch nothing any more after a few of these.
+            # Raised, it would hold the thread up for as long as the server is away, also when the worker is to stop.
             _log.warning("doorbell.not_acknowledged", queue=self._queue, error=type(error).__name__)
-        self._held.discard(held)
-        if self._prefetch - len(self._held) >= self._least_room:
-            self._room.set()
+            self._settled[unique] = command
+        self._forget([unique])
+
+    def _settle_rest(self) -> None:
+        for unique, command in list(self._settled.items()):
+            command(self._queue, unique)
+            del self._settled[unique]
+
+    def _forget(self, ids: list[str]) -> None:
+        self._running.difference_update(ids)
+        self._delayed.difference_update(ids)
+        if self._room():
+            self._vacancy.set()
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        """Give messages back that no thread has started."""
-        held = [message.options["redis_message_id"] for message in messages]
-        if held:
+        """Give messages back that no thread has started. What the server refuses goes back as stranded later."""
+        ids = [message.options["redis_message_id"] for message in messages]
+        self._forget(ids)
+        if ids:
             try:
-                self._broker.do_requeue(self._queue, *held)
-            except (redis.ConnectionError, redis.TimeoutError) as error:
-                raise ConnectionClosed(error) from None
-            self._held.difference_update(held)
+                self._give_back(ids)
+            except redis.RedisError as error:
+                _log.warning("doorbell.not_requeued", queue=self._queue, messages=len(ids), error=type(error).__name__)
 
     def close(self) -> None:
-        """End the subscription."""
-        self._pubsub.close()
+        """Give back what no thread was handed, and end the subscription."""
+        try:
+            with suppress(redis.RedisError):
+                self._settle_rest()
+                if self._bodies:
+                    self._requeue_stranded()
+        finally:
+            self._pubsub.close()
