@@ -54,6 +54,9 @@ __all__ = ["setup_broker"]
 
 _log = get_logger(__name__)
 
+_CLOSING = 5
+"""Seconds that a stopping worker gives PostgreSQL to close its connections in good order."""
+
 
 class _Loop(AsyncIO):
     """Dramatiq's event-loop thread, on uvloop where there is one."""
@@ -104,8 +107,13 @@ class _Outbox(Middleware):
         _on_loop(self._close())
 
     async def _close(self) -> None:
-        await self.runner.close()
-        await self._engine.dispose()
+        try:
+            async with asyncio.timeout(_CLOSING):
+                await self.runner.close()
+                await self._engine.dispose()
+        except TimeoutError:
+            # PostgreSQL stands still. The connections end with the process.
+            _log.warning("worker.connections_not_closed")
 
 
 def _on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:

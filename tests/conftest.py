@@ -51,6 +51,7 @@ _SLOW = (
     "ledger/test_deploys.py",
     "ledger/test_outages.py",
     "ledger/test_pooler.py",
+    "ledger/test_shutdown.py",
     "rabbitmq/",
     "template/",
 )

@@ -45,12 +45,12 @@ class Worker:
         """The processes that run consumers, and Python's own helpers beside them."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def stop(self) -> int:
+    def stop(self, within: float = 20) -> int:
         """SIGTERM, and the exit status."""
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            return self.process.wait(20)
+            return self.process.wait(within)
         except subprocess.TimeoutExpired:
             for each in self.children():
                 each.kill()
