@@ -2,11 +2,12 @@
 
 An actor this worker does not know would be dead-lettered in the broker before any code of ours ran; here it reaches
 the ledger, which keeps the row for a worker that does. A body that names another queue would end a thread for good.
-What else a body may not do is in `bodies.py`.
+What else a body may not do is in `bodies.py`. What must stay true: nothing of a body that no relay wrote is logged.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -14,7 +15,8 @@ from uuid import UUID
 import dramatiq
 from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
-from dramatiq.errors import ActorNotFound, ConnectionClosed
+from dramatiq.errors import ActorNotFound, ConnectionClosed, DecodeError
+from dramatiq.middleware import CurrentMessage
 
 from service.bodies import OF_LEDGER, can_run, disarm
 from service.doorbell import DoorbellRedisBroker
@@ -111,9 +113,17 @@ class _CarefulConsumer(Consumer):
         self._consumer.close()
 
 
+def _without_exception(record: logging.LogRecord) -> bool:
+    """Drop the error that Dramatiq's own consumer logs with a body that it cannot decode: it quotes from the body."""
+    if record.exc_info and isinstance(record.exc_info[1], DecodeError):
+        record.exc_info = None
+    return True
+
+
 def make_broker(settings: BrokerSettings, middleware: list[Any]) -> Broker:
     """The broker that `BROKER__URL` names. It connects when it is first used."""
     if settings.is_rabbitmq:
+        logging.getLogger("dramatiq.brokers.rabbitmq._RabbitmqConsumer").addFilter(_without_exception)
         return _RabbitmqBroker(settings, middleware)
     return _RedisBroker(settings.redis_url, namespace=settings.namespace, middleware=middleware)
 
@@ -125,7 +135,11 @@ def declare_unknown(broker: Broker, run: Callable[[UUID], None], queue: str) -> 
         try:
             message_id = UUID(args[0])
         except (IndexError, TypeError, ValueError, AttributeError):
-            raise ActorNotFound("the message is for an actor that this worker does not know") from None
+            # An exception would make Dramatiq log all of the message.
+            message: Any = CurrentMessage.get_current_message()
+            _log.error("broker.unknown_actor", queue=message.queue_name)
+            message.fail()
+            return
         run(message_id)
 
     options = {OF_LEDGER: True, "max_retries": 0}

@@ -283,10 +283,11 @@ async def test_messages_with_odd_arguments_are_dropped(
                 "options": {"redis_message_id": unique}, "message_id": unique, "message_timestamp": 1}  # fmt: skip
         await client.hset(f"{key}.msgs", unique, json.dumps(body))
         await client.rpush(key, unique)
-    async with working(environment, settings, tmp_path, "-p", "1", "-t", "1"):
+    async with working(environment, settings, tmp_path, "-p", "1", "-t", "1") as worker:
         (message_id,) = await ledger.publish()
         await until(lambda: is_state(ledger, message_id, "completed"))
     await client.aclose()
+    assert not worker.says("not a uuid")
 
 
 async def test_the_doorbell_rings_for_an_idle_worker(

@@ -76,7 +76,8 @@ class Worker:
 
     def stop(self) -> None:
         """SIGTERM, and wait."""
-        self.process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
         try:
             self.process.wait(30)
         finally:

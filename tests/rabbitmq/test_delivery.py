@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -224,31 +225,95 @@ class another_worker:  # noqa: N801  reads as a noun where it is used
         await asyncio.to_thread(self._worker.stop)
 
 
-FIELDS = (
-    '{"args":["x"],"kwargs":{},"message_id":"x","message_timestamp":1,"actor_name":%s,"queue_name":"%s","options":%s}'
-)
+SECRET = "hunter2"
 
-UNUSABLE = (
-    b"\xff no text",
+UNUSABLE: tuple[bytes | dict[str, Any], ...] = (
+    b"\xff hunter2",
+    b'{"hunter2',
     b"[1, 2]",
     b'{"queue_name": "ledger"}',
-    (FIELDS % ('"ledger.react"', "elsewhere", "{}")).encode(),
-    (FIELDS % ('"ledger.react"', "ledger", "null")).encode(),
-    (FIELDS % ("[]", "ledger", "{}")).encode(),
+    {"hunter2": 1},
+    {"queue_name": "elsewhere"},
+    {"options": None},
+    {"actor_name": []},
+    {"message_id": {SECRET: 1}},
+    {"kwargs": [SECRET]},
+    {"actor_name": "nobody.knows", "args": [SECRET]},
+    {"actor_name": "nobody.knows", "args": [], "kwargs": {SECRET: 1}},
 )
+"""What ends among the dead letters: bodies, or what a body has different from one that Dramatiq would make."""
+
+ODD: tuple[dict[str, Any], ...] = (
+    {"args": [SECRET]},
+    {"args": SECRET},
+    {"args": [{SECRET: 1}, 2]},
+    {"args": [SECRET * 300_000]},
+    {"args": [str(uuid4())], "kwargs": {SECRET: 1}},
+    {"args": [str(uuid4())], "message_timestamp": SECRET},
+    {"actor_name": "nobody.knows", "args": [str(uuid4())]},
+)
+"""What names no row."""
+
+
+def body(fields: bytes | dict[str, Any]) -> bytes:
+    if isinstance(fields, bytes):
+        return fields
+    usual = {"queue_name": "ledger", "actor_name": "ledger.react", "args": ["x"], "kwargs": {}, "options": {},
+             "message_id": "x", "message_timestamp": 1}  # fmt: skip
+    return json.dumps(usual | fields).encode()
 
 
 async def test_what_cannot_run_is_set_aside_and_its_neighbours_run(
     ledger: Ledger, relaying: Running, worker: Worker, amqp: aiormq.Channel
 ) -> None:
     async with relaying():
-        for body in UNUSABLE:
-            await amqp.basic_publish(body, routing_key="ledger", mandatory=True)
+        for fields in (*UNUSABLE, *ODD):
+            await amqp.basic_publish(body(fields), routing_key="ledger", mandatory=True)
             await ledger.publish()
         await until(lambda: everything_done(ledger), timeout=10)
-    assert await count(amqp, "ledger.XQ") == len(UNUSABLE)
+        await until(lambda: is_count(amqp, "ledger.XQ", len(UNUSABLE)))
     assert await most(ledger, "dispatches") == 1
     assert worker.process.poll() is None
+    await asyncio.to_thread(worker.stop)
+    assert await count(amqp, "ledger") == 0
+    assert not worker.says(SECRET)
+
+
+async def is_count(amqp: aiormq.Channel, queue: str, expected: int) -> bool:
+    return await count(amqp, queue) == expected
+
+
+async def test_a_row_runs_whichever_consumer_its_message_names(
+    ledger: Ledger, worker: Worker, amqp: aiormq.Channel
+) -> None:
+    message_id = await ledger.happen()
+    await amqp.basic_publish(
+        body({"args": [str(message_id)], "queue_name": "cpu", "actor_name": "ledger.compute"}), routing_key="cpu"
+    )
+    await until(lambda: is_state(ledger, message_id, "completed"))
+    assert await ledger.effects(message_id) == 1
+
+
+FOREIGN_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"time_limit": 1},
+    {"max_age": 1},
+    {"on_success": "ledger.react", "pipe_target": {"queue_name": "ledger"}},
+    *({"eta": 99_999_999_999_999} for _ in range(8)),
+)
+"""More `eta` than the worker prefetches."""
+
+
+@pytest.mark.parametrize("suffix", ["", ".DQ"])
+async def test_options_in_a_body_reach_no_delivery(
+    ledger: Ledger, worker: Worker, amqp: aiormq.Channel, suffix: str
+) -> None:
+    ids = [await ledger.happen("slower") for _ in FOREIGN_OPTIONS]
+    queue = f"ledger{suffix}"
+    for message_id, options in zip(ids, FOREIGN_OPTIONS, strict=True):
+        fields = {"args": [str(message_id)], "queue_name": queue, "options": options}
+        await amqp.basic_publish(body(fields), routing_key=queue, mandatory=True)
+    await until(lambda: everything_done(ledger), timeout=30)
+    assert await most(ledger, "attempts") == 1
 
 
 @pytest.fixture
