@@ -37,6 +37,7 @@ from service.outbox.consumers import Consumer, consumer_named, registered_consum
 from service.outbox.runner import Runner
 from service.settings import Settings, load_settings
 from service.telemetry import configure_logging, get_logger, trace_context
+from service.watchdog import Watchdog
 
 try:
     import uvloop
@@ -77,6 +78,12 @@ class _Outbox(Middleware):
         self._settings = settings
         self.settings = settings.outbox
         self._runner: Runner | None = None
+        self._watchdog: Watchdog | None = None
+
+    @property
+    def watchdog(self) -> Watchdog:
+        assert self._watchdog is not None, "the worker has not booted"
+        return self._watchdog
 
     @property
     def runner(self) -> Runner:
@@ -97,6 +104,17 @@ class _Outbox(Middleware):
         self._engine = create_engine(database, application_name="outbox-worker")
         self._runner = Runner(self._settings, self._engine)
         await self._runner.open()
+        limits = [self.patience(spec) for spec in registered_consumers() if spec.is_async]
+        self._watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=self.patience()))
+        self._watchdog.start()
+
+    def patience(self, spec: Consumer | None = None) -> float:
+        """Seconds after which a run is stuck: its lease has ended long ago."""
+        limit = (spec and spec.time_limit) or self.settings.time_limit
+        return limit / 1000 + self.settings.grace + self.settings.lease
+
+    def after_process_message(self, *_: Any, **_results: Any) -> None:
+        self.watchdog.ended()
 
     def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
         thread = get_event_loop_thread()
@@ -104,7 +122,10 @@ class _Outbox(Middleware):
         thread.loop.call_soon_threadsafe(self.runner.stop)
 
     def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
-        _on_loop(self._close())
+        try:
+            _on_loop(self._close())
+        finally:
+            self.watchdog.stop()
 
     async def _close(self) -> None:
         try:
@@ -135,14 +156,15 @@ def _deliver(outbox: _Outbox, message_id: UUID) -> None:
     try:
         claim = _on_loop(runner.deliver(message_id))
         if claim is not None:
-            _run_in_thread(runner, claim)
+            _run_in_thread(outbox, claim)
     except (Interrupt, RuntimeError, asyncio.CancelledError) as error:
         # A coroutine that outlives its time limit is abandoned by Dramatiq while it still runs: its fence and its
         # transaction's timeout end it, and the row comes due when its lease does.
         _log.error("worker.abandoned", message_id=str(message_id), error=repr(error))
 
 
-def _run_in_thread(runner: Runner, claim: Claim) -> None:
+def _run_in_thread(outbox: _Outbox, claim: Claim) -> None:
+    runner = outbox.runner
     spec = consumer_named(claim.consumer)
     assert spec is not None
     delivery = runner.delivery(claim, spec)
@@ -150,7 +172,8 @@ def _run_in_thread(runner: Runner, claim: Claim) -> None:
     with trace_context(headers, consumer=claim.consumer, message_id=str(claim.id)):
         try:
             try:
-                spec.fn(spec.event.model_validate(claim.payload), delivery)
+                with outbox.watchdog.running(f"{spec.name} ({claim.id})", outbox.patience(spec)):
+                    spec.fn(spec.event.model_validate(claim.payload), delivery)
                 outcome = runner.returned(claim, spec, delivery)
             except BaseException as error:  # noqa: BLE001  the time limit is an exception in this thread
                 outcome = runner.judge(error, claim, spec, delivery)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -64,8 +65,8 @@ async def react(event: Happened, delivery: Delivery) -> None:
             raise SystemExit(3)
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "block":
-            time.sleep(3)  # noqa: ASYNC251  the misbehaviour under test
+        case "block" | "block_for_ever":
+            time.sleep(3 if event.how == "block" else 3600)  # noqa: ASYNC251  the misbehaviour under test
         case "slow" | "slower":
             await asyncio.sleep(1 if event.how == "slow" else 3)
         case "hang":
@@ -111,6 +112,11 @@ def compute(event: Computed, delivery: Delivery) -> None:
         delivery.begin()
     if event.how == "fail":
         raise RuntimeError("cannot compute")
+    if event.how == "nap":
+        time.sleep(1)
+    if event.how == "stick":
+        silent, _other = socket.socketpair()
+        silent.recv(1)
     if event.how == "spin":
         while True:
             time.sleep(0.01)

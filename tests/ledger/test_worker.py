@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from service.outbox import Event
     from service.settings import Settings
     from tests.ledger.conftest import Ledger
 
@@ -100,7 +101,7 @@ async def all_completed(ledger: Ledger) -> bool:
 async def test_a_plain_def_consumer_runs_fails_and_is_limited(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
-    async with working(environment, settings, tmp_path):
+    async with working(environment, settings, tmp_path) as worker:
         (fine,) = await ledger.publish(domain.Computed(subject_id=uuid4()))
         (begins,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="begin"))
         (fails,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="fail"))
@@ -114,6 +115,8 @@ async def test_a_plain_def_consumer_runs_fails_and_is_limited(
             return row is not None and "TimeLimitExceeded" in row["errors"]
 
         await until(limited, timeout=20)
+        await until(lambda: is_state(ledger, spins, "dead"), timeout=20)
+        assert worker.process.poll() is None
     letter = await ledger.dead_letter(begins)
     assert letter is not None
     assert "`def` consumer cannot call begin()" in letter["reason"]
@@ -140,28 +143,70 @@ async def test_what_a_killed_worker_ran_runs_again(
     assert await ledger.effects(message_id) == 1
 
 
-async def test_poison_that_kills_its_worker_ends_as_a_dead_letter(
-    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
-) -> None:
-    """Dramatiq's master ends when a child was killed; a supervisor starts the next."""
+async def until_dead(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, folder: Path, poison: UUID
+) -> int:
+    """Start a worker when the last has ended, as a supervisor does; how many were lost until the dead letter."""
     relay = Relay(settings)
     task = asyncio.create_task(relay.run())
-    (poison,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="kill"))
     try:
         for number in range(5):
-            worker = Worker(environment, tmp_path / f"{number}.log", "-p", "1", "-t", "1")
-            await until(lambda process=worker.process: gone_or_dead(process, ledger, poison), timeout=30)  # type: ignore[misc]
-            await asyncio.to_thread(worker.stop)
+            worker = Worker(environment, folder / f"{number}.log", "-p", "1", "-t", "1")
+            try:
+                await until(lambda process=worker.process: gone_or_dead(process, ledger, poison), timeout=40)  # type: ignore[misc]
+            finally:
+                await asyncio.to_thread(worker.stop)
             if await ledger.dead_letter(poison):
-                break
+                return number
+            assert worker.process.returncode in (1, 70)
     finally:
         relay.stop()
         await task
+    raise AssertionError("it is not dead")
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("event", "attempts"),
+    [
+        (domain.Happened(subject_id=uuid4(), how="kill"), 3),
+        (domain.Happened(subject_id=uuid4(), how="block_for_ever"), 3),
+        (domain.Computed(subject_id=uuid4(), how="stick"), 2),
+    ],
+    ids=["kills its process", "blocks the event loop", "blocks its thread"],
+)
+async def test_poison_that_costs_its_worker_ends_as_a_dead_letter(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, event: Event, attempts: int
+) -> None:
+    """Dramatiq's master ends when a child has; a supervisor starts the next."""
+    environment["OUTBOX__TIME_LIMIT"] = "1000"
+    (poison,) = await ledger.publish(event)
+    neighbours = [(await ledger.publish())[0] for _ in range(10)]
+    assert await until_dead(ledger, environment, settings, tmp_path, poison) == attempts
     letter = await ledger.dead_letter(poison)
     assert letter is not None
     assert letter["reason"] == "worker lost"
-    assert letter["attempts"] == 4
+    assert letter["attempts"] == attempts + 1
     assert await ledger.effects(poison) == 0
+    async with working(environment, settings, tmp_path):
+        await until(lambda: all_completed(ledger), timeout=20)
+    assert [await ledger.effects(each) for each in neighbours] == [1] * 10
+
+
+async def test_a_worker_that_stood_still_is_not_taken_for_stuck(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path) as worker:
+        (message_id,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="nap"))
+        await until(lambda: is_state(ledger, message_id, "running"))
+        family = worker.children()
+        for each in family:
+            each.suspend()
+        await asyncio.sleep(7)  # the fault itself, longer than limit, grace and lease
+        for each in family:
+            each.resume()
+        await until(lambda: is_state(ledger, message_id, "completed"), timeout=20)
+        assert await asyncio.to_thread(worker.stop) == 0
 
 
 async def is_dead(ledger: Ledger, message_id: UUID) -> bool:

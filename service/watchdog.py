@@ -1,0 +1,93 @@
+"""Ends a worker process that is stuck for good, so that its supervisor starts another.
+
+A time limit is an exception, and neither a coroutine that blocks the event loop nor a `def` consumer that waits in C
+code comes back to Python to receive it. The process would live on, run nothing and swallow messages, and so would in
+turn each worker that is handed the row. Once the process is gone, attempts are counted as for any lost worker.
+
+What must stay true: it counts its own looks and not the clock, so that a machine that stood still is not taken for
+stuck; and a run that waits for PostgreSQL to write its outcome down is over, so that an outage is not either.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterator
+
+__all__ = ["StuckError", "Watchdog"]
+
+_INTERVAL = 1.0
+
+
+class StuckError(Exception):
+    """Something in this process does not come back."""
+
+
+class _Run:
+    """Something in the calling thread that must end, or answer, before it was looked at for `limit` seconds."""
+
+    def __init__(self, what: str, limit: float) -> None:
+        self._what = what
+        self._limit = limit
+        self._thread = threading.get_ident()
+        self._looks = 0
+
+    def look(self) -> None:
+        self._looks += 1
+        seconds = self._looks * _INTERVAL
+        if seconds > self._limit:
+            raise StuckError(f"{self._what} has not come back for {seconds:g} s, and stands at {self._place()}")
+
+    def _place(self) -> str:
+        frame = sys._current_frames().get(self._thread)  # noqa: SLF001  documented, for just this
+        return ", ".join(f"{each.filename}:{each.lineno}" for each in traceback.extract_stack(frame)[-3:])
+
+    def answer(self) -> None:
+        self._looks = 0
+
+
+class Watchdog(threading.Thread):
+    """Dies of a `StuckError`, for `threading.excepthook` to end the process. Make it on the event loop.
+
+    Args:
+        loop: That loop, which all coroutines share.
+        limit: Seconds for which the loop may do nothing else but one step of one of them.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: float) -> None:
+        super().__init__(name="outbox-watchdog", daemon=True)
+        self._loop = loop
+        self._loop_run = _Run("the event loop", limit)
+        self._runs: dict[int, _Run] = {}
+        self._stopped = threading.Event()
+
+    @contextmanager
+    def running(self, what: str, limit: float) -> Iterator[None]:
+        """Around what the calling thread runs, for at most `limit` seconds."""
+        self._runs[threading.get_ident()] = _Run(what, limit)
+        try:
+            yield
+        finally:
+            self.ended()
+
+    def ended(self) -> None:
+        """The calling thread's run is over. A time limit may have been raised just where `running` would say so."""
+        self._runs.pop(threading.get_ident(), None)
+
+    def stop(self) -> None:
+        """End the thread, before the loop is closed."""
+        self._stopped.set()
+        self.join(timeout=5)
+
+    def run(self) -> None:
+        """Look until stopped."""
+        while not self._stopped.wait(_INTERVAL):
+            self._loop.call_soon_threadsafe(self._loop_run.answer)
+            for each in (self._loop_run, *self._runs.copy().values()):
+                each.look()
