@@ -107,3 +107,14 @@ async def test_declaring_leaves_no_connection_behind(broker: Broker) -> None:
     assert isinstance(broker, RabbitmqBroker)
     assert not broker.connections
     consumer.close()
+
+
+async def test_dramatiqs_own_consumer_quotes_no_body(broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    """It logs one that it cannot decode before it is asked for it, by a logger of this name."""
+    assert isinstance(broker, RabbitmqBroker)
+    consumer = broker.consume("ledger", timeout=200)
+    broker.channel.basic_publish("", "ledger", b'{"hunter2')
+    until_sync(lambda: next(consumer) or caplog.records, timeout=10)
+    consumer.close()
+    assert [each.name for each in caplog.records] == ["dramatiq.brokers.rabbitmq._RabbitmqConsumer"]
+    assert "hunter2" not in caplog.text
