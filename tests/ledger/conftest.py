@@ -13,12 +13,18 @@ from service.database import create_engine, transaction
 from service.outbox import Event, publish
 from service.outbox.runner import Runner
 from tests.ledger import domain
+from tests.ledger.processes import Processes
+from tests.rabbitmq.node import node, rabbitmq
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.database import SessionFactory
     from service.settings import Settings
+
+__all__ = ["Connect", "Ledger", "node", "rabbitmq"]
 
 
 class Ledger:
@@ -128,3 +134,11 @@ async def runner(settings: Settings, worker_engine: AsyncEngine) -> AsyncIterato
     await runner.open()
     yield runner
     await runner.close()
+
+
+@pytest.fixture
+async def processes(environment: dict[str, str], tmp_path: Path) -> AsyncIterator[Processes]:
+    """Starts real processes with the test's settings, and ends what still runs after the test."""
+    processes = Processes(environment, tmp_path)
+    yield processes
+    await processes.stop()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import asyncpg
+import httpx
 import pytest
 
 from service.database import create_engine, session_factory, transaction
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 
     from service.database import SessionFactory
     from service.settings import Settings
+    from tests.ledger.processes import Processes, Started
+    from tests.rabbitmq.server import Rabbitmq
+
+_API = "tests.ledger.release.app:create_app"
+_WORKER = "tests.ledger.release.app:setup_broker"
 
 
 async def test_a_rolling_restart_under_load_uses_up_no_attempts(
@@ -98,26 +105,109 @@ async def test_queues_have_worker_pools_of_their_own(
         assert await ledger.state(busy[0]) == "running"
 
 
-class Renamed(Event, type="ledger.renamed"):
-    subject_id: UUID
-    added: int = 7
-    """A field that older publishers do not know."""
+_NOW_AND_THEN = 5
+"""How often each event is published, so that both workers get some of each."""
 
 
-@consumer(Renamed, queue="ledger", name="ledger.after_rename", formerly=["ledger.before_rename"])
-async def after_rename(event: Renamed, delivery: Delivery) -> None:
-    async with delivery.begin() as session:
-        await domain.write_effect(session, delivery, str(event.added))
+async def release_all(api: Started) -> None:
+    """Let an API publish each event of its release several times."""
+    async with httpx.AsyncClient(base_url=api.url) as client:
+        for _ in range(_NOW_AND_THEN):
+            (await client.post("/releases")).raise_for_status()
 
 
-async def test_rows_of_a_renamed_consumer_and_of_an_older_publisher_are_delivered(
-    ledger: Ledger, runner: Runner
+async def effects_by_each(ledger: Ledger) -> dict[tuple[str, str], int]:
+    """How many messages have had an effect, by consumer and note."""
+    found = await ledger.connection.fetch("SELECT consumer, note, message_id FROM effect")
+    assert len({row["message_id"] for row in found}) == len(found)
+    return Counter((row["consumer"], row["note"]) for row in found)
+
+
+async def postponed(ledger: Ledger) -> dict[str, int]:
+    """How many rows wait for another release, by consumer: seen by a worker, and no attempt used up."""
+    found = await ledger.connection.fetch(
+        """SELECT consumer, count(*) FROM outbox_message
+           WHERE state <> 'completed' AND errors::text LIKE '%UnknownConsumer%' AND attempts = 0 GROUP BY consumer"""
+    )
+    return {row["consumer"]: row["count"] for row in found}
+
+
+async def attempts_at_most(ledger: Ledger) -> int:
+    """The attempts of the row that has most of them."""
+    return int(await ledger.connection.fetchval("SELECT max(attempts) FROM outbox_message"))
+
+
+async def test_newer_workers_beside_an_older_api(ledger: Ledger, processes: Processes) -> None:
+    await processes.relay()
+    worker = await processes.worker(_WORKER, RELEASE="newer")
+    api = await processes.api(_API, RELEASE="older")
+    await release_all(api)
+    expected = {
+        ("release.read_grown", "newer: 7"): _NOW_AND_THEN,
+        ("release.read_raised", "newer: 2000 g"): _NOW_AND_THEN,
+        ("release.before", "newer"): _NOW_AND_THEN,
+        ("release.stays", "newer"): _NOW_AND_THEN,
+    }
+
+    async def all_but_the_removed_one() -> bool:
+        return await effects_by_each(ledger) == expected and await postponed(ledger) == {"release.goes": _NOW_AND_THEN}
+
+    await until(all_but_the_removed_one, timeout=30)
+    await processes.worker(_WORKER, RELEASE="older")
+    assert await worker.stop() == 0
+    await until(lambda: all_completed(ledger), timeout=30)
+    assert await effects_by_each(ledger) == expected | {("release.goes", "older"): _NOW_AND_THEN}
+    assert await attempts_at_most(ledger) == 1
+
+
+async def test_what_a_removed_consumer_left_behind_is_dead_in_the_end(ledger: Ledger, processes: Processes) -> None:
+    await processes.relay()
+    await processes.worker(_WORKER, RELEASE="newer", OUTBOX__UNKNOWN_CONSUMER_AFTER="1")
+    await release_all(await processes.api(_API, RELEASE="older"))
+    await until(lambda: all_completed(ledger), timeout=30)
+    letters = await ledger.connection.fetch("SELECT consumer, reason, attempts FROM dead_letter")
+    assert {tuple(row) for row in letters} == {("release.goes", "no consumer named release.goes is deployed", 0)}
+    assert len(letters) == _NOW_AND_THEN
+
+
+async def unknown_rows_wait_for_a_worker_that_knows_them(ledger: Ledger, processes: Processes) -> None:
+    await processes.relay()
+    older = await processes.worker(_WORKER, RELEASE="older")
+    api = await processes.api(_API, RELEASE="newer")
+    await release_all(api)
+    only_newer = dict.fromkeys(("release.read_raised", "release.after", "release.comes"), _NOW_AND_THEN)
+
+    async def what_an_older_one_can() -> bool:
+        return await postponed(ledger) == only_newer and await effects_by_each(ledger) == {
+            ("release.read_grown", "older"): _NOW_AND_THEN,
+            ("release.stays", "older"): _NOW_AND_THEN,
+        }
+
+    await until(what_an_older_one_can, timeout=30)
+    await processes.worker(_WORKER, RELEASE="newer")
+    await release_all(api)
+    assert await older.stop() == 0
+    await until(lambda: all_completed(ledger), timeout=60)
+    found = await effects_by_each(ledger)
+    assert sum(found.values()) == 10 * _NOW_AND_THEN
+    assert found["release.read_raised", "newer: 2000 g"] == 2 * _NOW_AND_THEN
+    assert found["release.after", "newer"] == 2 * _NOW_AND_THEN
+    assert found["release.comes", "newer"] == 2 * _NOW_AND_THEN
+    assert found["release.read_grown", "older"] + found["release.read_grown", "newer: 9"] == 2 * _NOW_AND_THEN
+    assert await attempts_at_most(ledger) == 1
+
+
+async def test_an_unknown_consumers_row_is_kept_for_a_worker_that_knows_it(
+    ledger: Ledger, processes: Processes
 ) -> None:
-    (message_id,) = await ledger.publish(Renamed(subject_id=uuid4()))
-    await ledger.set(message_id, consumer="ledger.before_rename", state="dispatched")
-    await ledger.connection.execute("UPDATE outbox_message SET payload = payload - 'added'")
-    await runner.deliver(message_id)
-    assert await ledger.connection.fetchval("SELECT note FROM effect") == "7"
+    await unknown_rows_wait_for_a_worker_that_knows_them(ledger, processes)
+
+
+async def test_an_unknown_consumers_row_is_kept_on_rabbitmq_too(
+    ledger: Ledger, processes: Processes, environment: dict[str, str], rabbitmq: Rabbitmq
+) -> None:
+    environment["BROKER__URL"] = rabbitmq.url
+    await unknown_rows_wait_for_a_worker_that_knows_them(ledger, processes)
 
 
 class Forwarded(Event, type="ledger.forwarded"):

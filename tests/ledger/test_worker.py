@@ -231,20 +231,6 @@ async def test_sigterm_releases_what_does_not_end_in_the_grace(
     assert row["state"] in ("pending", "dispatched")
 
 
-async def test_an_unknown_consumers_row_is_kept_for_a_worker_that_knows_it(
-    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
-) -> None:
-    (message_id,) = await ledger.publish()
-    await ledger.set(message_id, consumer="ledger.not_deployed_yet")
-    async with working(environment, settings, tmp_path):
-
-        async def postponed() -> bool:
-            row = await ledger.row(message_id)
-            return row is not None and "UnknownConsumer" in row["errors"] and row["attempts"] == 0
-
-        await until(postponed)
-
-
 async def test_bodies_nobody_can_run_hurt_no_neighbour(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:

@@ -1,0 +1,114 @@
+"""API, workers and relay as production runs them, for tests that kill or replace them.
+
+What must stay true: nothing outlives the test. Each process leads a group of its own, and whatever still runs at the
+end is ended by its group's id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from service.dev.guard import Guard
+from service.dev.places import ROOT
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["Processes", "Started"]
+
+
+class Started:
+    """A process and its log."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path, *command: str) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                process_group=0,
+            )
+        self._guard = Guard.ending(self.process.pid, "KILL", group=True)
+
+    @property
+    def url(self) -> str:
+        """Where an API listens."""
+        found = re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text())
+        assert found is not None, self.log
+        return found[0]
+
+    def says(self, text: str) -> bool:
+        """Whether the log has it."""
+        return text in self.log.read_text()
+
+    async def kill(self) -> None:
+        """SIGKILL it with its children, as a machine that vanishes does."""
+        self._guard.dismiss()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await asyncio.to_thread(self.process.wait)
+
+    async def stop(self) -> int:
+        """SIGTERM to the leader, and its exit status; by force if it takes too long."""
+        self.process.terminate()
+        try:
+            status = await asyncio.to_thread(self.process.wait, 30)
+        finally:
+            await self.kill()
+        return status
+
+
+class Processes:
+    """Starts processes with one environment, each with a log of its own.
+
+    Args:
+        environment: Their settings; read at every start, so that a fixture may still change it.
+        folder: For the logs.
+    """
+
+    def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
+        self._environment = environment
+        self._folder = folder
+        self._started: list[Started] = []
+
+    async def api(self, application: str, *, port: int = 0, **settings: str) -> Started:
+        """An API; its `url` is known once it listens."""
+        command = ("uvicorn", application, "--factory", "--host", "127.0.0.1", "--port", str(port))
+        return await self._start("Uvicorn running on", settings, *command)
+
+    async def worker(self, broker: str, *arguments: str, **settings: str) -> Started:
+        """A Dramatiq master with one child, unless the arguments say otherwise."""
+        arguments = arguments or ("-p", "1", "-t", "4")
+        return await self._start("ready for action", settings, "dramatiq", broker, *arguments)
+
+    async def relay(self, **settings: str) -> Started:
+        """A relay."""
+        return await self._start("relay.started", settings, "relay", "relay")
+
+    async def _start(self, ready: str, settings: dict[str, str], *command: str) -> Started:
+        log = self._folder / f"process-{len(self._started)}.log"
+        started = Started({**self._environment, **settings}, log, *command)
+        self._started.append(started)
+        await until(lambda: started.says(ready) or started.process.poll() is not None, timeout=40, what=ready)
+        assert started.process.poll() is None, log.read_text()
+        return started
+
+    async def stop(self) -> None:
+        """End what still runs."""
+        running = [each for each in reversed(self._started) if each.process.poll() is None]
+        await asyncio.gather(*(each.stop() for each in running))
+        for each in self._started:
+            await each.kill()
