@@ -48,6 +48,7 @@ _SLOW = (
     "deploy/",
     "docs/test_adoption.py",
     "docs/test_guide.py",
+    "ledger/test_accept.py",
     "ledger/test_deploys.py",
     "ledger/test_outages.py",
     "ledger/test_pooler.py",

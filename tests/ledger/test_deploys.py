@@ -7,27 +7,20 @@ import sys
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
-from uuid import UUID, uuid4
+from uuid import uuid4
 
-import asyncpg
 import httpx
-import pytest
 
-from service.database import create_engine, session_factory, transaction
-from service.outbox import Delivery, Event, accept, consumer
-from service.outbox.runner import Runner
 from tests.ledger import domain
-from tests.ledger.conftest import Ledger
 from tests.ledger.test_outages import effects_once
 from tests.ledger.test_worker import Worker, all_completed, is_state, working
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from service.database import SessionFactory
     from service.settings import Settings
+    from tests.ledger.conftest import Ledger
     from tests.ledger.processes import Processes, Started
     from tests.rabbitmq.server import Rabbitmq
 
@@ -208,60 +201,3 @@ async def test_an_unknown_consumers_row_is_kept_on_rabbitmq_too(
 ) -> None:
     environment["BROKER__URL"] = rabbitmq.url
     await unknown_rows_wait_for_a_worker_that_knows_them(ledger, processes)
-
-
-class Forwarded(Event, type="ledger.forwarded"):
-    subject_id: UUID
-
-
-OTHER: list[SessionFactory] = []
-"""The other service's sessions."""
-
-CRASHES = iter(["before", "after", ""])
-
-
-@consumer(Forwarded, queue="ledger", name="ledger.forward")
-async def forward(event: Forwarded, delivery: Delivery) -> None:
-    """Hands the event to another service, which here is another database; dies around its acknowledgement."""
-    crash = next(CRASHES)
-    if crash == "before":
-        raise RuntimeError("crashed before the other service answered")
-    async with transaction(OTHER[0]) as session:
-        await accept(session, f"sender:{delivery.idempotency_key}", domain.Happened(subject_id=event.subject_id))
-    if crash == "after":
-        raise RuntimeError("crashed before it noted the answer")
-
-
-@pytest.fixture
-async def receiver(settings: Settings, worker_database_url: str) -> AsyncIterator[Ledger]:
-    """The service that accepts, with a database of its own."""
-    theirs = settings.database.model_copy(update={"url": type(settings.database.url)(worker_database_url)})
-    engine = create_engine(theirs, application_name="receiver")
-    connection = await asyncpg.connect(worker_database_url)
-    await connection.execute(domain.SCHEMA)
-    OTHER[:] = [session_factory(engine)]
-    yield Ledger(connection, OTHER[0])
-    await connection.execute("TRUNCATE outbox_message, accepted_event, effect")
-    await connection.close()
-    await engine.dispose()
-
-
-async def test_what_one_service_forwards_another_accepts_once(
-    ledger: Ledger, runner: Runner, receiver: Ledger, settings: Settings
-) -> None:
-    (message_id,) = await ledger.publish(Forwarded(subject_id=uuid4()))
-    for _ in range(3):
-        await ledger.expire(message_id)
-        await runner.deliver(message_id)
-    assert await ledger.state(message_id) == "completed"
-    (accepted,) = await receiver.connection.fetch("SELECT id FROM outbox_message")
-    theirs = settings.model_copy(deep=True)
-    theirs.database.url = type(theirs.database.url)(
-        OTHER[0].kw["bind"].url.set(drivername="postgresql").render_as_string(hide_password=False)
-    )
-    second = Runner(theirs, OTHER[0].kw["bind"])
-    await second.open()
-    await second.deliver(accepted["id"])
-    await second.deliver(accepted["id"])
-    await second.close()
-    assert await receiver.effects(accepted["id"]) == 1
