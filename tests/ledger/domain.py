@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -119,7 +120,30 @@ def compute(event: Computed, delivery: Delivery) -> None:
         silent.recv(1)
     if event.how == "spin":
         while True:
-            time.sleep(0.01)
+            calculate()
+
+
+def calculate() -> None:
+    """Some milliseconds of pure Python, in which no other thread of the process runs but by turns."""
+    value = 1
+    for _ in range(100_000):
+        value = value * 3 % 1_000_003
+
+
+class Crunched(Event, type="ledger.crunched"):
+    """Its consumer calculates until the file `until` is there."""
+
+    subject_id: UUID
+    until: str
+
+
+@consumer(Crunched, queue="cpu", name="ledger.crunch", time_limit=100_000)
+def crunch(event: Crunched, delivery: Delivery) -> None:
+    """Work for the CPU, and a file beside the other one for an effect."""
+    until = Path(event.until)
+    while not until.exists():
+        calculate()
+    until.with_name(delivery.idempotency_key).touch()
 
 
 class Misread(Event, type="ledger.misread"):

@@ -1,15 +1,15 @@
-"""Deploys and stops under load, and one service handing events to another."""
+"""Stops and deploys under load, two releases at the same time, and queues with processes of their own."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections import Counter
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import httpx
+import psutil
 
 from tests.ledger import domain
 from tests.ledger.test_outages import effects_once
@@ -18,6 +18,7 @@ from tests.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from uuid import UUID
 
     from service.settings import Settings
     from tests.ledger.conftest import Ledger
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _API = "tests.ledger.release.app:create_app"
 _WORKER = "tests.ledger.release.app:setup_broker"
+_LEDGER = "tests.ledger.app:setup_broker"
 
 
 async def test_a_rolling_restart_under_load_uses_up_no_attempts(
@@ -83,19 +85,64 @@ async def test_the_relay_process_stops_at_once_with_status_0(
 
 
 async def test_queues_have_worker_pools_of_their_own(
-    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+    ledger: Ledger, processes: Processes, settings: Settings, tmp_path: Path
 ) -> None:
-    """A CPU-bound `def` consumer in a process of its own keeps no other queue waiting."""
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(working(environment, settings, tmp_path, "-p", "1", "-t", "2", "-Q", "ledger"))
-        cpu = Worker(environment, tmp_path / "cpu.log", "-p", "1", "-t", "1", "-Q", "cpu")
-        stack.push_async_callback(asyncio.to_thread, cpu.stop)
-        await until(lambda: cpu.says("ready for action"), timeout=20)
-        busy = [(await ledger.publish(domain.Computed(subject_id=uuid4(), how="spin")))[0] for _ in range(2)]
-        await until(lambda: is_state(ledger, busy[0], "running"))
-        (prompt,) = await ledger.publish()
-        await until(lambda: is_state(ledger, prompt, "completed"), timeout=2)
-        assert await ledger.state(busy[0]) == "running"
+    """A `def` consumer that needs the CPU, in a process of its own, keeps no other queue waiting."""
+    _, _, cpu = await asyncio.gather(
+        processes.relay(),
+        processes.worker(_LEDGER, "-p", "1", "-t", "2", "-Q", "ledger"),
+        processes.worker(_LEDGER, "-p", "1", "-t", "1", "-Q", "cpu"),
+    )
+    (heavy,) = await ledger.publish(domain.Crunched(subject_id=uuid4(), until=str(tmp_path / "enough")))
+    (waiting,) = await ledger.publish(domain.Crunched(subject_id=uuid4(), until=str(tmp_path / "enough")))
+    await until(lambda: is_state(ledger, heavy, "running"))
+    before = cpu_seconds(cpu)
+    await until(lambda: cpu_seconds(cpu) - before > settings.outbox.lease, timeout=60)
+    light = [(await ledger.publish())[0] for _ in range(20)]
+    await until(lambda: all_completed_of(ledger, "ledger"), timeout=20)
+    assert [await ledger.state(each) for each in (heavy, waiting)] == ["running", "dispatched"]
+    (tmp_path / "enough").touch()
+    await until(lambda: all_completed(ledger), timeout=20)
+    # Its lease was kept meanwhile, though its process calculated all the time.
+    assert await attempts_at_most(ledger) == 1
+    assert [(tmp_path / str(each)).exists() for each in (heavy, waiting)] == [True, True]
+    assert [await ledger.effects(each) for each in light] == [1] * 20
+
+
+async def test_in_a_pool_for_all_queues_they_wait_for_each_other(
+    ledger: Ledger, processes: Processes, tmp_path: Path
+) -> None:
+    """What the pools of the test before are good for."""
+    await asyncio.gather(processes.relay(), processes.worker(_LEDGER, "-p", "1", "-t", "1"))
+    (heavy,) = await ledger.publish(domain.Crunched(subject_id=uuid4(), until=str(tmp_path / "enough")))
+    await until(lambda: is_state(ledger, heavy, "running"))
+    (light,) = await ledger.publish()
+    await until(lambda: handed_over_again(ledger, light), timeout=20)
+    (tmp_path / "enough").touch()
+    await until(lambda: all_completed(ledger), timeout=20)
+    first, second = await ledger.row(heavy), await ledger.row(light)
+    assert first is not None
+    assert second is not None
+    assert first["completed_at"] <= second["started_at"]
+
+
+def cpu_seconds(worker: Started) -> float:
+    """CPU time that a worker's processes have used."""
+    processes = psutil.Process(worker.process.pid).children(recursive=True)
+    return sum(each.cpu_times().user + each.cpu_times().system for each in processes)
+
+
+async def all_completed_of(ledger: Ledger, queue: str) -> bool:
+    """Whether a queue's rows are completed."""
+    return not await ledger.connection.fetchval(
+        "SELECT count(*) FROM outbox_message WHERE state <> 'completed' AND queue = $1", queue
+    )
+
+
+async def handed_over_again(ledger: Ledger, message_id: UUID) -> bool:
+    """Whether nobody took it for so long that the relay tried again."""
+    row = await ledger.row(message_id)
+    return row is not None and row["state"] == "dispatched" and row["dispatches"] > 1
 
 
 _NOW_AND_THEN = 5
