@@ -6,6 +6,7 @@ process before it does anything and says which variable is wrong and what it sho
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -31,16 +32,37 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 """A duration in seconds."""
 
 
+# postgresql://user:password@host1:5432,host2:5432/database, as libpq takes it; SQLAlchemy does not.
+_SEVERAL_HOSTS = re.compile(r"([\w+]+://(?:[^@/?]*@)?)([^@/?]*,[^@/?]*)(/[^?]*)?(?:\?(.*))?")
+
+
+def _hosts_in_query(url: str) -> str:
+    """Several hosts where SQLAlchemy and asyncpg both look for them, and of them the one that takes writes."""
+    found = _SEVERAL_HOSTS.fullmatch(url)
+    if found is None:
+        return url
+    start, hosts, database, rest = found.groups()
+    pairs = [re.fullmatch(r"(\[.+\]|[^:]+)(?::(\d+))?", each) for each in hosts.split(",")]
+    if not all(pairs):
+        raise ValueError("expected postgresql://user:password@host1:5432,host2:5432/database")
+    names, ports = zip(*((pair[1].strip("[]"), pair[2] or "5432") for pair in pairs if pair), strict=True)
+    query = f"host={','.join(names)}&port={','.join(ports)}" + (f"&{rest}" if rest else "")
+    if "target_session_attrs=" not in query:
+        query += "&target_session_attrs=read-write"
+    return f"{start}{database or ''}?{query}"
+
+
 def _postgres_url(value: SecretStr) -> SecretStr:
+    text = _hosts_in_query(value.get_secret_value())
     try:
-        url = make_url(value.get_secret_value())
-    except ArgumentError:
+        url = make_url(text)
+    except (ValueError, ArgumentError):
         raise ValueError("expected postgresql://user:password@host:5432/database") from None
     if url.drivername not in ("postgresql", "postgres", "postgresql+asyncpg"):
         raise ValueError("expected a postgresql:// URL, such as postgresql://user:password@host:5432/database")
     if not url.database:
         raise ValueError("the URL names no database: expected postgresql://user:password@host:5432/database")
-    return value
+    return SecretStr(text)
 
 
 def _broker_url(value: SecretStr) -> SecretStr:

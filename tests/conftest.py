@@ -50,6 +50,7 @@ _SLOW = (
     "docs/test_guide.py",
     "ledger/test_accept.py",
     "ledger/test_deploys.py",
+    "ledger/test_failover.py",
     "ledger/test_outages.py",
     "ledger/test_pooler.py",
     "ledger/test_shutdown.py",

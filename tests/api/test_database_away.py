@@ -57,6 +57,15 @@ async def test_a_server_that_does_not_answer(make_app: MakeApp) -> None:
             assert_away(await client.post("/probes", json={"id": 1}))
 
 
+async def test_no_host_takes_writes(make_app: MakeApp, sql: Sql, database_url: str) -> None:
+    """As in the moment of a failover in which all that answer are standbys."""
+    name = sql("SELECT current_database()")
+    sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    url = SecretStr(f"{database_url}&target_session_attrs=read-write")
+    async with serve(make_app(database={"url": url})) as client:
+        assert_away(await client.post("/probes", json={"id": 1}))
+
+
 async def test_every_connection_is_busy(make_app: MakeApp, sql: Sql) -> None:
     async with serve(make_app(database={"pool_size": 1, "pool_timeout": 0.2})) as client:
         busy = asyncio.create_task(client.get("/sleep/1"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qs, urlsplit
+
 import pytest
 
 from service.errors import ConfigurationError
@@ -18,6 +20,10 @@ def right_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
+        ("DATABASE__URL", "postgresql://user:hidden@host:port/service"),
+        ("DATABASE__URL", "postgresql://user:hidden@one:5432,two:port/service"),
+        ("DATABASE__URL", "postgresql://user:hidden@one,/service"),
+        ("DATABASE__URL", "postgresql://user:hidden@one,two"),
         ("SMTP__URL", "http://user:hidden@mail"),
         ("SMTP__URL", "smtp://user:hidden@mail:port"),
         ("SMTP__URL", "smtp://user:hidden@"),
@@ -47,3 +53,30 @@ def test_a_right_mail_server(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     settings = load_settings()
     assert settings.smtp.url.get_secret_value() == url
     assert "p%40" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "hosts", "ports", "wants"),
+    [
+        ("one:1,two:2/service", ["one", "two"], [1, 2], "read-write"),
+        ("one,two:2/service?target_session_attrs=any", ["one", "two"], [5432, 2], "any"),
+        ("[::1]:1,[::2]:2/service", ["::1", "::2"], [1, 2], "read-write"),
+    ],
+)
+def test_several_database_hosts(
+    monkeypatch: pytest.MonkeyPatch, given: str, hosts: list[str], ports: list[int], wants: str
+) -> None:
+    """As libpq takes them; SQLAlchemy and asyncpg read the same of it."""
+    monkeypatch.setenv("DATABASE__URL", f"postgresql://user:a%40b@{given}")
+    database = load_settings().database
+    (_, taken) = database.sqlalchemy_url.get_dialect()().create_connect_args(database.sqlalchemy_url)
+    assert taken == {
+        "host": hosts,
+        "port": ports,
+        "user": "user",
+        "password": "a@b",
+        "database": "service",
+        "target_session_attrs": wants,
+    }
+    query = parse_qs(urlsplit(database.dsn).query)
+    assert query == {"host": [",".join(hosts)], "port": [",".join(map(str, ports))], "target_session_attrs": [wants]}
