@@ -43,6 +43,23 @@ def _seconds(duration: str) -> int:
     return int(duration.removesuffix("s"))
 
 
+@pytest.fixture(scope="module")
+def queues() -> set[str]:
+    """The queues of the domains' consumers."""
+    service.domains.discover()
+    return {each.queue for each in registered_consumers() if each.fn.__module__.startswith("service.")}
+
+
+def test_every_worker_serves_a_queue_of_the_domains(workers: dict[str, Any], queues: set[str]) -> None:
+    if not queues:
+        pytest.skip("there is no consumer yet")
+    for name, worker in workers.items():
+        assert worker.queues is None or queues.intersection(worker.queues), (
+            f"{name} in compose.yaml serves {worker.queues}, which no consumer names: "
+            "give it queues that there are, or remove it"
+        )
+
+
 def test_some_worker_serves_every_queue_of_the_domains(workers: dict[str, Any]) -> None:
     service.domains.discover()
     served = {queue for worker in workers.values() for queue in worker.queues or ()}

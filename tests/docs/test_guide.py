@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
+from dramatiq.cli import make_argument_parser
 
 from service.dev.places import ROOT
 from service.dev.postgres import psql
@@ -141,6 +144,16 @@ def test_open_rows_can_be_moved_to_another_queue(database_url: str) -> None:
     psql(database_url, statement)
     moved = psql(database_url, "SELECT state FROM outbox_message WHERE queue = 'screening' ORDER BY state")
     assert moved.split() == ["dispatched", "pending"]
+
+
+def test_the_workers_that_the_pages_start_can_be_started() -> None:
+    """Together they serve every queue that the guide's consumers name."""
+    parser = make_argument_parser()
+    lines = re.findall(r"^\$ dramatiq (.*)$", GUIDE.read_text(), re.MULTILINE)
+    served = [queue for line in lines for queue in parser.parse_args(shlex.split(line)).queues]
+    named = re.findall(r'^@consumer\(Review\w+, queue="(\w+)"', GUIDE.read_text(), re.MULTILINE)
+    assert set(served) == set(named)
+    assert len(set(served)) == len(served)
 
 
 def test_no_block_is_of_a_kind_that_nothing_tries() -> None:
