@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -13,7 +12,7 @@ import psutil
 
 from tests.ledger import domain
 from tests.ledger.test_outages import effects_once
-from tests.ledger.test_worker import Worker, all_completed, is_state, working
+from tests.ledger.test_worker import all_completed, is_state
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -30,58 +29,35 @@ _WORKER = "tests.ledger.release.app:setup_broker"
 _LEDGER = "tests.ledger.app:setup_broker"
 
 
-async def test_a_rolling_restart_under_load_uses_up_no_attempts(
-    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
-) -> None:
-    async with working(environment, settings, tmp_path) as first:
-        for number in range(60):
-            await ledger.publish(domain.Happened(subject_id=uuid4(), how="slow" if number % 3 == 0 else ""))
-        second = Worker(environment, tmp_path / "second.log", "-p", "1", "-t", "4")
-        try:
-            await until(lambda: second.says("ready for action"), timeout=20)
-            assert await asyncio.to_thread(first.stop) == 0
-            third = Worker(environment, tmp_path / "third.log", "-p", "1", "-t", "4")
-            try:
-                await until(lambda: third.says("ready for action"), timeout=20)
-                assert await asyncio.to_thread(second.stop) == 0
-                await until(lambda: all_completed(ledger), timeout=30)
-            finally:
-                await asyncio.to_thread(third.stop)
-        finally:
-            await asyncio.to_thread(second.stop)
+async def test_a_rolling_restart_under_load_uses_up_no_attempts(ledger: Ledger, processes: Processes) -> None:
+    await processes.relay()
+    running = await processes.worker(_LEDGER)
+    for number in range(60):
+        await ledger.publish(domain.Happened(subject_id=uuid4(), how="slow" if number % 3 == 0 else ""))
+    for _ in range(2):
+        next_one = await processes.worker(_LEDGER)
+        assert await running.stop() == 0
+        running = next_one
+    await until(lambda: all_completed(ledger), timeout=30)
     await effects_once(ledger)
-    assert await ledger.connection.fetchval("SELECT max(attempts) FROM outbox_message") == 1
+    assert await attempts_at_most(ledger) == 1
 
 
-async def test_a_second_signal_does_not_wait_for_what_runs(
-    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
-) -> None:
-    environment["OUTBOX__SHUTDOWN_GRACE"] = "60"
-    async with working(environment, settings, tmp_path) as worker:
-        (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang"))
-        await until(lambda: is_state(ledger, message_id, "running"))
-        worker.process.terminate()
-        await until(lambda: worker.says("Stopping worker process"), timeout=10)
-        worker.process.terminate()
-        await until(lambda: worker.process.poll() is not None, timeout=5)
+async def test_a_second_signal_does_not_wait_for_what_runs(ledger: Ledger, processes: Processes) -> None:
+    await processes.relay()
+    worker = await processes.worker(_LEDGER, OUTBOX__SHUTDOWN_GRACE="60")
+    (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang"))
+    await until(lambda: is_state(ledger, message_id, "running"))
+    worker.process.terminate()
+    await until(lambda: worker.says("Stopping worker process"), timeout=10)
+    worker.process.terminate()
+    await until(lambda: worker.process.poll() is not None, timeout=5)
 
 
-async def test_the_relay_process_stops_at_once_with_status_0(
-    ledger: Ledger, environment: dict[str, str], tmp_path: Path
-) -> None:
-    with (tmp_path / "relay.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "relay", "relay", env=environment, stderr=log
-        )
-    try:
-        await until(lambda: "relay.started" in (tmp_path / "relay.log").read_text(), timeout=20)
-        process.terminate()
-        async with asyncio.timeout(5):
-            assert await process.wait() == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+async def test_the_relay_process_stops_at_once_with_status_0(ledger: Ledger, processes: Processes) -> None:
+    relay = await processes.relay()
+    async with asyncio.timeout(5):
+        assert await relay.stop() == 0
 
 
 async def test_queues_have_worker_pools_of_their_own(
