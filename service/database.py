@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from uuid import uuid4
 
 from fastapi import Depends, Request
-from sqlalchemy import MetaData, text
+from sqlalchemy import MetaData, event, text
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
-from service.driver import PreparedBegin
+from service.driver import PreparedBegin, has_transaction_timeout
 from service.errors import TransactionError
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import ExceptionContext
+
     from service.settings import DatabaseSettings
 
 __all__ = [
@@ -71,12 +74,16 @@ def create_engine(
         }
     else:
         # A plan kept since a table was small would read all of it when it is large.
-        server_settings = {"application_name": application_name, "plan_cache_mode": "force_custom_plan"}
+        server_settings = {
+            "application_name": application_name,
+            "plan_cache_mode": "force_custom_plan",
+            "idle_session_timeout": "0",
+        }
         if statement_timeout is not None:
             server_settings["statement_timeout"] = f"{int(statement_timeout * 1000)}"
             server_settings["idle_in_transaction_session_timeout"] = f"{int(statement_timeout * 1000)}"
         connect_args["server_settings"] = server_settings
-    return create_async_engine(
+    engine = create_async_engine(
         settings.sqlalchemy_url,
         isolation_level="READ COMMITTED",
         pool_size=settings.pool_size,
@@ -87,6 +94,38 @@ def create_engine(
         hide_parameters=True,  # they would stand in logs and in stored errors
         connect_args=connect_args,
     )
+    _drop_useless_connections(engine)
+    if not settings.pooler:
+        _lift_transaction_timeout(engine)
+    return engine
+
+
+def _lift_transaction_timeout(engine: AsyncEngine) -> None:
+    """Let no default of the database role end a transaction that something else bounds."""
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def connect(dbapi_connection: Any, _record: Any) -> None:
+        if has_transaction_timeout(dbapi_connection.driver_connection):
+            dbapi_connection.run_async(lambda driver: driver.execute("SET transaction_timeout = 0"))
+
+
+def _drop_useless_connections(engine: AsyncEngine) -> None:
+    """Never lend a connection that PostgreSQL has closed, nor keep one to a server that only reads.
+
+    The first is known without asking PostgreSQL. The second is a standby before its promotion, or a role that was
+    read-only when the session began; the session would stay so. A session that asked to be read-only is in order.
+    """
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def checkout(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+        if dbapi_connection.driver_connection.is_closed():
+            raise DisconnectionError
+
+    @event.listens_for(engine.sync_engine, "handle_error")
+    def handle_error(context: ExceptionContext) -> None:
+        if context.connection is not None and getattr(context.original_exception, "sqlstate", None) == "25006":
+            asked: Any = context.connection.connection.dbapi_connection
+            context.is_disconnect = not asked.readonly
 
 
 def session_factory(engine: AsyncEngine, class_: type[AsyncSession] = AsyncSession) -> SessionFactory:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     _Connection = asyncpg.Connection  # it takes no parameter when the program runs
 
-__all__ = ["DRIVER_ERRORS", "PreparedBegin", "bound_waits", "connect", "driver_arguments"]
+__all__ = ["DRIVER_ERRORS", "PreparedBegin", "bound_waits", "connect", "driver_arguments", "has_transaction_timeout"]
 
 # asyncpg raises an InternalClientError, which is none of its other errors, when a connection breaks while it is used.
 DRIVER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -33,26 +33,33 @@ _BY_INDEX = {
 }
 
 
+_BEGIN_WITHIN = 10.0
+"""Seconds for a server to answer BEGIN, which waits for nothing; one that has vanished would never answer."""
+
+
 class PreparedBegin(_Connection):
-    """A connection whose next transaction begins with a statement of the caller's, in one round trip with BEGIN.
+    """A connection that begins a transaction in bounded time, and with a statement of the caller's if there is one.
 
     Attributes:
-        preamble: That statement, without parameters; empty once it was sent.
+        preamble: Sent in one round trip with the next BEGIN, without parameters; empty once that has succeeded.
     """
 
     preamble = ""
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109  asyncpg's
         """As asyncpg's own, which runs BEGIN by it."""
-        if not self.preamble or args or not query.startswith("BEGIN"):
+        if args or not query.startswith("BEGIN"):
             return await super().execute(query, *args, timeout=timeout)
-        query, self.preamble = query + self.preamble, ""
         try:
-            return await super().execute(query, timeout=timeout)
-        except BaseException:
+            status = await super().execute(query + self.preamble, timeout=timeout or _BEGIN_WITHIN)
+        except BaseException as error:
             # The transaction may have begun, and whoever asked for it believes that it has not.
             self.terminate()
+            if isinstance(error, TimeoutError):
+                raise asyncpg.ConnectionDoesNotExistError("PostgreSQL did not answer BEGIN") from error
             raise
+        self.preamble = ""
+        return status
 
 
 def driver_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:
@@ -73,8 +80,13 @@ async def connect(settings: DatabaseSettings, application_name: str) -> asyncpg.
     return connection
 
 
+def has_transaction_timeout(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+    """Whether the server can limit a transaction as a whole."""
+    return connection.get_server_version() >= (17,)
+
+
 async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: str) -> None:
-    """Set the session's timeouts, so that defaults of the database role can neither end nor hang a statement.
+    """Set the session's timeouts, so that defaults of the database role can neither end nor hang a statement of it.
 
     They are set here and not when connecting, where a pooler would refuse them; behind one in transaction mode they
     would reach other sessions, so there they are the pooler's to set.
@@ -83,6 +95,8 @@ async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: st
         "statement_timeout": "30s",
         "lock_timeout": "0",
         "idle_in_transaction_session_timeout": "10s",
+        "idle_session_timeout": "0",
+        **({"transaction_timeout": "0"} if has_transaction_timeout(connection) else {}),
         **_BY_INDEX,
         **more,
     }

@@ -7,8 +7,10 @@ import socket
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
+from sqlalchemy import make_url
 
 from service.api import create_app
+from service.dev.postgres import psql
 from tests.api.probe import SCHEMA, router
 from tests.api.serving import serve
 from tests.api.test_problems import assert_problem
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from service.dev.postgres import Postgres
     from service.settings import Settings
     from tests.api.conftest import MakeApp, Sql
+    from tests.real_servers import Where
 
 
 def assert_away(response: httpx.Response) -> None:
@@ -93,6 +96,41 @@ async def test_the_database_goes_and_comes_back(settings: Settings, own_postgres
 
         await until(lambda: _stores(client, 2), what="the API to recover")
     assert own_postgres.sql("SELECT count(*) FROM probe", "service") == "2"
+
+
+_SESSIONS = "FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'api'"
+
+
+async def test_connections_that_were_ended_while_idle_are_not_used(client: httpx.AsyncClient, sql: Sql) -> None:
+    assert (await client.post("/probes", json={"id": 1})).status_code == 201
+    sql(f"SELECT pg_terminate_backend(pid) {_SESSIONS}")
+    await until(lambda: sql(f"SELECT count(*) {_SESSIONS}") == "0")
+    assert (await client.post("/probes", json={"id": 2})).status_code == 201
+
+
+async def test_a_server_that_only_reads_is_left_once_it_does_more(
+    client: httpx.AsyncClient, servers: Where, settings: Settings
+) -> None:
+    """A session begun on a standby, or under a role that may only read, stays so for good."""
+    role = f'ALTER ROLE postgres IN DATABASE "{make_url(settings.database.dsn).database}"'
+    psql(servers.postgres, f"{role} SET default_transaction_read_only = on")
+    for _ in range(3):
+        assert_away(await client.post("/probes", json={"id": 1}))
+    psql(servers.postgres, f"{role} RESET ALL")
+    await until(lambda: _stores(client, 1))
+
+
+async def test_timeouts_of_the_role_end_nothing(
+    client: httpx.AsyncClient, servers: Where, settings: Settings, sql: Sql
+) -> None:
+    role = f'ALTER ROLE postgres IN DATABASE "{make_url(settings.database.dsn).database}"'
+    for name in ("transaction_timeout", "idle_session_timeout"):
+        psql(servers.postgres, f"{role} SET {name} = '200ms'")
+    assert (await client.get("/sleep/0.5")).status_code == 200
+    backend = sql(f"SELECT pid {_SESSIONS}")
+    await asyncio.sleep(0.5)  # idle
+    assert (await client.post("/probes", json={"id": 2})).status_code == 201
+    assert sql(f"SELECT pid {_SESSIONS}") == backend
 
 
 async def _stores(client: httpx.AsyncClient, id_: int) -> bool:
