@@ -1,7 +1,8 @@
 """The claims of a worker process: whoever asks while a statement is under way shares the next one.
 
 What must stay true: the shared statement passes over rows that somebody has locked, so that no row holds up another's
-claim; and only a statement of its own, which waits for the lock, may tell somebody that there is nothing to claim.
+claim; only a statement of its own, which waits for the lock, may tell somebody that there is nothing to claim; those
+that wait never have all of the ledger's connections; and whoever asks is answered, whatever goes wrong.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from service.driver import DRIVER_ERRORS
 from service.outbox import statements
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from service.outbox.statements import Claim, Connection
 
 __all__ = ["Claims"]
+
+_WAITING = 2
+"""Connections that may wait for locked rows at a time."""
 
 
 class Claims:
@@ -34,41 +37,48 @@ class Claims:
     def __init__(self, ledger: Callable[[], AbstractAsyncContextManager[Connection]], lease: timedelta) -> None:
         self._ledger = ledger
         self._lease = lease
-        self._asked: dict[tuple[UUID, UUID], asyncio.Future[Claim | None]] = {}
+        self._asked: list[tuple[UUID, UUID, asyncio.Future[Claim | None]]] = []
+        self._waiting = asyncio.Semaphore(_WAITING)
         self._sharing: asyncio.Task[None] | None = None
 
     async def claim(self, message_id: UUID, token: UUID) -> Claim | None:
         """See `statements.claim`, whose errors this raises."""
         answer: asyncio.Future[Claim | None] = asyncio.get_running_loop().create_future()
-        self._asked[message_id, token] = answer
+        self._asked.append((message_id, token, answer))
         if self._sharing is None:
             self._sharing = asyncio.create_task(self._share())
         claim = await answer
         if claim is not None:
             return claim
-        async with self._ledger() as connection:
+        async with self._waiting, self._ledger() as connection:
             return await statements.claim(connection, message_id, token, self._lease)
 
     async def _share(self) -> None:
         try:
             while self._asked:
-                asked, self._asked = self._asked, {}
+                asked, self._asked = self._asked, []
                 await self._ask(asked)
         finally:
             self._sharing = None
+            for _, _, answer in self._asked:  # only left when this task was cancelled
+                answer.cancel()
+            self._asked = []
 
-    async def _ask(self, asked: dict[tuple[UUID, UUID], asyncio.Future[Claim | None]]) -> None:
+    async def _ask(self, asked: list[tuple[UUID, UUID, asyncio.Future[Claim | None]]]) -> None:
         try:
             async with self._ledger() as connection:
-                claims = await statements.claim_free(connection, list(asked), self._lease)
-        except BaseException as error:
-            for answer in asked.values():
+                wanted = [(message_id, token) for message_id, token, _ in asked]
+                claims = await statements.claim_free(connection, wanted, self._lease)
+        except Exception as error:  # noqa: BLE001  it is theirs who asked, and those who ask next are served
+            for _, _, answer in asked:
                 if not answer.done():
                     answer.set_exception(error)
-            if not isinstance(error, DRIVER_ERRORS):
-                raise
             return
+        except BaseException:
+            for _, _, answer in asked:
+                answer.cancel()
+            raise
         given = {(claim.id, claim.token): claim for claim in claims}
-        for key, answer in asked.items():
+        for message_id, token, answer in asked:
             if not answer.done():
-                answer.set_result(given.get(key))
+                answer.set_result(given.get((message_id, token)))

@@ -12,12 +12,16 @@ import pytest
 
 from service.outbox import statements
 from service.outbox.claims import Claims
+from service.outbox.runner import Runner
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from service.outbox.statements import Connection
+    from service.settings import Settings
     from tests.ledger.conftest import Connect, Ledger
 
 LEASE = timedelta(seconds=30)
@@ -30,10 +34,12 @@ class Lender:
         self._connect = connect
         self.lending = asyncio.Event()
         self.lending.set()
+        self.asked = False
         self.loans = 0
 
     @asynccontextmanager
     async def __call__(self) -> AsyncIterator[Connection]:
+        self.asked = True
         await self.lending.wait()
         self.loans += 1
         yield await self._connect()
@@ -110,6 +116,51 @@ async def test_a_claim_from_the_second_dispatch_on_is_on_disk(
     async with worker.transaction():
         assert len(await statements.claim_free(worker, [(each, uuid4()) for each in ids], LEASE)) == 2
         assert await worker.fetchval("SHOW synchronous_commit") == waits
+
+
+async def test_more_locked_rows_than_connections_hold_up_nobody_else(
+    ledger: Ledger, settings: Settings, worker_engine: AsyncEngine
+) -> None:
+    settings.outbox.lease = 60
+    runner = Runner(settings, worker_engine)
+    await runner.open()
+    locked = [await ledger.happen() for _ in range(8)]
+    free = [await ledger.happen("outside") for _ in range(4)]
+    async with ledger.connection.transaction():
+        await ledger.connection.execute("SELECT FROM outbox_message WHERE id = ANY($1) FOR UPDATE", locked)
+        waiting = [asyncio.create_task(runner.deliver(each)) for each in locked]
+        await until(lambda: somebody_waits(ledger))
+        async with asyncio.timeout(5):
+            await asyncio.gather(*[runner.deliver(each) for each in free])
+        assert [await ledger.state(each) for each in free] == ["completed"] * 4
+    await asyncio.gather(*waiting)
+    assert [await ledger.state(each) for each in locked] == ["completed"] * 8
+    await runner.close()
+
+
+class Broken(Lender):
+    """Fails once, in a way that no driver does."""
+
+    @asynccontextmanager
+    async def __call__(self) -> AsyncIterator[Connection]:
+        async with super().__call__() as connection:
+            if self.loans == 1:
+                raise ValueError("odd")
+            yield connection
+
+
+async def test_whoever_asks_while_another_meets_an_odd_error_is_served(ledger: Ledger, connect: Connect) -> None:
+    lender = Broken(connect)
+    lender.lending.clear()
+    claims = Claims(lender, LEASE)
+    first = asyncio.create_task(claims.claim(await ledger.happen(), uuid4()))
+    await until(lambda: lender.asked)
+    second = asyncio.create_task(claims.claim(await ledger.happen(), uuid4()))
+    lender.lending.set()
+    with pytest.raises(ValueError, match="odd"):
+        await first
+    async with asyncio.timeout(5):
+        assert await second
 
 
 async def test_an_error_reaches_everybody_who_asked(ledger: Ledger, lender: Lender) -> None:
