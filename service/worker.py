@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -77,6 +78,7 @@ class _Outbox(Middleware):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.settings = settings.outbox
+        self.limits = TimeLimit()
         self._runner: Runner | None = None
         self._watchdog: Watchdog | None = None
 
@@ -150,11 +152,12 @@ def _exit_on_dead_thread(args: threading.ExceptHookArgs) -> None:
     os._exit(70)
 
 
-def _deliver(outbox: _Outbox, message_id: UUID) -> None:
+def _deliver(outbox: _Outbox, message_id: UUID, limit: float) -> None:
     """Run one delivery from a worker thread; a `def` consumer runs in this very thread."""
     runner = outbox.runner
     try:
-        claim = _on_loop(runner.deliver(message_id))
+        restart_limit = partial(outbox.limits.manager.add_timeout, threading.get_ident(), limit)
+        claim = _on_loop(runner.deliver(message_id, restart_limit))
         if claim is not None:
             _run_in_thread(outbox, claim)
     except (Interrupt, RuntimeError, asyncio.CancelledError) as error:
@@ -194,7 +197,7 @@ def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
             # No relay wrote it. An exception would make Dramatiq log all of it, whatever it holds.
             _log.error("worker.odd_message", consumer=spec.name)
             return
-        _deliver(outbox, row)
+        _deliver(outbox, row, limit)
 
     for name in (spec.name, *spec.formerly):
         dramatiq.Actor(
@@ -224,7 +227,7 @@ def build(settings: Settings) -> Broker:
     outbox = _Outbox(settings)
     # `before_*` hooks run in this order, `after_*` hooks in reverse: the loop is there before and after the runner.
     middleware = [
-        _Loop(), outbox, AgeLimit(), TimeLimit(), ShutdownNotifications(), Callbacks(), Pipelines(), Retries(),
+        _Loop(), outbox, AgeLimit(), outbox.limits, ShutdownNotifications(), Callbacks(), Pipelines(), Retries(),
         CurrentMessage(),
     ]  # fmt: skip
     broker = make_broker(settings.broker, middleware)
@@ -232,5 +235,7 @@ def build(settings: Settings) -> Broker:
     for spec in consumers:
         _declare(broker, outbox, spec)
     if consumers:
-        declare_unknown(broker, lambda message_id: _deliver(outbox, message_id), consumers[0].queue)
+        declare_unknown(
+            broker, lambda message_id: _deliver(outbox, message_id, outbox.settings.time_limit), consumers[0].queue
+        )
     return broker

@@ -64,6 +64,7 @@ class Delivery:
         self.begun = False
         self.completed = False
         self.lost = False
+        self.unreached = False
         self._claim = claim
         self._sessions = sessions
         self._is_async = is_async
@@ -92,7 +93,9 @@ class Delivery:
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncSession]:
         async with self._sessions() as session:
+            self.unreached = True
             driver = await self._start(session)
+            self.unreached = False
             try:
                 yield session
                 await session.flush()
@@ -101,17 +104,20 @@ class Delivery:
                 await self._complete(driver)
                 await AsyncSession.commit(session)
             finally:
-                if type(driver) is PreparedBegin:
+                if type(driver) is PreparedBegin and driver.preamble:
+                    self.unreached = driver.is_closed()
                     driver.preamble = ""
         self.completed = True
 
     @asynccontextmanager
     async def _read(self) -> AsyncIterator[AsyncSession]:
         async with self._sessions(info={READ_ONLY: True}) as session:
+            self.unreached = True
             try:
                 await session.connection(execution_options={"postgresql_readonly": True})
             except OSError as error:
                 raise DatabaseUnavailableError("PostgreSQL cannot be reached") from error
+            self.unreached = False
             yield session
             if session.new or session.dirty or session.deleted:
                 raise DeliveryError("delivery.read() is never committed: write inside `async with delivery.begin()`")

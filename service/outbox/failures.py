@@ -21,10 +21,17 @@ from service.errors import DatabaseUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ERRORS_KEPT", "backoff", "describe", "lost_database"]
+__all__ = ["ERRORS_KEPT", "FORGIVEN_LOSSES", "backoff", "describe", "lost_database"]
 
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""
+
+FORGIVEN_LOSSES = 3
+"""How often a row may lose its database in mid-effect before that uses up attempts.
+
+An outage hits whatever runs, and the same row again when it is the second one; but a row that crashes its own backend
+looks like one each time, and must run out of attempts.
+"""
 
 _MESSAGE_LENGTH = 500
 _FRAMES = 6

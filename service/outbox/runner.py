@@ -1,35 +1,46 @@
 """Runs the deliveries of one worker process: from the id in a broker message to a settled row.
 
 What must stay true: a message may be acknowledged whatever happens here, since the row comes due again by itself.
-So nothing is raised into Dramatiq; a failure that cannot be written down is left to the lease. An outage of
-PostgreSQL uses up no attempts: a claim waits for it to come back.
+So nothing is raised into Dramatiq. An outage of PostgreSQL uses up no attempts: a claim waits for it to come back, and
+so does what became of a run, for as long as the process lives. The claim's token makes it safe to be late.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-import asyncpg
 from dramatiq.middleware import TimeLimitExceeded
 
 from service.database import OneTransaction, session_factory
-from service.driver import DRIVER_ERRORS, bound_waits, connect, driver_arguments
+from service.driver import DRIVER_ERRORS, connect
 from service.errors import DeliveryError, TransactionError
-from service.outbox import statements
 from service.outbox.claims import Claims
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError
-from service.outbox.failures import backoff, describe, lost_database
+from service.outbox.failures import backoff, lost_database
 from service.outbox.heartbeat import Heartbeat
+from service.outbox.ledger import LedgerPool
+from service.outbox.outcomes import (
+    Completed,
+    Dead,
+    Failed,
+    Lost,
+    Outcome,
+    Released,
+    Returned,
+    Suspected,
+    Unknown,
+    log_lost,
+    write,
+)
 from service.telemetry import get_logger, trace_context
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Awaitable, Callable
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -40,47 +51,12 @@ __all__ = ["Runner"]
 
 _log = get_logger(__name__)
 
+_UNSETTLED = 1_000
+"""Rows that wait for PostgreSQL in this process at most; what is beyond is left to the lease."""
+
 
 class _UnknownConsumerError(Exception):
     """This worker's code knows no such consumer, or not this version of its event; another deployment may."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Completed:
-    """The effect and the row's completion are committed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Lost:
-    """The row is somebody else's; the effect was rolled back."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Returned:
-    """The consumer came back without `begin()`: its effect is outside, or there was nothing to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    error: BaseException
-    delay: timedelta
-
-
-@dataclass(frozen=True, slots=True)
-class _Dead:
-    error: BaseException
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Released:
-    """Not the consumer's fault: the attempt is refunded."""
-
-    error: BaseException | None = None
-    delay: timedelta = timedelta()
-
-
-_Outcome = _Completed | _Lost | _Returned | _Failed | _Dead | _Released
 
 
 class Runner:
@@ -90,26 +66,26 @@ class Runner:
         self._settings: OutboxSettings = settings.outbox
         self._lease = timedelta(seconds=settings.outbox.lease)
         self._sessions = session_factory(engine, OneTransaction)
-        prepare = None if settings.database.pooler else bound_waits
-        arguments = driver_arguments(settings.database, "outbox-worker-ledger")
-        self._pool = asyncpg.create_pool(min_size=0, max_size=4, init=prepare, reset=_keep, **arguments)
+        self._ledger = LedgerPool(settings)
         self._heartbeat = Heartbeat(lambda: connect(settings.database, "outbox-worker-heartbeat"), self._lease)
-        # A pooler in transaction mode may give a statement's second half another server outside a transaction.
-        self._transactions = settings.database.pooler
         self._claims = Claims(self._ledger, self._lease)
         self._running: set[asyncio.Task[Any]] = set()
+        self._unsettled: dict[UUID, asyncio.Task[None]] = {}
         self._stopping = False
         self._releasing = False
 
     async def open(self) -> None:
         """Start the heartbeat. PostgreSQL need not be up yet."""
-        await self._pool
+        await self._ledger.open()
         self._heartbeat.start()
 
     async def close(self) -> None:
-        """End the heartbeat and the connections."""
+        """Write down what is still to be written, and end the heartbeat and the connections."""
+        self._stopping = True
+        if self._unsettled:
+            await asyncio.wait(self._unsettled.values())
         await asyncio.to_thread(self._heartbeat.stop)
-        await self._pool.close()
+        await self._ledger.close()
 
     def stop(self) -> None:
         """Wait for PostgreSQL no longer, and release what still runs when the grace is over. Called on the loop."""
@@ -121,21 +97,29 @@ class Runner:
         for task in self._running:
             task.cancel()
 
-    async def deliver(self, message_id: UUID) -> Claim | None:
-        """Run the delivery of a row to its end; a claim of a `def` consumer is returned for the caller to run."""
+    async def deliver(self, message_id: UUID, restart_limit: Callable[[], None] | None = None) -> Claim | None:
+        """Run the delivery of a row to its end; a claim of a `def` consumer is returned for the caller to run.
+
+        Args:
+            message_id: The row.
+            restart_limit: Called when the claim had to be waited for, so that the consumer has its whole time limit.
+        """
+        asked = asyncio.get_running_loop().time()
         claim = await self._claim(message_id)
+        if restart_limit is not None and asyncio.get_running_loop().time() - asked > self._settings.grace / 4:
+            restart_limit()
         if claim is None:
             _log.debug("outbox.nothing_to_claim", message_id=str(message_id))
             return None
         spec = consumer_named(claim.consumer)
         if self._releasing:
             # Dramatiq's threads take messages for a moment longer; a run begun now would hold up the shutdown.
-            await self.settle(claim, _Released(delay=timedelta(seconds=1)))
+            await self.settle(claim, Released(delay=timedelta(seconds=1)))
         elif spec is None or claim.version > spec.event.event_version:
             await self.settle(claim, self._unknown(claim, spec))
         elif claim.attempts > self.max_attempts(spec):
             error = RuntimeError("a worker was lost in the last attempt")
-            await self.settle(claim, _Dead(error, "worker lost"))
+            await self.settle(claim, Dead(error, "worker lost"))
         elif not spec.is_async:
             self.watch(claim, spec)
             return claim
@@ -143,42 +127,44 @@ class Runner:
             await self._run_and_settle(claim, spec)
         return None
 
-    @asynccontextmanager
-    async def _ledger(self) -> AsyncIterator[statements.Connection]:
-        async with self._pool.acquire(timeout=10) as connection:
-            if self._transactions:
-                async with connection.transaction():
-                    yield connection
-            else:
-                yield connection
-
     async def _claim(self, message_id: UUID) -> Claim | None:
         token = uuid4()
         attempt = 0
-        while True:
-            try:
-                return await self._claims.claim(message_id, token)
-            except DRIVER_ERRORS as error:
-                attempt += 1
-                _log.warning("outbox.claim_waits", error=type(error).__name__, message_id=str(message_id))
-                if self._stopping:
-                    return None
-                await asyncio.sleep(backoff(attempt, 100, 3_000).total_seconds())
+        try:
+            while True:
+                try:
+                    return await self._claims.claim(message_id, token)
+                except DRIVER_ERRORS as error:
+                    attempt += 1
+                    _log.warning("outbox.claim_waits", error=type(error).__name__, message_id=str(message_id))
+                    if self._stopping:
+                        break
+                    await asyncio.sleep(backoff(attempt, 100, 3_000).total_seconds())
+        except asyncio.CancelledError:
+            self._later(message_id, token, partial(self._give_back, message_id, token))
+            raise
+        self._later(message_id, token, partial(self._give_back, message_id, token))
+        return None
+
+    async def _give_back(self, message_id: UUID, token: UUID) -> None:
+        """Undo a claim that nobody waits for any more: it may have been made without a reply."""
+        claim = await self._claims.claim(message_id, token)
+        if claim is not None:
+            await self._write(claim, Released())
 
     async def _run_and_settle(self, claim: Claim, spec: Consumer) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._running.add(task)
         self.watch(claim, spec)
-        try:
-            with trace_context(_headers(claim), consumer=claim.consumer, message_id=str(claim.id)):
+        with trace_context(_headers(claim), consumer=claim.consumer, message_id=str(claim.id)):
+            self._running.add(task)
+            try:
                 outcome = await self._run(claim, spec)
-                await self.settle(claim, outcome)
-        finally:
-            self._running.discard(task)
-            self.forget(claim)
+            finally:
+                self._running.discard(task)  # what is over is not to be cancelled at the end of the grace
+            await self.settle(claim, outcome)
 
-    async def _run(self, claim: Claim, spec: Consumer) -> _Outcome:
+    async def _run(self, claim: Claim, spec: Consumer) -> Outcome:
         delivery = self.delivery(claim, spec)
         limit = self.time_limit(spec)
         timer = asyncio.timeout(limit.total_seconds())
@@ -186,8 +172,8 @@ class Runner:
             async with timer:
                 await spec.fn(spec.event.model_validate(claim.payload), delivery)
         except BaseException as error:  # noqa: BLE001  also what would end the loop for every delivery: SystemExit
-            if isinstance(error, asyncio.CancelledError) and self._releasing:
-                return _Lost() if delivery.lost else _Released()
+            if isinstance(error, asyncio.CancelledError) and (self._releasing or _cut_early(timer)):
+                return Lost() if delivery.lost else Released()
             if timer.expired() or isinstance(error, asyncio.CancelledError):
                 error = TimeLimitExceeded(f"ran longer than {limit.total_seconds():g} s")
             return self.judge(error, claim, spec, delivery)
@@ -203,103 +189,110 @@ class Runner:
         self._heartbeat.watch(claim.id, claim.token, self._longest(spec))
 
     def forget(self, claim: Claim) -> None:
-        """The run is over."""
-        self._heartbeat.forget(claim.id, claim.token)
+        """The run is over; its lease is kept while its outcome waits for PostgreSQL."""
+        if claim.token not in self._unsettled:
+            self._heartbeat.forget(claim.id, claim.token)
 
-    def returned(self, claim: Claim, spec: Consumer, delivery: Delivery) -> _Outcome:
+    def returned(self, claim: Claim, spec: Consumer, delivery: Delivery) -> Outcome:
         """What it means that the consumer returned."""
         if delivery.completed:
-            return _Completed()
+            return Completed()
         if delivery.lost:
-            return _Lost()
+            return Lost()
         if delivery.begun:
             error = DeliveryError("the error that ended begin() was swallowed: let it out, or return before begin()")
             return self.judge(error, claim, spec, delivery)
-        return _Returned()
+        return Returned()
 
-    def judge(self, error: BaseException, claim: Claim, spec: Consumer, delivery: Delivery) -> _Outcome:
+    def judge(self, error: BaseException, claim: Claim, spec: Consumer, delivery: Delivery) -> Outcome:
         """What it means that the consumer raised."""
         if delivery.completed:
             _log.warning("outbox.raised_after_completion", error=type(error).__name__)
-            return _Completed()
-        delay = backoff(claim.attempts, self.min_backoff(spec), self.max_backoff(spec))
+            return Completed()
         match error:
             case LeaseLostError():
-                return _Lost()
+                return Lost()
             case _ if delivery.lost:
-                return _Lost()
+                return Lost()
             case Fail():
-                return _Dead(error, str(error) or "the consumer failed it")
+                return Dead(error, str(error) or "the consumer failed it")
             case DeliveryError() | TransactionError():
-                return _Dead(error, str(error))
+                return Dead(error, str(error))
             case _ if spec.throws and isinstance(error, spec.throws):
-                return _Dead(error, f"{type(error).__name__} is not retried")
-            # Refunded once only: what crashes its backend each time must run out of attempts.
-            case _ if claim.dispatches < 2 and lost_database(error):
-                return _Released(error, delay)
-            case _ if claim.attempts >= self.max_attempts(spec):
-                return _Dead(error, f"failed {claim.attempts} times")
-            case Retry() if error.delay is not None:
-                return _Failed(error, timedelta(milliseconds=error.delay))
+                return Dead(error, f"{type(error).__name__} is not retried")
+            case _ if lost_database(error) and delivery.unreached:
+                # Nothing was executed, so it is never the row's doing.
+                tries = min(claim.dispatches, 7)
+                return Released(error, backoff(tries, self.min_backoff(spec), self.max_backoff(spec)))
+            case _ if lost_database(error):
+                delay = backoff(1, self.min_backoff(spec), self.max_backoff(spec))
+                return Suspected(error, delay, self._charged(error, claim, spec))
             case _:
-                return _Failed(error, delay)
+                return self._charged(error, claim, spec)
 
-    def _unknown(self, claim: Claim, spec: Consumer | None) -> _Released:
+    def _charged(self, error: BaseException, claim: Claim, spec: Consumer) -> Failed | Dead:
+        if claim.attempts >= self.max_attempts(spec):
+            return Dead(error, f"failed {claim.attempts} times")
+        if isinstance(error, Retry) and error.delay is not None:
+            return Failed(error, timedelta(milliseconds=error.delay))
+        return Failed(error, backoff(claim.attempts, self.min_backoff(spec), self.max_backoff(spec)))
+
+    def _unknown(self, claim: Claim, spec: Consumer | None) -> Unknown:
         if spec is None:
             error = _UnknownConsumerError(f"no consumer named {claim.consumer} is deployed")
         else:
             known = f"{spec.event.event_type} version {spec.event.event_version}"
             error = _UnknownConsumerError(f"version {claim.version} of the event is newer than this worker's {known}")
-        return _Released(error, backoff(min(claim.dispatches, 7), 2_000, 120_000))
+        return Unknown(error, backoff(min(claim.dispatches, 7), 2_000, 120_000))
 
-    async def settle(self, claim: Claim, outcome: _Outcome) -> None:
-        """Write the outcome down; while PostgreSQL is away, for as long as the lease lasts."""
-        if isinstance(outcome, _Completed):
-            return
-        give_up_at = asyncio.get_running_loop().time() + self._lease.total_seconds()
-        attempt = 0
-        while True:
+    async def settle(self, claim: Claim, outcome: Outcome) -> None:
+        """Write the outcome down. What PostgreSQL does not take at once is written as soon as it does, after this."""
+        try:
+            await self._write(claim, outcome)
+        except (*DRIVER_ERRORS, asyncio.CancelledError) as error:
+            self._later(claim.id, claim.token, partial(self._write, claim, outcome))
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        finally:
+            self.forget(claim)
+
+    def _later(self, message_id: UUID, token: UUID, write: Callable[[], Awaitable[None]]) -> None:
+        """Go on until it is written, or one lease long from when this worker stops; the lease is kept until then."""
+
+        async def write_at_last() -> None:
+            loop = asyncio.get_running_loop()
+            longest = min(3_000, int(self._lease.total_seconds() * 250))  # several times while the relay spares leases
+            attempt, give_up_at = 0, float("inf")
             try:
-                async with self._ledger() as connection:
-                    await self._apply(connection, claim, outcome)
-            except DRIVER_ERRORS as error:
-                attempt += 1
-                pause = backoff(attempt, 100, 3_000).total_seconds()
-                if asyncio.get_running_loop().time() + pause > give_up_at:
-                    _log.error("outbox.not_settled", error=type(error).__name__, outcome=type(outcome).__name__)
-                    return
-                await asyncio.sleep(pause)
-            else:
-                return
+                while True:
+                    attempt += 1
+                    await asyncio.sleep(backoff(attempt, 100, longest).total_seconds())
+                    try:
+                        return await write()
+                    except DRIVER_ERRORS as error:
+                        _log.warning("outbox.not_settled", error=type(error).__name__, message_id=str(message_id))
+                    if self._stopping:
+                        give_up_at = min(give_up_at, loop.time() + self._lease.total_seconds())
+                    if loop.time() >= give_up_at:
+                        _log.error("outbox.given_up", message_id=str(message_id))
+                        return None
+            finally:
+                self._heartbeat.forget(message_id, token)
 
-    async def _apply(self, connection: statements.Connection, claim: Claim, outcome: _Outcome) -> None:
-        match outcome:
-            case _Lost():
-                _log.warning("outbox.lease_lost", consumer=claim.consumer, message_id=str(claim.id))
-            case _Returned():
-                if not await statements.complete(connection, claim):
-                    _log.warning("outbox.lease_lost", consumer=claim.consumer, message_id=str(claim.id))
-            case _Failed(error, delay):
-                await statements.fail(connection, claim, describe(error, claim.payload), delay)
-                _log.warning("outbox.failed", attempt=claim.attempts, retry_in=delay.total_seconds(), **_shown(error))
-            case _Dead(error, reason):
-                number = await statements.die(connection, claim, describe(error, claim.payload), reason[:500])
-                _log.error(
-                    "outbox.dead_lettered", dead_letter=number, reason=reason, attempt=claim.attempts, **_shown(error)
-                )
-            case _Released(error, delay):
-                await self._apply_release(connection, claim, error, delay)
+        if len(self._unsettled) >= _UNSETTLED:
+            _log.error("outbox.given_up", message_id=str(message_id))
+            self._heartbeat.forget(message_id, token)
+            return
+        task = asyncio.create_task(write_at_last())
+        self._unsettled[token] = task
+        task.add_done_callback(lambda _: self._unsettled.pop(token))
 
-    async def _apply_release(
-        self, connection: statements.Connection, claim: Claim, error: BaseException | None, delay: timedelta
-    ) -> None:
-        document = None if error is None else describe(error, claim.payload)
-        patience = timedelta(seconds=self._settings.unknown_consumer_after)
-        overdue = await statements.release(connection, claim, error=document, delay=delay, patience=patience)
-        _log.info("outbox.released", consumer=claim.consumer, error=None if error is None else type(error).__name__)
-        if overdue and isinstance(error, _UnknownConsumerError):
-            assert document is not None
-            await statements.die(connection, claim, document, str(error), states=("pending",))
+    async def _write(self, claim: Claim, outcome: Outcome) -> None:
+        if isinstance(outcome, Lost):
+            log_lost(claim)
+        elif not isinstance(outcome, Completed):
+            async with self._ledger() as connection:
+                await write(connection, claim, outcome, timedelta(seconds=self._settings.unknown_consumer_after))
 
     def max_attempts(self, spec: Consumer) -> int:
         """Attempts in all: the first and the retries."""
@@ -321,14 +314,13 @@ class Runner:
         return self.time_limit(spec) + timedelta(seconds=self._settings.grace)
 
 
+def _cut_early(timer: asyncio.Timeout) -> bool:
+    """Whether this task is being cancelled before its time: Dramatiq's limit counts the wait for the claim, too."""
+    task, ends_at = asyncio.current_task(), timer.when()
+    assert task is not None
+    assert ends_at is not None
+    return task.cancelling() > 0 and asyncio.get_running_loop().time() < ends_at
+
+
 def _headers(claim: Claim) -> dict[str, str]:
     return claim.headers | {"causation_id": str(claim.id)}
-
-
-def _shown(error: BaseException) -> dict[str, Any]:
-    """How a failure is logged: what a consumer raised to steer needs no traceback."""
-    return {"error": type(error).__name__, "exc_info": None if isinstance(error, Retry | Fail) else error}
-
-
-async def _keep(_connection: asyncpg.Connection[asyncpg.Record]) -> None:
-    """Nothing of the session is ever changed, so there is nothing to reset."""

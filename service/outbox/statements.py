@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from service.outbox.failures import ERRORS_KEPT
+from service.outbox.failures import ERRORS_KEPT, FORGIVEN_LOSSES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,19 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
-__all__ = ["Claim", "claim", "claim_free", "complete", "complete_in_transaction", "die", "fail", "heartbeat", "release"]
+__all__ = [
+    "Claim",
+    "claim",
+    "claim_free",
+    "complete",
+    "complete_in_transaction",
+    "die",
+    "fail",
+    "forgive",
+    "heartbeat",
+    "postpone",
+    "release",
+]
 
 # Rows are found by the primary key. While the table is empty by PostgreSQL's statistics, the index of due rows looks
 # just as good, and a plan that is kept would read all of it for every row. `_STATE` keeps that index out: PostgreSQL
@@ -105,11 +117,28 @@ UPDATE outbox_message AS message
 SET state = 'pending', due_at = clock_timestamp() + $4, attempts = attempts - 1,
     errors = CASE WHEN $3::jsonb IS NULL THEN errors ELSE {_ERRORS} END
 WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
-RETURNING outbox_wake(), (
-    SELECT min((error ->> 'at')::timestamptz) < clock_timestamp() - $5::interval
-    FROM jsonb_array_elements(errors) AS error
-    WHERE error ->> 'type' = $3::jsonb ->> 'type'
-) AS overdue
+RETURNING outbox_wake()
+"""  # noqa: S608
+
+# Suspected of ending its own backend each time, a row waits twice as long each time, and that often only.
+_FORGIVEN = "(SELECT count(*) FROM jsonb_array_elements(errors) AS error WHERE error ? 'forgiven')"
+
+_FORGIVE = f"""
+UPDATE outbox_message AS message
+SET state = 'pending', due_at = clock_timestamp() + $4::interval * 2 ^ {_FORGIVEN}, attempts = attempts - 1,
+    errors = {_ERRORS}
+WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running' AND {_FORGIVEN} < {FORGIVEN_LOSSES}
+RETURNING outbox_wake()
+"""  # noqa: S608
+
+# The first of a series stands for all of it, so that its time is kept however long the series becomes.
+_POSTPONE = f"""
+UPDATE outbox_message AS message
+SET state = 'pending', due_at = clock_timestamp() + $4, attempts = attempts - 1,
+    errors = CASE WHEN errors -> -1 ->> 'type' = $3::jsonb ->> 'type' AND errors -> -1 -> 'attempt' = to_jsonb(attempts)
+             THEN errors ELSE {_ERRORS} END
+WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
+RETURNING outbox_wake(), (errors -> -1 ->> 'at')::timestamptz < clock_timestamp() - $5::interval AS overdue
 """  # noqa: S608
 
 _DIE = f"""
@@ -211,16 +240,24 @@ async def fail(connection: Connection, mine: Claim, error: dict[str, str], backo
 
 
 async def release(
-    connection: Connection,
-    mine: Claim,
-    *,
-    error: dict[str, str] | None = None,
-    delay: timedelta = timedelta(),
-    patience: timedelta = timedelta(),
-) -> bool:
-    """Put the row back with its attempt refunded; whether errors of this type have gone on for `patience`."""
+    connection: Connection, mine: Claim, *, error: dict[str, str] | None = None, delay: timedelta = timedelta()
+) -> None:
+    """Put the row back with its attempt refunded."""
     document = None if error is None else json.dumps(error)
-    row = await connection.fetchrow(_RELEASE, mine.id, mine.token, document, delay, patience)
+    await connection.execute(_RELEASE, mine.id, mine.token, document, delay)
+
+
+async def forgive(connection: Connection, mine: Claim, error: dict[str, str], delay: timedelta) -> bool:
+    """Put the row back with its attempt refunded, unless that was done `FORGIVEN_LOSSES` times; whether it was done."""
+    document = json.dumps(error | {"forgiven": True})
+    return await connection.fetchrow(_FORGIVE, mine.id, mine.token, document, delay) is not None
+
+
+async def postpone(
+    connection: Connection, mine: Claim, error: dict[str, str], delay: timedelta, patience: timedelta
+) -> bool:
+    """Put the row back with its attempt refunded; whether it has met nothing but this error for `patience`."""
+    row = await connection.fetchrow(_POSTPONE, mine.id, mine.token, json.dumps(error), delay, patience)
     return bool(row and row["overdue"])
 
 

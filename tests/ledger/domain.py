@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -185,3 +186,66 @@ async def wait(_event: Gated, delivery: Delivery) -> None:
         if gate is not None:
             gate.reached.set()
             await gate.opened.wait()
+
+
+class GatedOutside(Event, type="ledger.gated_outside"):
+    """As `Gated`, with an effect outside the database."""
+
+    subject_id: UUID
+
+
+@consumer(GatedOutside, queue="ledger", name="ledger.wait_outside")
+async def wait_outside(_event: GatedOutside, delivery: Delivery) -> None:
+    (gate,) = GATES.pop(delivery.idempotency_key)
+    gate.reached.set()
+    await gate.opened.wait()
+
+
+class Stubborn(Event, type="ledger.stubborn"):
+    """Its consumer goes on in its transaction when it is cancelled."""
+
+    subject_id: UUID
+
+
+@consumer(Stubborn, queue="ledger", name="ledger.insist")
+async def insist(_event: Stubborn, delivery: Delivery) -> None:
+    gates = GATES.get(delivery.idempotency_key, [])
+    gate = gates.pop(0) if gates else None
+    async with delivery.begin() as session:
+        await write_effect(session, delivery)
+        if gate is not None:
+            gate.reached.set()
+            while not gate.opened.is_set():
+                with suppress(asyncio.CancelledError):
+                    await gate.opened.wait()
+
+
+class Endured(Event, type="ledger.endured"):
+    """Its consumers may not fail once, and take `seconds`."""
+
+    subject_id: UUID
+    seconds: float = 0
+    at_once: bool = False
+
+
+@consumer(Endured, queue="ledger", name="ledger.endure", max_retries=0)
+async def endure(event: Endured, delivery: Delivery) -> None:
+    await asyncio.sleep(event.seconds)
+    async with delivery.begin() as session:
+        await write_effect(session, delivery)
+
+
+@consumer(Endured, queue="ledger", name="ledger.endure_outside", max_retries=0)
+async def endure_outside(event: Endured, delivery: Delivery) -> None:
+    await asyncio.sleep(event.seconds)
+    print(f"sent {delivery.idempotency_key}", flush=True)
+
+
+@consumer(Endured, queue="cpu", name="ledger.endure_in_thread", max_retries=0)
+def endure_in_thread(event: Endured, delivery: Delivery) -> None:
+    end = time.monotonic() + event.seconds
+    if event.at_once:
+        time.sleep(event.seconds)
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    print(f"sent {delivery.idempotency_key}", flush=True)

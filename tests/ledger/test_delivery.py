@@ -12,6 +12,7 @@ import pytest
 from service.database import create_engine
 from service.outbox.runner import Runner
 from tests.ledger import domain
+from tests.ledger.test_fencing import blocked
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -167,6 +168,41 @@ async def test_an_unknown_consumer_burns_no_attempt_and_dies_after_a_day(
     assert "no consumer named ledger.not_deployed is deployed" in dead["reason"]
 
 
+async def test_an_unknown_consumers_row_dies_whatever_its_first_error_was(ledger: Ledger, runner: Runner) -> None:
+    """Only the first error and the latest are kept; a day of releases is more of them."""
+    message_id = await ledger.happen("fail")
+    await runner.deliver(message_id)
+    await ledger.set(message_id, consumer="ledger.not_deployed")
+    for hours in range(25):
+        assert await ledger.dead_letter(message_id) is None, hours
+        await ledger.connection.execute(_AN_HOUR_LATER, message_id)
+        await runner.deliver(message_id)
+    dead = await ledger.dead_letter(message_id)
+    assert dead is not None
+    assert [each["type"] for each in json.loads(dead["errors"])][:2] == ["RuntimeError", "_UnknownConsumerError"]
+
+
+async def test_an_earlier_deploy_does_not_shorten_the_patience_of_a_later_one(ledger: Ledger, runner: Runner) -> None:
+    message_id = await ledger.happen("fail")
+    for consumer in ("ledger.not_deployed", "ledger.react", "ledger.not_deployed"):
+        await ledger.set(message_id, consumer=consumer)
+        for _ in range(25 if consumer == "ledger.react" else 1):
+            await ledger.connection.execute(_AN_HOUR_LATER, message_id)
+        await runner.deliver(message_id)
+    row = await ledger.row(message_id)
+    assert row is not None
+    types = [each["type"] for each in json.loads(row["errors"])]
+    assert types == ["_UnknownConsumerError", "RuntimeError", "_UnknownConsumerError"]
+
+
+_AN_HOUR_LATER = """
+UPDATE outbox_message SET due_at = now() - interval '1 second', errors = (
+    SELECT jsonb_agg(error || jsonb_build_object('at', (error ->> 'at')::timestamptz - interval '1 hour'))
+    FROM jsonb_array_elements(errors) AS error
+) WHERE id = $1 AND errors <> '[]'
+"""
+
+
 async def test_a_newer_version_of_an_event_waits_for_a_newer_worker(ledger: Ledger, runner: Runner) -> None:
     message_id = await ledger.happen()
     await ledger.set(message_id, version=2)
@@ -204,6 +240,35 @@ async def test_a_hanging_consumer_is_ended_at_its_time_limit(ledger: Ledger, set
     assert await ledger.effects(message_id) == 0
 
 
+async def test_the_server_ends_a_transaction_whose_consumer_ignores_its_time_limit(
+    ledger: Ledger, settings: Settings, runner: Runner
+) -> None:
+    """Dramatiq abandons such a run while it goes on; its row is another run's by then."""
+    settings.outbox.time_limit, settings.outbox.grace = 1_000, 0.5
+    (message_id,) = await ledger.publish(domain.Stubborn(subject_id=uuid4()))
+    gate = domain.Gate()
+    domain.GATES[str(message_id)] = [gate]
+    stubborn = asyncio.create_task(runner.deliver(message_id))
+    await gate.reached.wait()
+    try:
+        await until(lambda: nobody_is_in_a_transaction(ledger), timeout=5)
+        assert not stubborn.done()
+        await ledger.expire(message_id)
+        await runner.deliver(message_id)
+    finally:
+        gate.opened.set()
+        await stubborn
+    assert await ledger.state(message_id) == "completed"
+    assert await ledger.effects(message_id) == 1
+
+
+async def nobody_is_in_a_transaction(ledger: Ledger) -> bool:
+    return not await ledger.connection.fetchval(
+        """SELECT count(*) FROM pg_stat_activity
+           WHERE datname = current_database() AND application_name = 'outbox-worker' AND xact_start IS NOT NULL"""
+    )
+
+
 async def test_a_stopping_worker_releases_what_does_not_end(ledger: Ledger, settings: Settings, runner: Runner) -> None:
     settings.outbox.shutdown_grace = 0.1
     message_id = await ledger.happen("hang")
@@ -219,6 +284,28 @@ async def test_a_stopping_worker_releases_what_does_not_end(ledger: Ledger, sett
     assert row is not None
     assert (row["state"], row["attempts"]) == ("pending", 0)
     assert row["due_in"] <= 0
+
+
+async def test_what_is_over_at_the_end_of_the_grace_is_written_and_not_released(
+    ledger: Ledger, settings: Settings, runner: Runner
+) -> None:
+    """The effect is outside the database: releasing it would repeat it."""
+    settings.outbox.shutdown_grace = 0.1
+    (message_id,) = await ledger.publish(domain.GatedOutside(subject_id=uuid4()))
+    await ledger.set(message_id, state="dispatched", dispatches=1)
+    gate = domain.Gate()
+    domain.GATES[str(message_id)] = [gate]
+    run = asyncio.create_task(runner.deliver(message_id))
+    await gate.reached.wait()
+    async with ledger.connection.transaction():
+        await ledger.connection.execute("SELECT FROM outbox_message WHERE id = $1 FOR UPDATE", message_id)
+        gate.opened.set()
+        await until(lambda: blocked(ledger))
+        runner.stop()
+        await asyncio.sleep(0.3)  # the grace
+    await run
+    await runner.close()
+    assert await ledger.state(message_id) == "completed"
 
 
 async def test_nothing_begins_once_a_stopping_worker_has_released_its_runs(

@@ -1,0 +1,151 @@
+"""What may become of a run, and how it is written into the row.
+
+What must stay true: every outcome may be written late or twice. Each statement matches the claim's token and the state
+it comes from, so where the row is somebody else's by then, nothing is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from service.outbox import statements
+from service.outbox.consumers import Fail, Retry
+from service.outbox.failures import describe
+from service.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from service.outbox.statements import Claim, Connection
+
+__all__ = [
+    "Completed",
+    "Dead",
+    "Failed",
+    "Lost",
+    "Outcome",
+    "Released",
+    "Returned",
+    "Suspected",
+    "Unknown",
+    "log_lost",
+    "write",
+]
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The effect and the row's completion are committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The row is somebody else's; the effect was rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The consumer came back without `begin()`: its effect is outside, or there was nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It is retried after `delay`."""
+
+    error: BaseException
+    delay: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """It becomes a dead letter."""
+
+    error: BaseException
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Not the consumer's fault: the attempt is refunded."""
+
+    error: BaseException | None = None
+    delay: timedelta = timedelta()
+
+
+@dataclass(frozen=True, slots=True)
+class Suspected:
+    """An outage or the row's own doing; the attempt is refunded until that was done too often."""
+
+    error: BaseException
+    delay: timedelta
+    otherwise: Failed | Dead
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Not for this worker's code: the attempt is refunded, for a day."""
+
+    error: BaseException
+    delay: timedelta
+
+
+Outcome = Completed | Lost | Returned | Failed | Dead | Released | Suspected | Unknown
+"""What became of a run."""
+
+
+async def write(connection: Connection, claim: Claim, outcome: Outcome, patience: timedelta) -> None:
+    """Write an outcome into the row, unless the row is not the claim's any more. Of two there is nothing to write.
+
+    Args:
+        connection: In no transaction, or in one of its own.
+        claim: The run.
+        outcome: What became of it.
+        patience: For how long a row waits for a worker that knows its consumer.
+    """
+    match outcome:
+        case Returned():
+            if not await statements.complete(connection, claim):
+                log_lost(claim)
+        case Failed() | Dead():
+            await _write_failure(connection, claim, outcome)
+        case Released(error, delay):
+            document = None if error is None else describe(error, claim.payload)
+            await statements.release(connection, claim, error=document, delay=delay)
+            name = None if error is None else type(error).__name__
+            _log.info("outbox.released", consumer=claim.consumer, error=name)
+        case Suspected(error, delay, otherwise):
+            if await statements.forgive(connection, claim, describe(error, claim.payload), delay):
+                _log.warning("outbox.forgiven", consumer=claim.consumer, error=type(error).__name__)
+            else:
+                await _write_failure(connection, claim, otherwise)
+        case Unknown(error, delay):
+            document = describe(error, claim.payload)
+            overdue = await statements.postpone(connection, claim, document, delay, patience)
+            _log.info("outbox.postponed", consumer=claim.consumer, reason=str(error))
+            if overdue:
+                await statements.die(connection, claim, document, str(error), states=("pending",))
+
+
+async def _write_failure(connection: Connection, claim: Claim, failure: Failed | Dead) -> None:
+    error = failure.error
+    document = describe(error, claim.payload)
+    shown: dict[str, Any] = {"attempt": claim.attempts, "error": type(error).__name__}
+    if not isinstance(error, Retry | Fail):  # what a consumer raised to steer needs no traceback
+        shown["exc_info"] = error
+    if isinstance(failure, Failed):
+        delay = failure.delay
+        if await statements.fail(connection, claim, document, delay):
+            _log.warning("outbox.failed", retry_in=delay.total_seconds(), **shown)
+        else:
+            log_lost(claim)
+    elif number := await statements.die(connection, claim, document, failure.reason[:500]):
+        _log.error("outbox.dead_lettered", dead_letter=number, reason=failure.reason, **shown)
+    else:
+        log_lost(claim)
+
+
+def log_lost(claim: Claim) -> None:
+    """Tell that the row is somebody else's."""
+    _log.warning("outbox.lease_lost", consumer=claim.consumer, message_id=str(claim.id))
