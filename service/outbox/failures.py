@@ -1,12 +1,13 @@
 """What is kept of a failure: enough to understand it at 3 am, bounded, and without the values it happened on.
 
 Errors are stored for as long as the row is and shown by the CLI, so they hold no payload values, no SQL parameters
-and no more than a few frames of code positions.
+and no more than a few frames of code positions. What is logged of them may be longer and holds no such values either.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import traceback
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from service.errors import DatabaseUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ERRORS_KEPT", "FORGIVEN_LOSSES", "backoff", "describe", "lost_database"]
+__all__ = ["ERRORS_KEPT", "FORGIVEN_LOSSES", "backoff", "describe", "lost_database", "trace"]
 
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""
@@ -35,6 +36,12 @@ looks like one each time, and must run out of attempts.
 
 _MESSAGE_LENGTH = 500
 _FRAMES = 6
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+# What PostgreSQL adds to its message: the values of the row.
+_DETAIL = re.compile(
+    r"\nDETAIL: .*?(?=\nHINT: |\n\[SQL: |\n\(Background on |\n\nThe above exception|\n\nDuring handling|\Z)", re.DOTALL
+)
 
 
 def describe(error: BaseException, payload: Mapping[str, Any]) -> dict[str, str]:
@@ -60,12 +67,30 @@ def _message(error: BaseException, payload: Mapping[str, Any]) -> str:
             text = (str(error.orig) or type(error.orig).__name__).partition("\n")[0]
         case _:
             text = str(error)
-    for value in payload.values():
-        if isinstance(value, str) and len(value) >= 4:
-            text = text.replace(value, "[payload]")
+    text = _without_values(text, payload)
     # PostgreSQL's jsonb refuses NUL characters and lone surrogates.
     text = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
     return text if len(text) <= _MESSAGE_LENGTH else text[: _MESSAGE_LENGTH - 1] + "…"
+
+
+def trace(error: BaseException, payload: Mapping[str, Any]) -> str:
+    """The whole traceback for the log, without the payload's values and the row's that PostgreSQL tells."""
+    return _without_values(_DETAIL.sub("", "".join(traceback.format_exception(error))), payload).rstrip()
+
+
+def _without_values(text: str, payload: Mapping[str, Any]) -> str:
+    """Short values are removed as whole words only: EUR, but not of EUROPE. One character or digit, or two of them in a
+    number, tell nothing and stand everywhere."""
+    for value in sorted(map(_shown, payload.values()), key=len, reverse=True):
+        if len(value) >= 4 and not _NUMBER.fullmatch(value):
+            text = text.replace(value, "[payload]")
+        elif len(value) >= (3 if _NUMBER.fullmatch(value) else 2):
+            text = re.sub(rf"(?<!\w)(?<!\d\.)(?<!, line ){re.escape(value)}(?!\w)(?!\.\d)", "[payload]", text)
+    return text
+
+
+def _shown(value: object) -> str:
+    return "" if value is None or isinstance(value, bool) else str(value)
 
 
 def backoff(attempt: int, minimum: int, maximum: int) -> timedelta:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.outbox import statements
 from service.outbox.consumers import Fail, Retry
-from service.outbox.failures import describe
+from service.outbox.failures import describe, trace
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ async def _write_failure(connection: Connection, claim: Claim, failure: Failed |
     document = describe(error, claim.payload)
     shown: dict[str, Any] = {"attempt": claim.attempts, "error": type(error).__name__}
     if not isinstance(error, Retry | Fail):  # what a consumer raised to steer needs no traceback
-        shown["exc_info"] = error
+        shown["exception"] = trace(error, claim.payload)
     if isinstance(failure, Failed):
         delay = failure.delay
         if await statements.fail(connection, claim, document, delay):
