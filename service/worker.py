@@ -175,7 +175,8 @@ def _run_in_thread(outbox: _Outbox, claim: Claim) -> None:
     with trace_context(headers, consumer=claim.consumer, message_id=str(claim.id)):
         try:
             try:
-                with outbox.watchdog.running(f"{spec.name} ({claim.id})", outbox.patience(spec)):
+                stuck = outbox.watchdog.running(f"{spec.name} ({claim.id})", outbox.patience(spec))
+                with runner.in_thread(claim), stuck:
                     spec.fn(spec.event.model_validate(claim.payload), delivery)
                 outcome = runner.returned(claim, spec, delivery)
             except BaseException as error:  # noqa: BLE001  the time limit is an exception in this thread

@@ -8,12 +8,15 @@ so does what became of a run, for as long as the process lives. The claim's toke
 from __future__ import annotations
 
 import asyncio
+import threading
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from dramatiq.middleware import TimeLimitExceeded
+from dramatiq.middleware import Shutdown, TimeLimitExceeded
+from dramatiq.middleware.threading import raise_thread_exception
 
 from service.database import OneTransaction, session_factory
 from service.driver import DRIVER_ERRORS, connect
@@ -40,7 +43,7 @@ from service.outbox.outcomes import (
 from service.telemetry import get_logger, trace_context
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -70,6 +73,7 @@ class Runner:
         self._heartbeat = Heartbeat(lambda: connect(settings.database, "outbox-worker-heartbeat"), self._lease)
         self._claims = Claims(self._ledger, self._lease)
         self._running: set[asyncio.Task[Any]] = set()
+        self._in_threads: dict[int, Claim] = {}
         self._unsettled: dict[UUID, asyncio.Task[None]] = {}
         self._stopping = False
         self._releasing = False
@@ -82,6 +86,9 @@ class Runner:
     async def close(self) -> None:
         """Write down what is still to be written, and end the heartbeat and the connections."""
         self._stopping = True
+        for claim in list(self._in_threads.values()):
+            # Blocked in a call that nothing interrupts; it ends with this process, which is about to end.
+            await self.settle(claim, Released())
         if self._unsettled:
             await asyncio.wait(self._unsettled.values())
         await asyncio.to_thread(self._heartbeat.stop)
@@ -96,6 +103,20 @@ class Runner:
         self._releasing = True
         for task in self._running:
             task.cancel()
+        for thread in list(self._in_threads):
+            raise_thread_exception(thread, Shutdown)
+
+    @contextmanager
+    def in_thread(self, claim: Claim) -> Iterator[None]:
+        """While this thread runs a `def` consumer, the end of the grace raises `Shutdown` in it."""
+        thread = threading.get_ident()
+        self._in_threads[thread] = claim
+        try:
+            if self._releasing:
+                raise Shutdown
+            yield
+        finally:
+            self._in_threads.pop(thread, None)
 
     async def deliver(self, message_id: UUID, restart_limit: Callable[[], None] | None = None) -> Claim | None:
         """Run the delivery of a row to its end; a claim of a `def` consumer is returned for the caller to run.
@@ -210,6 +231,8 @@ class Runner:
             _log.warning("outbox.raised_after_completion", error=type(error).__name__)
             return Completed()
         match error:
+            case Shutdown() if self._releasing:
+                return Released()
             case LeaseLostError():
                 return Lost()
             case _ if delivery.lost:

@@ -231,6 +231,23 @@ async def test_sigterm_releases_what_does_not_end_in_the_grace(
     assert row["state"] in ("pending", "dispatched")
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["in Python", "in a call that nothing interrupts"])
+async def test_sigterm_releases_a_def_consumer_that_does_not_end_in_the_grace(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, at_once: bool
+) -> None:
+    environment |= {"OUTBOX__SHUTDOWN_GRACE": "0.5", "OUTBOX__TIME_LIMIT": "60000"}
+    arguments = ("-p", "1", "-t", "4") + (("--worker-shutdown-timeout", "2000") if at_once else ())
+    async with working(environment, settings, tmp_path, *arguments) as worker:
+        event = domain.Endured(subject_id=uuid4(), seconds=60, at_once=at_once)
+        *_, message_id = await ledger.publish(event)
+        await until(lambda: is_state(ledger, message_id, "running"))
+        assert await asyncio.to_thread(worker.stop) == 0
+        row = await ledger.row(message_id)
+    assert row is not None
+    assert row["attempts"] == 0
+    assert row["state"] in ("pending", "dispatched")
+
+
 async def test_bodies_nobody_can_run_hurt_no_neighbour(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
