@@ -21,11 +21,13 @@ from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
+    ClusterDownError,
     MaxConnectionsError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -89,14 +91,16 @@ _BROKER_AT_FAULT = (
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
+    ClusterDownError,  # and the replica that has lost its primary
     MaxConnectionsError,
     OutOfMemoryError,
     ReadOnlyError,
+    TryAgainError,
 )
 
 # Error codes that redis-py has no class for, at the start of the reply.
-_BROKER_AT_FAULT_CODES = ("OOM", "READONLY", "LOADING", "NOAUTH", "MISCONF", "MASTERDOWN", "NOREPLICAS",
-                          "CLUSTERDOWN", "BUSY", "TRYAGAIN", "UNKILLABLE", "WRONGPASS")  # fmt: skip
+_BROKER_AT_FAULT_CODES = ("OOM", "READONLY", "LOADING", "NOAUTH", "MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE",
+                          "WRONGPASS")  # fmt: skip
 
 
 class RedisPublisher:
