@@ -153,8 +153,8 @@ class Relay:
             if looked:
                 await self._look(connection)
             moved = await self._round(connection)
-            if moved or not looked:
-                continue  # what was seen before the last batch does not tell what is due now
+            if moved or not looked or self._must_look():
+                continue  # what was seen before the last batch or the last wait does not tell what is due now
             if self._due_in() <= 0:
                 # Due, but locked by somebody, in a full queue, or spared: look again soon.
                 await self._pause(SHORTEST_SLEEP)

@@ -69,10 +69,11 @@ async def test_an_event_reaches_the_queue(ledger: Ledger, settings: Settings, br
 
 
 async def test_a_notification_wakes_the_relay(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
+    settings.outbox.lease = 600  # by itself it would wake after 15 s
     async with running(settings):
         await until(lambda: sleeping(ledger))
         (message_id,) = await ledger.publish()
-        await until(lambda: queued(broker, settings), timeout=0.5)
+        await until(lambda: queued(broker, settings), timeout=5)
     assert await queued(broker, settings) == [str(message_id)]
 
 
@@ -130,6 +131,19 @@ async def test_what_no_worker_claims_is_handed_over_again(
     assert row is not None
     assert row["dispatches"] >= 2
     assert row["attempts"] == 0
+
+
+async def test_what_the_broker_lost_in_part_is_queued_again(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
+) -> None:
+    """The body that is left over must not pass for a message that is still queued."""
+    settings.outbox.redispatch_after = 0.3
+    (message_id,) = await ledger.publish()
+    async with running(settings):
+        await until(lambda: queued(broker, settings))
+        await broker.delete(f"{settings.broker.namespace}:ledger")
+        assert await broker.hlen(f"{settings.broker.namespace}:ledger.msgs")
+        await until(lambda: has(broker, settings, message_id))
 
 
 async def test_the_pause_before_another_hand_over_is_bounded(ledger: Ledger, connect: Connect) -> None:
@@ -254,15 +268,18 @@ async def test_a_trace_of_another_form_is_left_out_and_its_neighbours_keep_their
 
 
 class Watched(RedisPublisher):
-    """Notes when it is asked for something."""
+    """Notes when it is asked for something, and the sizes of the batches that it handed over."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         super().__init__(settings)
         self.asked: list[float] = []
+        self.sizes: list[int] = []
 
     async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
         self.asked.append(time.monotonic())
-        return await super().publish(queue, batch, transaction)
+        waiting = await super().publish(queue, batch, transaction)
+        self.sizes.append(len(batch))
+        return waiting
 
     async def ping(self) -> None:
         self.asked.append(time.monotonic())
@@ -362,6 +379,66 @@ async def test_a_paused_queue_is_left_alone_until_it_is_resumed(
         assert await ledger.state(paused) == "pending"
         await ledger.connection.execute("WITH gone AS (DELETE FROM paused_queue) SELECT outbox_wake()")
         await until(lambda: has(broker, settings, paused), timeout=1)
+
+
+async def test_a_pause_stops_two_busy_relays_within_a_second(ledger: Ledger, settings: Settings) -> None:
+    settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
+    await ledger.connection.execute(MANY, 20_000)
+    async with running(settings), running(settings):
+        await until(lambda: some_dispatched(ledger))
+        await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('ledger', 'test')")
+        await until(lambda: ledger.connection.fetchval(PAUSED_FOR_LONG))
+        overrun = await ledger.connection.fetchval(
+            """SELECT extract(epoch FROM max(dispatched_at) - (SELECT paused_at FROM paused_queue))::float8
+               FROM outbox_message"""
+        )
+        # Half a second for a batch at hand on a busy machine.
+        assert overrun < 1.5
+        assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
+
+
+PAUSED_FOR_LONG = "SELECT clock_timestamp() > paused_at + interval '3 s' FROM paused_queue"
+
+MANY = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
+SELECT id, id, 'ledger.happened', 1, 'ledger.react', 'ledger', '{}', '{}'
+FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, $1::int)) AS new
+"""
+
+
+async def test_a_backlog_of_an_outage_is_handed_over_in_whole_batches_at_once(
+    ledger: Ledger, settings: Settings, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, settings.outbox.batch_size, settings.outbox.high_water_mark = 4_000, 250, 100_000
+    settings.outbox.redispatch_after = 600
+    settings.broker.url = type(settings.broker.url)(own_valkey.url)
+    own_valkey.stop()
+    publisher = Watched(settings.broker)
+    await ledger.publish()
+    async with running(settings, publisher):
+        await until(lambda: len(publisher.asked) > 3)
+        await ledger.connection.execute(MANY, rows - 1)
+        tried = len(publisher.asked) + 1
+        await until(lambda: len(publisher.asked) > tried, timeout=20)
+        assert await counted(ledger) == [(0, 0, "pending", rows)]
+        monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 100.0)
+        own_valkey.start()
+        await until(lambda: all_dispatched(ledger, rows), timeout=20)
+    assert publisher.sizes == [settings.outbox.batch_size] * (rows // settings.outbox.batch_size)
+    assert await counted(ledger) == [(1, 0, "dispatched", rows)]
+
+
+async def counted(ledger: Ledger) -> list[tuple[int, int, str, int]]:
+    """Rows by their dispatches, attempts and state."""
+    found = await ledger.connection.fetch(
+        "SELECT dispatches, attempts, state, count(*) FROM outbox_message GROUP BY dispatches, attempts, state"
+    )
+    return [tuple(each) for each in found]
+
+
+async def all_dispatched(ledger: Ledger, rows: int) -> bool:
+    count = await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'dispatched'")
+    return bool(count == rows)
 
 
 async def test_a_restarted_postgres_is_reconnected_and_running_rows_are_spared(
