@@ -185,6 +185,39 @@ async def test_an_awake_relay_is_not_notified(ledger: Ledger, sleeper: Sleeper) 
     assert not heard
 
 
+async def test_a_woken_relay_is_not_notified_either(ledger: Ledger, sleeper: Sleeper) -> None:
+    """While it is awake, a lock that it kept from its sleep would have every commit notify it."""
+    task = await falls_asleep(ledger, sleeper)
+    await ledger.publish()
+    await wakes(task)
+    assert await gate_is_free(ledger)
+    heard = []
+    await sleeper.connection.add_listener("outbox", lambda *_: heard.append(1))
+    await ledger.publish()
+    await sleeper.connection.execute("SELECT 1")
+    assert not heard
+
+
+async def test_two_ledgers_in_one_database_do_not_wake_each_other(
+    ledger: Ledger, sleeper: Sleeper, connect: Connect
+) -> None:
+    neighbour, bystander = await connect(), await connect()
+    await neighbour.execute(
+        """CREATE SCHEMA neighbour; CREATE TABLE neighbour.outbox_message (LIKE outbox_message INCLUDING ALL);
+           CREATE TRIGGER outbox_wake AFTER INSERT ON neighbour.outbox_message
+           FOR EACH STATEMENT EXECUTE FUNCTION outbox_wake_trigger(); SET search_path = neighbour, public"""
+    )
+    heard = []
+    await bystander.add_listener("outbox", lambda *_: heard.append(1))
+    task = await falls_asleep(ledger, sleeper)
+    await neighbour.execute(INSERT, uuid4())
+    await bystander.execute("SELECT 1")
+    assert not heard
+    await ledger.publish()
+    await until(lambda: heard)
+    await wakes(task)
+
+
 async def test_of_two_idle_relays_one_sleeps_and_neither_holds_back_vacuum(
     ledger: Ledger, sleeper: Sleeper, connect: Connect
 ) -> None:
