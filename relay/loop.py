@@ -64,6 +64,10 @@ def _migrated() -> Iterator[None]:
         raise ConfigurationError("the database is not migrated: run `alembic upgrade heads`") from error
 
 
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
+
+
 class Relay:
     """One relay. `run` until `stop`."""
 
@@ -111,8 +115,7 @@ class Relay:
             except DRIVER_ERRORS as error:
                 attempt = 1 if self._now() - self._serving_since > 1 else attempt + 1
                 pause = backoff(attempt, 100, 5_000).total_seconds()
-                reason = f"{type(error).__name__}: {error}"[:200]
-                _log.warning("relay.database_unavailable", error=reason, retry_in=round(pause, 2))
+                _log.warning("relay.database_unavailable", error=_reason(error), retry_in=round(pause, 2))
                 await self._pause(pause)
 
     async def _serve(self) -> None:
@@ -227,8 +230,8 @@ class Relay:
                 lane.rest(self._now())  # another relay is trying it
         except (QueueRefusedError, BrokerUnavailableError) as error:
             self._refuse(name, lane, error)
-        except DRIVER_ERRORS:
-            lane.rest(self._now())
+        except DRIVER_ERRORS as error:
+            _log.warning("relay.database_unavailable", error=_reason(error), retry_in=round(lane.rest(self._now()), 2))
         finally:
             self._tried = ""
             if self._wakeup is not None:

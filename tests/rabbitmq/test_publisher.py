@@ -144,6 +144,14 @@ async def test_an_impossible_name_is_the_queues_fault(publisher: RabbitmqPublish
         await publisher.publish(queue, batch(), "t")
 
 
+async def test_queues_that_ask_at_once_whether_the_broker_is_well_share_a_connection(
+    publisher: RabbitmqPublisher, rabbitmq: Rabbitmq
+) -> None:
+    await asyncio.gather(*[publisher.ping() for _ in range(3)])
+    connections = await asyncio.to_thread(rabbitmq.control, "list_connections", "pid")
+    assert len(connections.splitlines()) == 1
+
+
 async def test_a_memory_alarm_is_the_brokers_fault_and_is_noticed_at_once(
     publisher: RabbitmqPublisher, rabbitmq: Rabbitmq
 ) -> None:
