@@ -21,9 +21,10 @@ from relay.lane import Lane
 from relay.ledger import NO_FLOOR, Batch, QueueHead, queue_heads, recover_lost, take_due
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
 from relay.purge import purge_regularly
+from relay.session import SESSION, Sessions
 from relay.sparing import Sparing
-from relay.wakeup import SHORTEST_SLEEP, Wakeup
-from service.driver import DRIVER_ERRORS, bound_waits, driver_arguments
+from relay.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
+from service.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.outbox.failures import backoff
 from service.telemetry import configure_logging, get_logger
@@ -36,21 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["Relay", "run"]
 
 _log = get_logger(__name__)
-
-_LONGEST_SLEEP = 15.0
-"""Seconds. A lease or a pause may have begun since the relay looked."""
-
-_SESSION = {
-    "plan_cache_mode": "force_custom_plan",
-    "jit": "off",
-    # Rows come in the index's order, whatever the statistics say: any other plan sorts the backlog for each batch.
-    "enable_sort": "off",
-    # Ends the session of a relay that is stopped or gone while it holds the sleeper's lock.
-    "idle_session_timeout": f"{int(_LONGEST_SLEEP * 4)}s",
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
-}
 
 _LOOK_EVERY = 1.0
 """Seconds between looks at the queues: a pause is honoured within that, as is what committed late below a floor."""
@@ -72,14 +58,11 @@ class Relay:
     """One relay. `run` until `stop`."""
 
     def __init__(self, settings: Settings, publisher: Publisher | None = None) -> None:
-        direct = settings.database.model_copy(update={"pooler": False})
-        self._arguments = driver_arguments(direct, "outbox-relay")
-        self._apart = driver_arguments(direct, "outbox-relay-apart")
+        self._sessions = Sessions(settings.database)
         self._outbox = settings.outbox
         self._publisher = publisher or make_publisher(settings.broker)
         self._stopping = asyncio.Event()
         self._wakeup: Wakeup | None = None
-        self._was_told = False
         self._lanes: dict[str, Lane] = {}
         self._heads: list[QueueHead] = []
         self._looked_at = 0.0
@@ -119,11 +102,11 @@ class Relay:
                 await self._pause(pause)
 
     async def _serve(self) -> None:
-        connection = await asyncpg.connect(**self._arguments)
+        connection = await self._sessions.connect()
         try:
             wakeup = Wakeup(connection)
-            await self._prove(wakeup)
-            await bound_waits(connection, **_SESSION)
+            await self._sessions.prove(wakeup)
+            await bound_waits(connection, **SESSION)
             with _migrated():
                 await queue_heads(connection)
             self._serving_since = self._now()
@@ -135,19 +118,6 @@ class Relay:
             self._wakeup = None
             with suppress(*DRIVER_ERRORS):
                 await connection.close(timeout=2)
-
-    async def _prove(self, wakeup: Wakeup) -> None:
-        """Make sure that notifications arrive. Where they once did, it is no wrong setting when they do not."""
-        notifier = await asyncpg.connect(**self._arguments)
-        try:
-            await wakeup.open(notifier)
-        except ConfigurationError as error:
-            if self._was_told:
-                raise ConnectionError("notifications do not arrive any more") from error
-            raise
-        finally:
-            await notifier.close(timeout=2)
-        self._was_told = True
 
     async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
         moved = 0
@@ -162,7 +132,7 @@ class Relay:
                 # Due, but locked by somebody, in a full queue, or spared: look again soon.
                 await self._pause(SHORTEST_SLEEP)
             else:
-                await wakeup.sleep(lambda: self._look(connection), min(_LONGEST_SLEEP, self._outbox.lease / 2))
+                await wakeup.sleep(lambda: self._look(connection), min(LONGEST_SLEEP, self._outbox.lease / 2))
 
     def _must_look(self) -> bool:
         return self._now() - self._looked_at >= _LOOK_EVERY
@@ -218,9 +188,9 @@ class Relay:
     async def _try_apart(self, name: str, lane: Lane) -> None:
         """Try a queue that was refused, on a connection of its own: the others go on meanwhile."""
         try:
-            connection = await asyncpg.connect(**self._apart)
+            connection = await self._sessions.connect("outbox-relay-apart")
             try:
-                await bound_waits(connection, **_SESSION)
+                await bound_waits(connection, **SESSION)
                 moved = await self._dispatch(connection, name, lane)
             finally:
                 await connection.close(timeout=2)

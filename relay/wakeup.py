@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-__all__ = ["SHORTEST_SLEEP", "Wakeup"]
+__all__ = ["LONGEST_SLEEP", "SHORTEST_SLEEP", "Wakeup"]
+
+LONGEST_SLEEP = 15.0
+"""Seconds. A lease or a pause may have begun since the relay looked."""
 
 SHORTEST_SLEEP = 0.05
 """Seconds between looks while a writer's long transaction keeps this relay from falling asleep."""

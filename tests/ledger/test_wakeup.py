@@ -255,8 +255,8 @@ async def test_a_ghost_sleeper_is_ended(
     ledger: Ledger, environment: dict[str, str], tmp_path: Path, connect: Connect
 ) -> None:
     """A stopped relay process would hold the sleeper's lock for ever, and every commit would notify it."""
-    shorter = "l._SESSION.update({name: '1s' for name in l._SESSION if name == 'idle_session_timeout'})"
-    (tmp_path / "sitecustomize.py").write_text(f"import relay.loop as l\n{shorter}\n")
+    shorter = "s.SESSION.update({name: '1s' for name in s.SESSION if name == 'idle_session_timeout'})"
+    (tmp_path / "sitecustomize.py").write_text(f"import relay.session as s\n{shorter}\n")
     with (tmp_path / "log").open("wb") as log:
         path = f"{tmp_path}:{os.curdir}"
         ghost = await asyncio.create_subprocess_exec(
