@@ -33,7 +33,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 # postgresql://user:password@host1:5432,host2:5432/database, as libpq takes it; SQLAlchemy does not.
-_SEVERAL_HOSTS = re.compile(r"([\w+]+://(?:[^@/?]*@)?)([^@/?]*,[^@/?]*)(/[^?]*)?(?:\?(.*))?")
+_SEVERAL_HOSTS = re.compile(r"([\w+]+://(?:[^@]*@)?)([^@/?]*,[^@/?]*)(/[^?]*)?(?:\?(.*))?")
 
 
 def _hosts_in_query(url: str) -> str:

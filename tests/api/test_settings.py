@@ -67,14 +67,14 @@ def test_several_database_hosts(
     monkeypatch: pytest.MonkeyPatch, given: str, hosts: list[str], ports: list[int], wants: str
 ) -> None:
     """As libpq takes them; SQLAlchemy and asyncpg read the same of it."""
-    monkeypatch.setenv("DATABASE__URL", f"postgresql://user:a%40b@{given}")
+    monkeypatch.setenv("DATABASE__URL", f"postgresql://user:a%40/b,@{given}")
     database = load_settings().database
     (_, taken) = database.sqlalchemy_url.get_dialect()().create_connect_args(database.sqlalchemy_url)
     assert taken == {
         "host": hosts,
         "port": ports,
         "user": "user",
-        "password": "a@b",
+        "password": "a@/b,",
         "database": "service",
         "target_session_attrs": wants,
     }
