@@ -17,11 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BUGS"]
 
-_FENCE = "AND claim_token = $2 AND state IN ('running', 'dispatched')"
-_NO_FENCE = "AND $2::uuid IS NOT NULL"
-_CLAIM_FROM = """(message.state = 'dispatched'
- OR (message.state IN ('pending', 'running') AND message.due_at <= now())
- OR (message.state = 'running' AND message.claim_token = asked.token))"""
 _DUE_AGAIN = "clock_timestamp() + $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))"
 
 
@@ -37,7 +32,8 @@ def no_fence() -> None:
 
     @when_imported("service.outbox.statements")
     def patch(module: Any) -> None:
-        _replace(module, "_COMPLETE", _FENCE, _NO_FENCE)
+        fence = f"AND claim_token = $2 AND {module._STATE} IN ('running', 'dispatched')"
+        _replace(module, "_COMPLETE", fence, "AND $2::uuid IS NOT NULL")
 
 
 def complete_before_effect() -> None:
@@ -93,8 +89,8 @@ def narrow_claim() -> None:
 
     @when_imported("service.outbox.statements")
     def patch(module: Any) -> None:
-        _replace(module, "_CLAIM", _CLAIM_FROM, "message.state = 'dispatched'")
-        _replace(module, "_CLAIM_FREE", _CLAIM_FROM, "message.state = 'dispatched'")
+        for name in ("_CLAIM", "_CLAIM_FREE"):
+            _replace(module, name, module._CLAIMABLE, f"{module._STATE} = 'dispatched'")
 
 
 def heartbeat_without_token() -> None:

@@ -1,8 +1,9 @@
 """Strikes inside the processes, at the gaps between two steps that belong together.
 
 `CHAOS_GAPS` is `gap=action:chance,...`; an action is `kill` (SIGKILL to itself), `stop` (SIGSTOP, until somebody sends
-SIGCONT) or `sleep` (blocks the whole process for half a second). They strike while the file `CHAOS_ARMED` exists, and
-say so in the file `CHAOS_STRIKES` first.
+SIGCONT), `sleep` (blocks the whole process for half a second), `drop` (its connections to the database and the broker
+break) or `note` (nothing but the note). They strike while the file `CHAOS_ARMED` names the gap; with `once` in it, one
+process does so once.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 import signal
+import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tests.chaos.patching import when_imported
+from tests.chaos.strikes import dice, record
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,26 +46,45 @@ def _parsed(gaps: str) -> dict[str, tuple[str, float]]:
 
 
 _GAPS = _parsed(os.environ.get("CHAOS_GAPS", ""))
-_dice: dict[int, random.Random] = {}
 
 
 def strike(gap: str) -> None:
     """Do to this process what `CHAOS_GAPS` says, if the dice say so."""
     action, chance = _GAPS.get(gap, ("", 0.0))
-    pid = os.getpid()
-    dice = _dice.setdefault(pid, random.Random(f"{os.environ.get('CHAOS_SEED', '')} {pid}"))
-    if not action or dice.random() >= chance or not os.path.exists(os.environ["CHAOS_ARMED"]):  # noqa: PTH110
+    if not action or dice().random() >= chance or not _armed(gap):
         return
-    line = json.dumps({"at": time.time(), "pid": pid, "gap": gap, "action": action})
-    with open(os.environ["CHAOS_STRIKES"], "a") as file:  # noqa: PTH123  one short write, whole or not at all
-        file.write(line + "\n")
+    record(gap, action)
     match action:
         case "kill":
-            os.kill(pid, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
-            os.kill(pid, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
         case "sleep":
             time.sleep(0.5)
+        case "drop":
+            _drop()
+
+
+def _armed(gap: str) -> bool:
+    try:
+        with open(os.environ["CHAOS_ARMED"]) as file:  # noqa: PTH123
+            armed = json.load(file)
+        if gap not in armed["gaps"]:
+            return False
+        if armed["once"]:
+            os.unlink(os.environ["CHAOS_ARMED"])  # noqa: PTH108  whoever removes it is the one
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _drop() -> None:
+    """Break every connection to the database and the broker; whoever uses one finds out then."""
+    ports = {urlsplit(os.environ[name]).port for name in ("DATABASE__URL", "BROKER__URL")}
+    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with suppress(OSError, ValueError), socket.socket(fileno=os.dup(int(number))) as connection:
+            if connection.getpeername()[1] in ports:
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _around(owner: Any, name: str, before: str = "", after: str = "") -> None:
@@ -107,19 +130,35 @@ def _rabbitmq(module: Any) -> None:
 
 @when_imported("relay.loop")
 def _relay(module: Any) -> None:
-    _around(module.Relay, "_dispatch", after="relay.after_dispatch")
+    inner = module.Relay._dispatch
+
+    @functools.wraps(inner)
+    async def dispatch(*args: Any, **kwargs: Any) -> Any:
+        moved = await inner(*args, **kwargs)
+        if moved:
+            strike("relay.after_dispatch")
+        return moved
+
+    module.Relay._dispatch = dispatch
 
 
 @when_imported("service.outbox.statements")
 def _statements(module: Any) -> None:
-    _around(module, "claim", "worker.before_claim", "worker.after_claim")
-    _around(module, "complete", "worker.before_complete", "worker.after_complete")
-    _around(module, "complete_in_transaction", "worker.before_complete", "worker.after_complete")
+    for name in ("claim", "claim_free"):
+        _around(module, name, "worker.before_claim", "worker.after_claim")
+    for name in ("complete", "complete_in_transaction"):
+        _around(module, name, "worker.before_complete", "worker.after_complete")
 
 
 @when_imported("service.outbox.delivery")
 def _delivery(module: Any) -> None:
-    _around(module.AsyncSession, "commit", after="worker.after_commit")
+    class Committing(module.AsyncSession):  # type: ignore[misc]
+        """Only for what a delivery commits; the class itself is also the API's."""
+
+        commit = module.AsyncSession.commit
+
+    _around(Committing, "commit", after="worker.after_commit")
+    module.AsyncSession = Committing
 
 
 @when_imported("tests.chaos.domain")

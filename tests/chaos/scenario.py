@@ -102,7 +102,7 @@ async def run(which: Scenario, seed: int, folder: Path, ground: Ground) -> Resul
 
 
 async def _recover(world: World, which: Scenario, result: Result) -> None:
-    world.arm(armed=False)
+    world.disarm()
     world.fleet.resume()
     if world.plan.proxied:
         await world.network.set("*", "clear")

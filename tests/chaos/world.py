@@ -23,6 +23,7 @@ from service.dev.valkey import Valkey
 from tests.chaos.checker import Fault, Request, Tables, Verdict, judge
 from tests.chaos.domain import SCHEMA
 from tests.chaos.fleet import Fleet, command
+from tests.chaos.gaps import API_GAPS, RELAY_GAPS, WORKER_GAPS
 from tests.chaos.ledger import Ledger
 from tests.chaos.network import Network
 from tests.chaos.sink import Sink
@@ -172,6 +173,7 @@ class World:
             "CHAOS_GAPS": self.plan.gaps if fnmatch.fnmatch(name, self.plan.struck) else "",
             "CHAOS_BUG": self.plan.bug,
             "CHAOS_SEED": str(self.seed),
+            "CHAOS_NAME": name,
             "CHAOS_ARMED": str(self.folder / "armed"),
             "CHAOS_HOLD": str(self.folder / "hold"),
             "CHAOS_STRIKES": str(self.folder / "strikes.jsonl"),
@@ -262,12 +264,9 @@ class World:
 
     def faults(self) -> list[Fault]:
         """Everything that may explain a repeated effect outside."""
-        strikes = self.folder / "strikes.jsonl"
-        lines = strikes.read_text().splitlines() if strikes.exists() else []
-        own = [json.loads(line) for line in lines]
         struck = [
             Fault(each["gap"], each["at"], each["at"] + 1, frozenset([each["pid"]]))
-            for each in own
+            for each in self.strikes()
             if each["gap"].startswith("worker")
         ]
         rewound = [] if self.rewound is None else [self.rewound]
@@ -290,12 +289,25 @@ class World:
         assert request.accepted is not None, "the API does not answer"
         return request
 
-    def arm(self, *, armed: bool = True) -> None:
-        """Let the gaps of the plan strike, or not any more."""
-        if armed:
-            (self.folder / "armed").touch()
-        else:
-            (self.folder / "armed").unlink(missing_ok=True)
+    def arm(self, *gaps: str, once: bool = False) -> None:
+        """Let these gaps of the plan strike, or all; at the dice's pleasure, or once and no more."""
+        document = json.dumps({"gaps": gaps or [*API_GAPS, *RELAY_GAPS, *WORKER_GAPS], "once": once})
+        draft = self.folder / "arming"
+        draft.write_text(document)
+        draft.rename(self.folder / "armed")
+
+    def disarm(self) -> None:
+        """Let no gap strike any more."""
+        (self.folder / "armed").unlink(missing_ok=True)
+
+    def strikes(self) -> list[dict[str, Any]]:
+        """What the processes did to themselves, in order: `at`, `pid`, `gap` and `action`."""
+        file = self.folder / "strikes.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def struck(self) -> Counter[str]:
+        """How often each gap has struck."""
+        return Counter(each["gap"] for each in self.strikes())
 
     def hold(self, *, held: bool = True) -> None:
         """Let events of the kind `held` run for as long as this lasts."""
