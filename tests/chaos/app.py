@@ -17,7 +17,7 @@ from service.outbox import publish
 from service.settings import load_settings
 from service.telemetry import configure_logging
 from service.worker import build
-from tests.chaos.domain import POISON, Poisoned, ThingMade
+from tests.chaos.domain import PLAIN_POISON, POISON, PlainlyPoisoned, Poisoned, ThingMade
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -42,6 +42,8 @@ async def make_thing(body: Thing, session: Session) -> Thing:
     )
     if body.how in POISON:
         publish(session, Poisoned(subject_id=body.subject_id, how=body.how))
+    elif body.how in PLAIN_POISON:
+        publish(session, PlainlyPoisoned(subject_id=body.subject_id, how=body.how))
     else:
         publish(session, ThingMade(subject_id=body.subject_id, how=body.how))
     return body

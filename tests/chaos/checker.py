@@ -6,8 +6,9 @@ It trusts none of the three, and not the ledger under test either. What must sta
   the time the checker is asked is `lost`.
 - An effect in the database happens once, whatever dies. A second one is `duplicated`, and so is anything that nobody
   asked for.
-- An effect outside may be repeated only if a fault hit the worker that made one of the copies, at a time that explains
-  it. Any other copy is `duplicated`, too.
+- An effect outside may be repeated only if a fault hit the run that made the copy before, between its beginning and its
+  completion, or if the run that made this one stood still while another worker ran the row. Each fault explains one
+  copy more of an effect, or one for each two seconds that it lasted. Any other copy is `duplicated`, too.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Fault", "Request", "Tables", "Verdict", "judge"]
 
-LONGEST_RUN = 8.0
-"""Seconds from a claim to the last thing that a run of it can do: its time limit, its grace and a little."""
+LONGEST_FINISH = 1.0
+"""Seconds from an effect outside to its completion, on a machine with much to do."""
+
+_SHORTEST_STANDSTILL = 1.0
+"""Seconds in which a lease may end that nobody extends; a heartbeat may have been due just then."""
 
 
 @dataclass(slots=True)
@@ -47,7 +51,8 @@ class Request:
 class Fault:
     """A crash or freeze of workers, or of what they need to complete a run. `pids` is `None` for all workers.
 
-    One that `rewinds` put the database back to an earlier state: what it forgot happens again, as another event.
+    It explains at most `copies` further copies of one effect. One that `rewinds` put the database back to an earlier
+    state: what it forgot happens again, as another event.
     """
 
     what: str
@@ -55,6 +60,11 @@ class Fault:
     ended: float
     pids: frozenset[int] | None = None
     rewinds: bool = False
+
+    @property
+    def copies(self) -> int:
+        """One for each two seconds or part of them."""
+        return 1 + int((self.ended - self.began) / 2)
 
 
 @dataclass(slots=True)
@@ -66,7 +76,10 @@ class Tables:
     shard_total: int = 0
     dead: set[str] = field(default_factory=set)
     open_rows: int = 0
-    dispatches: int = 0
+    states: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Of each row still in the outbox, by subject and consumer."""
+    attempts: int = 0
+    redispatched: int = 0
 
 
 @dataclass(slots=True)
@@ -81,6 +94,12 @@ class Verdict:
     dead: int = 0
     wrongly_dead: list[str] = field(default_factory=list)
     unfinished: int = 0
+    attempts: int = 0
+
+    @property
+    def accusations(self) -> list[str]:
+        """Everything that is lost or happened twice."""
+        return [*self.lost, *self.duplicated]
 
     @property
     def clean(self) -> bool:
@@ -100,7 +119,9 @@ def judge(
     asked = {request.subject: request for request in requests}
     accepted = {subject: request for subject, request in asked.items() if request.accepted is not None}
     outside = Counter((copy.subject, copy.consumer) for copy in received)
-    verdict = Verdict(accepted=len(accepted), unfinished=tables.open_rows, dead=len(tables.dead))
+    verdict = Verdict(
+        accepted=len(accepted), unfinished=tables.open_rows, dead=len(tables.dead), attempts=tables.attempts
+    )
     verdict.effects = sum(tables.bookings.values()) + len(received)
     for subject, request in accepted.items():
         verdict.lost += _missing(request, tables, outside)
@@ -118,10 +139,15 @@ def _missing(request: Request, tables: Tables, outside: Counter[tuple[str, str]]
     missing = [] if tables.things[subject] else [f"{subject}: no thing"]
     if request.poison:
         return missing if subject in tables.dead else [*missing, f"{subject}: no dead letter ({request.how})"]
+
+    def row(consumer: str) -> str:
+        return tables.states.get((subject, consumer), "no row")
+
     if not tables.bookings[subject]:
-        missing.append(f"{subject}: no booking")
-    missing += [f"{subject}: {consumer} never sent" for consumer in OUTSIDE if not outside[subject, consumer]]
-    return missing
+        missing.append(f"{subject}: no booking ({row('chaos.book')})")
+    return missing + [
+        f"{subject}: {consumer} never sent ({row(consumer)})" for consumer in OUTSIDE if not outside[subject, consumer]
+    ]
 
 
 def _repeated(asked: dict[str, Request], tables: Tables, outside: Counter[tuple[str, str]]) -> list[str]:
@@ -151,8 +177,13 @@ def _copies(received: Sequence[Copy], faults: Sequence[Fault]) -> tuple[int, lis
     for (subject, consumer), copies in by_effect.items():
         if len({copy.key for copy in copies}) > 1 and not any(fault.rewinds for fault in faults):
             blamed.append(f"{subject}: {consumer} sent under {len(copies)} keys")
+        spent: Counter[Fault] = Counter()
         for first, second in itertools.pairwise(copies):
-            if any(_explains(fault, first, second) for fault in faults):
+            fault = next(
+                (each for each in faults if spent[each] < each.copies and _explains(each, first, second)), None
+            )
+            if fault is not None:
+                spent[fault] += 1
                 excused += 1
             else:
                 attempts = f"attempts {first.attempt} and {second.attempt}, {second.at - first.at:.2f} s apart"
@@ -161,6 +192,15 @@ def _copies(received: Sequence[Copy], faults: Sequence[Fault]) -> tuple[int, lis
 
 
 def _explains(fault: Fault, first: Copy, second: Copy) -> bool:
-    if fault.pids is not None and not fault.pids & {first.pid, second.pid}:
-        return False
-    return fault.began <= second.at and fault.ended >= first.at - LONGEST_RUN
+    if fault.rewinds:
+        return fault.began <= second.at and fault.ended >= first.at - LONGEST_FINISH
+    kept_from_completing = _hits(fault, first) and first.began <= fault.ended
+    kept_from_completing &= fault.began <= first.at + LONGEST_FINISH
+    # What it does may begin after the standstill that began between its claim and that.
+    stood_still = _hits(fault, second) and second.began <= fault.ended + LONGEST_FINISH and first.at >= fault.began
+    stood_still &= min(fault.ended, second.at) - fault.began >= _SHORTEST_STANDSTILL
+    return kept_from_completing or stood_still
+
+
+def _hits(fault: Fault, copy: Copy) -> bool:
+    return fault.pids is None or copy.pid in fault.pids

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import signal
 import socket
 import time
@@ -22,11 +21,22 @@ from uuid import UUID
 from sqlalchemy import text
 
 from service.outbox import Delivery, Event, consumer, publish
+from tests.chaos.strikes import dice, record
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["OUTSIDE", "POISON", "SCHEMA", "Poisoned", "ThingBooked", "ThingMade"]
+__all__ = [
+    "BLOCKED",
+    "OUTSIDE",
+    "PLAIN_POISON",
+    "POISON",
+    "SCHEMA",
+    "PlainlyPoisoned",
+    "Poisoned",
+    "ThingBooked",
+    "ThingMade",
+]
 
 SCHEMA = """
 CREATE TABLE thing (subject_id uuid NOT NULL, how text NOT NULL);
@@ -38,8 +48,14 @@ INSERT INTO shard SELECT id, 0 FROM generate_series(0, 7) AS id;
 OUTSIDE = ("chaos.compute", "chaos.confirm")
 """Consumers whose effect is at the sink."""
 
-POISON = ("fail", "kill", "kill_backend", "hang", "swallow", "block")
+POISON = ("fail", "kill", "kill_backend", "hang", "swallow", "block", "block_for_ever")
 """What a poisonous event may do each time it is tried."""
+
+PLAIN_POISON = ("plain_fail", "plain_kill", "plain_hang")
+"""The same in a `def` consumer."""
+
+BLOCKED = 4.0
+"""Seconds for which `block` blocks."""
 
 _PAUSE = 0.04
 _SINK_TIMEOUT = float(os.environ.get("CHAOS_SINK_TIMEOUT", "12"))
@@ -60,13 +76,18 @@ class Poisoned(Event, type="chaos.poisoned"):
     how: str
 
 
+class PlainlyPoisoned(Event, type="chaos.plainly_poisoned"):
+    subject_id: UUID
+    how: str
+
+
 @consumer(ThingMade, queue="stock", name="chaos.book")
 async def book(event: ThingMade, delivery: Delivery) -> None:
     """One booking, one more in a shard, one further event; all or nothing."""
     await misbehave(event.how, delivery.attempt)
     async with delivery.begin() as session:
         await write_booking(session, event.subject_id, delivery)
-        await asyncio.sleep(1.0 if event.how == "slow" else random.uniform(0, _PAUSE))
+        await asyncio.sleep(1.0 if event.how == "slow" else dice().uniform(0, _PAUSE))
         await count_booking(session, event.subject_id)
         publish(session, ThingBooked(subject_id=event.subject_id, how=event.how))
 
@@ -77,10 +98,15 @@ async def misbehave(how: str, attempt: int) -> None:
         case "linger", 1:
             await asyncio.sleep(25)
         case "linger", 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _die()
         case "held", _:
             while os.path.exists(os.environ["CHAOS_HOLD"]):  # noqa: ASYNC110, ASYNC240, PTH110
                 await asyncio.sleep(0.05)
+
+
+def _die() -> None:
+    record("poison.kill", "kill")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def write_booking(session: AsyncSession, subject: UUID, delivery: Delivery) -> None:
@@ -99,11 +125,12 @@ async def count_booking(session: AsyncSession, subject: UUID) -> None:
 @consumer(ThingBooked, queue="mail", name="chaos.confirm")
 async def confirm(event: ThingBooked, delivery: Delivery) -> None:
     """An effect outside the database, and a while until the delivery is completed."""
+    began = time.monotonic()
     async with delivery.read() as session:
         await session.execute(text("SELECT 1"))
-    await asyncio.sleep(random.uniform(0, _PAUSE))
-    await tell_sink(_copy(event.subject_id, delivery))
-    await asyncio.sleep(random.uniform(0, _PAUSE))
+    await asyncio.sleep(dice().uniform(0, _PAUSE))
+    await tell_sink(_copy(event.subject_id, delivery, began))
+    await asyncio.sleep(dice().uniform(0, _PAUSE))
 
 
 if not os.environ.get("CHAOS_OLD"):  # a worker that was deployed before this consumer was written
@@ -111,9 +138,10 @@ if not os.environ.get("CHAOS_OLD"):  # a worker that was deployed before this co
     @consumer(ThingMade, queue="mail", name="chaos.compute")
     def compute(event: ThingMade, delivery: Delivery) -> None:
         """The same from a thread."""
-        time.sleep(random.uniform(0, _PAUSE))
-        tell_sink_blocking(_copy(event.subject_id, delivery))
-        time.sleep(random.uniform(0, _PAUSE))
+        began = time.monotonic()
+        time.sleep(dice().uniform(0, _PAUSE))
+        tell_sink_blocking(_copy(event.subject_id, delivery, began))
+        time.sleep(dice().uniform(0, _PAUSE))
 
 
 @consumer(Poisoned, queue="poison", name="chaos.suffer", max_retries=2, time_limit=1_500)
@@ -123,12 +151,17 @@ async def suffer(event: Poisoned, delivery: Delivery) -> None:
         case "fail":
             raise RuntimeError("as always")
         case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            _die()
         case "hang":
             await asyncio.sleep(3600)
         case "block":
-            time.sleep(4)  # noqa: ASYNC251  the misbehaviour under test
+            record("poison.block", "block")
+            time.sleep(BLOCKED)  # noqa: ASYNC251  the misbehaviour under test
             raise RuntimeError("blocked the loop for longer than a lease")
+        case "block_for_ever":
+            record("poison.block", "block")
+            while True:
+                time.sleep(1)  # noqa: ASYNC251
         case "swallow":
             await _swallow()
         case "kill_backend":
@@ -144,13 +177,27 @@ async def _swallow() -> None:
             continue
 
 
-def _copy(subject: UUID, delivery: Delivery) -> bytes:
+@consumer(PlainlyPoisoned, queue="poison", name="chaos.suffer_plainly", max_retries=2, time_limit=1_500)
+def suffer_plainly(event: PlainlyPoisoned, delivery: Delivery) -> None:
+    """Never succeeds, in a thread."""
+    match event.how:
+        case "plain_fail":
+            raise RuntimeError("as always")
+        case "plain_kill":
+            _die()
+        case "plain_hang":
+            while True:
+                time.sleep(0.05)
+
+
+def _copy(subject: UUID, delivery: Delivery, began: float) -> bytes:
     document: dict[str, Any] = {
         "key": delivery.idempotency_key,
         "subject": str(subject),
         "consumer": delivery.consumer,
         "attempt": delivery.attempt,
         "pid": os.getpid(),
+        "began": began,
     }
     return json.dumps(document).encode() + b"\n"
 

@@ -1,4 +1,8 @@
-"""The processes under attack, and a supervisor that starts again whatever dies."""
+"""The processes under attack, and a supervisor that starts again whatever dies.
+
+What must stay true: every death has a cause that the suite knows. What it did not kill, did not ask to end and was not
+told of in a strike's note died by a fault of its own, and that is `wrong`, however well the system outlives it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +24,21 @@ from tests.chaos.checker import Fault
 from tests.chaos.launch import Forked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from tests.chaos.launch import Forge, Launched
 
 __all__ = ["Fleet", "command"]
 
 _RESTART_AFTER = 0.3
+_TIME_TO_STOP = 15.0
 _READY = {"api": "Application startup complete", "relay": "relay.started", "worker": "ready for action"}
+_IN_GOOD_ORDER = {"api": (0, -signal.SIGTERM), "relay": (0,), "worker": (0,)}
+"""Exit statuses after SIGTERM. Uvicorn sends itself the signal again when it has stopped."""
 _BROKER = "tests.chaos.app:setup_broker"
 
 
-def command(name: str, port: int = 0) -> list[str]:
+def command(name: str, port: int = 0, processes: int = 1) -> list[str]:
     """What a process of this name runs: a program of the virtual environment, or a module, and its arguments."""
     match name.partition("-")[0]:
         case "api":
@@ -38,20 +46,32 @@ def command(name: str, port: int = 0) -> list[str]:
         case "relay":
             return ["outbox", "relay"]
         case "worker":
-            return ["dramatiq", _BROKER, "-p", "1", "-t", "4"]
+            return ["dramatiq", _BROKER, "-p", str(processes), "-t", "4"]
     raise ValueError(name)
 
 
 class Fleet:
-    """Named processes. What is done to a worker is written down in `faults`: it may explain a repeated effect."""
+    """Named processes.
 
-    def __init__(self, folder: Path, forge: Forge) -> None:
+    Attributes:
+        faults: What was done to workers: it may explain a repeated effect.
+        wrong: Processes that ended by themselves, or not when and as they were told.
+    """
+
+    def __init__(self, folder: Path, forge: Forge, killed_itself: Callable[[], set[int]], may_exit: int) -> None:
+        """`killed_itself`: the processes of which a note says so. `may_exit`: a status that is no fault, beside 0."""
         self.faults: list[Fault] = []
+        self.wrong: list[str] = []
         self._folder = folder
         self._forge = forge
+        self._killed_itself = killed_itself
+        self._may_exit = may_exit
         self._processes: dict[str, Launched] = {}
         self._wanted: set[str] = set()
-        self._stopped: dict[int, tuple[str, float]] = {}
+        self._asked: set[str] = set()
+        self._killed: set[int] = set()
+        self._starts: Counter[str] = Counter()
+        self._stopped: dict[int, float] = {}
         self._known: dict[str, frozenset[int]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -67,7 +87,7 @@ class Fleet:
                 file.write(line + "\n")
 
         program = str(Path(sys.executable).with_name(argv[0]))
-        self._processes[name] = Process(name, [program, *argv[1:]], environment, write, stop_after=15, cwd=ROOT)
+        self._processes[name] = Process(name, [program, *argv[1:]], environment, write, cwd=ROOT)
 
     def names(self, kind: str = "") -> list[str]:
         """Processes whose name begins with `kind`."""
@@ -78,7 +98,7 @@ class Fleet:
         before = {name: self._said(name) for name in names}
         for name in names:
             self._wanted.add(name)
-            self._processes[name].start()
+            self._launch(name)
         if self._task is None:
             self._task = asyncio.create_task(self._supervise())
         deadline = time.monotonic() + 90
@@ -86,6 +106,11 @@ class Fleet:
             if time.monotonic() > deadline:
                 raise AssertionError(f"not ready: {[name for name in names if self._said(name) == before[name]]}")
             await asyncio.sleep(0.05)
+
+    def _launch(self, name: str) -> None:
+        self._starts[name] += 1
+        self._processes[name].environment["CHAOS_START"] = str(self._starts[name])
+        self._processes[name].start()
 
     def _said(self, name: str) -> int:
         with suppress(FileNotFoundError):
@@ -99,10 +124,20 @@ class Fleet:
     async def stop(self, *names: str) -> None:
         """End processes in good order, and leave them ended."""
         self._wanted.difference_update(names)
-        processes = [self._processes[name] for name in names]
-        for process in processes:
-            process.ask_to_stop()
-        await asyncio.gather(*(asyncio.to_thread(process.wait) for process in processes))
+        running = [name for name in names if self._processes[name].pid is not None]
+        self._note_deaths(*(set(names) - set(running)))
+        for name in running:
+            self._remember(name)
+            self.terminate(name)
+        await asyncio.to_thread(self._see_ended, running)
+        for name in names:
+            await asyncio.to_thread(self._processes[name].kill)
+
+    def _see_ended(self, names: Sequence[str]) -> None:
+        deadline = time.monotonic() + _TIME_TO_STOP
+        while any(self._processes[name].pid is not None for name in names) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._note_deaths(*names)
 
     async def close(self) -> None:
         """End everything."""
@@ -112,22 +147,45 @@ class Fleet:
             await asyncio.wait((task,))
             if not task.cancelled():
                 task.result()  # raises what ended the supervisor
-        self.resume()
         await self.stop(*self._processes)
 
     async def _supervise(self) -> None:
         while True:
             await asyncio.sleep(0.1)
             for name in list(self._wanted):
-                process = self._processes[name]
-                if process.pid is not None:
-                    self._known[name] = self.pids(name)
+                if self._processes[name].pid is not None:
+                    self._remember(name)
                     continue
                 # Long enough for orphans of a killed master to do some harm.
                 await asyncio.sleep(_RESTART_AFTER)
                 if name in self._wanted:
-                    self._blame(name, "died", self._known.get(name, frozenset()))
-                    await asyncio.to_thread(process.start)
+                    await asyncio.to_thread(self._note_deaths, name)
+                    await asyncio.to_thread(self._launch, name)
+
+    def _remember(self, name: str) -> None:
+        """Every process that belongs to this start of it, also a child that has ended since."""
+        self._known[name] = self._known.get(name, frozenset()) | self.pids(name)
+
+    def _note_deaths(self, *names: str) -> None:
+        """See why each has ended; what is left of its group is about to be killed."""
+        for name in names:
+            process, pids, asked = self._processes[name], self._known.pop(name, frozenset()), name in self._asked
+            self._asked.discard(name)
+            if process.pid is not None:
+                self.wrong.append(f"{name} went on for {_TIME_TO_STOP:.0f} s after SIGTERM")
+                self._blame(name, "killed at last", pids)
+            elif pids:  # otherwise its end was looked into before
+                self._look_into(name, process.exit_code, pids, asked=asked)
+
+    def _look_into(self, name: str, status: int | None, pids: frozenset[int], *, asked: bool) -> None:
+        if pids & (self._killed | self._killed_itself()):
+            # A master ends the siblings of a killed child in good order. Its own orphans have no such luck.
+            if orphans := frozenset(pid for pid in pids if _lives(pid)):
+                self._blame(name, "killed with its master", orphans)
+        elif self._may_exit and status == self._may_exit:
+            self._blame(name, f"ended with {status}", pids, time.time() - 3)
+        elif not (asked and status in _IN_GOOD_ORDER[name.partition("-")[0]]):
+            self.wrong.append(f"{name} ended with {status}" + (" after SIGTERM" if asked else " by itself"))
 
     def pids(self, name: str) -> frozenset[int]:
         """The process and all its children."""
@@ -145,18 +203,23 @@ class Fleet:
 
     def _blame(self, name: str, what: str, pids: frozenset[int], began: float | None = None) -> None:
         if name.startswith("worker"):
-            self.faults.append(Fault(what, began or time.time() - 1, time.time(), pids))
+            now = time.time()
+            self.faults.append(Fault(what, now if began is None else began, now, pids))
 
     def kill(self, name: str, pids: frozenset[int] | None = None) -> None:
         """SIGKILL a process with its children, or only some of them."""
         everything = self.pids(name)
-        for pid in everything if pids is None else pids:
+        victims = everything if pids is None else pids
+        self._killed |= victims
+        self._remember(name)
+        for pid in victims:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._blame(name, "killed", everything)
+        self._blame(name, "killed", victims)
 
     def terminate(self, name: str) -> None:
-        """SIGTERM the leader; the supervisor starts it again when it has ended."""
+        """SIGTERM the leader; the supervisor starts it again when it has ended, if it is wanted."""
+        self._asked.add(name)
         self._processes[name].ask_to_stop()
 
     def freeze(self, name: str) -> None:
@@ -164,19 +227,24 @@ class Fleet:
         for pid in self.pids(name):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
-                self._stopped[pid] = (name, time.time())
+                self._stopped[pid] = time.time()
 
-    def resume(self) -> None:
-        """SIGCONT everything that is stopped, whoever stopped it."""
-        now = time.time()
+    def resume(self, stopped_themselves: Mapping[int, float]) -> None:
+        """SIGCONT everything that is stopped, whoever stopped it: of those who did it themselves, when."""
         for name in self._processes:
             for pid in self.pids(name):
-                _, since = self._stopped.pop(pid, (name, now - 5))
                 with suppress(psutil.Error):
                     process = psutil.Process(pid)
                     if process.status() == psutil.STATUS_STOPPED:
-                        process.send_signal(signal.SIGCONT)
+                        since = self._stopped.pop(pid, None) or stopped_themselves[pid]
                         self._blame(name, "frozen", frozenset([pid]), since)
+                        process.send_signal(signal.SIGCONT)
+
+
+def _lives(pid: int) -> bool:
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _offspring(pid: int) -> list[int]:

@@ -1,7 +1,9 @@
 """Forks the processes under attack from one that has imported everything, so that starting one costs no CPU seconds.
 
     python -m tests.chaos.forge
-    {"argv": ["dramatiq", "-p", "1"], "environment": {...}, "log": "worker-1.log"}     answers its process id
+    {"argv": ["dramatiq", "-p", "1"], "environment": {...}, "log": "worker-1.log", "exits": "exits.jsonl"}
+
+answers its process id, and appends how it ended to the file `exits`.
 
 What must stay true: a forked process is like one started by its command: an environment, a process group, signal
 handlers and a random generator of its own, and nothing of the service was configured before the fork. When stdin ends,
@@ -38,6 +40,7 @@ _PRELOADED = (
 def _become(request: dict[str, Any]) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
@@ -57,11 +60,27 @@ def _become(request: dict[str, Any]) -> None:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
+_exits: dict[int, str] = {}
+
+
+def _bury(*_: object) -> None:
+    """Collect whoever has ended, and write down how: its status, or the number of a signal below zero."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = ended
+            with open(_exits.pop(pid), "a") as file:  # noqa: PTH123
+                file.write(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}) + "\n")
+
+
 def _fork(request: dict[str, Any]) -> int:
+    # Nobody is buried before it is known where to write that down.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
     pid = os.fork()
     if pid:
         with suppress(OSError):  # whichever of the two is first
             os.setpgid(pid, pid)
+        _exits[pid] = request["exits"]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
         return pid
     status = 70
     try:
@@ -84,7 +103,7 @@ def main() -> None:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects them; whether one lives, its id tells
+    signal.signal(signal.SIGCHLD, _bury)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     print("ready", flush=True)
     groups: list[int] = []

@@ -83,7 +83,7 @@ def _drop() -> None:
     ports = {urlsplit(os.environ[name]).port for name in ("DATABASE__URL", "BROKER__URL")}
     for number in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with suppress(OSError, ValueError), socket.socket(fileno=os.dup(int(number))) as connection:
-            if connection.getpeername()[1] in ports:
+            if connection.family == socket.AF_INET and connection.getpeername()[1] in ports:
                 connection.shutdown(socket.SHUT_RDWR)
 
 

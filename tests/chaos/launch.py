@@ -25,11 +25,14 @@ __all__ = ["Forge", "Forked", "Launched"]
 class Launched(Protocol):
     """What the fleet needs of a process; `service.dev.processes.Process` is one, too."""
 
+    environment: dict[str, str]
+
     @property
     def pid(self) -> int | None: ...
+    @property
+    def exit_code(self) -> int | None: ...
     def start(self) -> None: ...
     def ask_to_stop(self) -> None: ...
-    def wait(self) -> None: ...
     def kill(self) -> None: ...
 
 
@@ -64,7 +67,10 @@ class Forge:
 
     def fork(self, argv: list[str], environment: Mapping[str, str], log: Path) -> int:
         """Start a process and return its id, which is also that of its group."""
-        request = json.dumps({"argv": argv, "environment": dict(environment), "log": str(log)}).encode()
+        exits = log.with_suffix(".exits")
+        request = json.dumps(
+            {"argv": argv, "environment": dict(environment), "log": str(log), "exits": str(exits)}
+        ).encode()
         assert self._process.stdin is not None
         with self._lock:
             self._process.stdin.write(request + b"\n")
@@ -78,7 +84,7 @@ class Forked:
     def __init__(self, forge: Forge, argv: list[str], environment: Mapping[str, str], log: Path) -> None:
         self._forge = forge
         self._argv = argv
-        self._environment = environment
+        self.environment = dict(environment)
         self._log = log
         self._pid: int | None = None
 
@@ -89,23 +95,31 @@ class Forked:
             return None
         return self._pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended, once it has; negative for a signal."""
+        if self._pid is None or _lives(self._pid):
+            return None
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:  # it is collected a moment before that is written down
+            with suppress(FileNotFoundError):
+                for line in self._log.with_suffix(".exits").read_text().splitlines():
+                    exit_ = json.loads(line)
+                    if exit_["pid"] == self._pid:
+                        return int(exit_["status"])
+            time.sleep(0.01)
+        return None
+
     def start(self) -> None:
         """Start it; whatever is left of its last life is killed first."""
         if self.pid is None:
             self.kill()
-            self._pid = self._forge.fork(self._argv, self._environment, self._log)
+            self._pid = self._forge.fork(self._argv, self.environment, self._log)
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the leader."""
         if (pid := self.pid) is not None:
             os.kill(pid, signal.SIGTERM)
-
-    def wait(self) -> None:
-        """Wait for it to end, and kill it when that takes too long."""
-        deadline = time.monotonic() + 15
-        while self.pid is not None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.kill()
 
     def kill(self) -> None:
         """SIGKILL the whole group."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import TYPE_CHECKING, Self
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import httpx
 
 from tests.chaos.checker import Request
-from tests.chaos.domain import POISON
+from tests.chaos.domain import PLAIN_POISON, POISON
 
 if TYPE_CHECKING:
     import random
@@ -42,7 +42,8 @@ class Ledger:
     async def place(self, how: str = "") -> Request:
         """One new request."""
         subject = str(UUID(int=self._dice.getrandbits(128), version=4))
-        request = Request(str(uuid4()), subject, how, time.time(), poison=how in POISON)
+        key = str(UUID(int=self._dice.getrandbits(128), version=4))
+        request = Request(key, subject, how, time.time(), poison=how in (*POISON, *PLAIN_POISON))
         self.requests.append(request)
         await self._send(request)
         return request
@@ -86,6 +87,12 @@ class Ledger:
             self._load.cancel()
             self._load = None
         await asyncio.gather(*self._sending)
+
+    async def repeat(self, request: Request) -> bool:
+        """Ask again under the same key, unless it was accepted; whether it is now."""
+        if request.accepted is None:
+            await self._send(request)
+        return request.accepted is not None
 
     async def find_unanswered(self, until: float) -> int:
         """Repeat what was not answered, each under its key, until it is; how many are left at the time `until`."""

@@ -1,12 +1,13 @@
 """A TCP proxy in a process of its own, one listener for each link, whose behaviour is changed by lines on stdin.
 
-    python -m tests.chaos.proxy '{"worker-1:db": ["127.0.0.1", 5433]}'      answers {"worker-1:db": 41001}
-    {"links": "worker-*:db", "mode": "latency", "value": 0.05}              answers ok
+    python -m tests.chaos.proxy '{"worker-1:db": ["127.0.0.1", 5433]}' SEED answers {"worker-1:db": 41001}
+    {"links": "worker-*:db", "mode": "latency", "value": 0.05}              answers 0
 
 Modes: `clear`; `latency` (value: seconds for each chunk, both ways); `stall` (nothing gets through until cleared);
 `stall_replies` (what the server says does not); `cut_before` and `cut_after` (value: chance that a request breaks the
-connection before or after the server has it); and, done once to the connections that are open, `reset` (RST) and
-`half_open` (dead for ever, and neither side is told). `aim` resets and leads to the Unix socket `socket` from now on.
+connection before or after the server has it); `cut_commit` (the same after a COMMIT, and only then); and, done once to
+the connections that are open, `reset` (RST) and `half_open` (dead for ever, and neither side is told). `aim` resets and
+leads to the Unix socket `socket` from now on. Each command is answered with the number of connections cut so far.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 _LINGER = struct.pack("ii", 1, 0)
 _CHUNK = 65_536
+_dice = random.Random()
 
 
 class Link:
@@ -34,6 +36,7 @@ class Link:
         self.socket = ""
         self.mode = "clear"
         self.value = 0.0
+        self.cuts = 0
         self.changed = asyncio.Event()
         self.pairs: set[Pair] = set()
 
@@ -101,7 +104,7 @@ class Pair:
                     continue
                 writer.write(chunk)
                 await writer.drain()
-                if request and self.link.mode == "cut_after" and random.random() < self.link.value:
+                if request and self._loses_reply(chunk) and _dice.random() < self.link.value:
                     await self._lose_reply()
         if not self.dead:
             with suppress(OSError, RuntimeError):
@@ -114,14 +117,19 @@ class Pair:
             await link.changed.wait()
         if link.mode == "latency":
             await asyncio.sleep(link.value)
-        if request and link.mode == "cut_before" and random.random() < link.value:
+        if request and link.mode == "cut_before" and _dice.random() < link.value:
             self.cut = True
+            link.cuts += 1
             self.reset()
         return not self.dead and not self.cut
+
+    def _loses_reply(self, chunk: bytes) -> bool:
+        return self.link.mode == "cut_after" or (self.link.mode == "cut_commit" and b"COMMIT" in chunk)
 
     async def _lose_reply(self) -> None:
         """Let the server carry the request out; the client never hears of it."""
         self.cut = True
+        self.link.cuts += 1
         await asyncio.sleep(0.3)
         self.reset()
 
@@ -144,7 +152,7 @@ async def _commands(links: dict[str, Link]) -> None:
                 links[name].aim(command["socket"])
             else:
                 links[name].set(command["mode"], command.get("value", 0.0))
-        print("ok", flush=True)
+        print(sum(link.cuts for link in links.values()), flush=True)
 
 
 async def main(targets: dict[str, tuple[str, int]]) -> None:
@@ -158,4 +166,5 @@ async def main(targets: dict[str, tuple[str, int]]) -> None:
 
 if __name__ == "__main__":
     with suppress(KeyboardInterrupt):
+        _dice.seed(sys.argv[2])
         asyncio.run(main(json.loads(sys.argv[1])))

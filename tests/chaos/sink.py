@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from service.dev.places import ROOT
 
@@ -22,7 +22,7 @@ __all__ = ["Copy", "Sink"]
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One effect received."""
+    """One effect received, and when the run that made it began; both by the sink's clock."""
 
     at: float
     key: str
@@ -30,6 +30,7 @@ class Copy:
     consumer: str
     attempt: int
     pid: int
+    began: float
 
 
 class Sink:
@@ -69,6 +70,12 @@ class Sink:
         return self._received
 
 
+def _dated(copy: dict[str, Any]) -> dict[str, Any]:
+    """`began` comes as the monotonic clock's, which all processes share, whatever they take the time for."""
+    now = time.time()
+    return {**copy, "at": now, "began": now - (time.monotonic() - copy["began"])}
+
+
 async def _serve(file: Path) -> None:
     with file.open("a") as received:
 
@@ -76,7 +83,7 @@ async def _serve(file: Path) -> None:
             with suppress(OSError, ValueError):
                 line = await reader.readline()
                 if line.endswith(b"\n"):
-                    received.write(json.dumps({"at": time.time(), **json.loads(line)}) + "\n")
+                    received.write(json.dumps(_dated(json.loads(line))) + "\n")
                     received.flush()
                     writer.write(b"ok\n")
                     await writer.drain()

@@ -13,9 +13,9 @@ from tests.chaos.sink import Copy
 SUBJECT = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"
 ASKED = Request("key", SUBJECT, "", sent=100.0, accepted=101.0)
-BOOKED = Copy(at=102.0, key="a", subject=SUBJECT, consumer="chaos.confirm", attempt=1, pid=7)
-COMPUTED = Copy(at=102.0, key="b", subject=SUBJECT, consumer="chaos.compute", attempt=1, pid=7)
-AGAIN = replace(BOOKED, at=105.0, attempt=2, pid=8)
+BOOKED = Copy(at=102.0, key="a", subject=SUBJECT, consumer="chaos.confirm", attempt=1, pid=7, began=101.9)
+COMPUTED = Copy(at=102.0, key="b", subject=SUBJECT, consumer="chaos.compute", attempt=1, pid=7, began=101.9)
+AGAIN = replace(BOOKED, at=105.0, attempt=2, pid=8, began=104.9)
 
 
 def tables(things: int = 1, bookings: int = 1, total: int | None = None, dead: bool = False, left: int = 0) -> Tables:
@@ -77,10 +77,29 @@ def test_a_repeated_effect_outside_needs_a_reason() -> None:
         Fault("killed another worker", 102.5, 103, frozenset([9])),
         Fault("killed long before", 50, 60, frozenset([7])),
         Fault("killed afterwards", 110, 111, frozenset([7, 8])),
+        Fault("killed when the first was long completed", 103.5, 103.5, frozenset([7])),
+        Fault("killed before the first began", 101.5, 101.5, frozenset([7])),
+        Fault("killed is no reason to be a second", 104.95, 104.95, frozenset([8])),
+        Fault("too short to lose a lease", 104.5, 104.95, frozenset([8])),
     ],
 )
 def test_a_fault_elsewhere_is_no_reason(fault: Fault) -> None:
     assert judge([ASKED], tables(), [BOOKED, COMPUTED, AGAIN], [fault]).duplicated
+
+
+def test_a_run_that_stood_still_may_come_second() -> None:
+    late = replace(AGAIN, began=101.0)
+    frozen = Fault("frozen", 101.5, 104.9, frozenset([8]))
+    assert judge([ASKED], tables(), [BOOKED, COMPUTED, late], [frozen]).clean
+    assert judge([ASKED], tables(), [BOOKED, COMPUTED, replace(late, at=107, began=106.0)], [frozen]).duplicated
+
+
+def test_a_crash_explains_one_copy_and_no_more() -> None:
+    more = [replace(AGAIN, at=102.1, began=102.0, pid=7), replace(AGAIN, at=102.2, began=102.1)]
+    killed = Fault("killed", 102.2, 102.2, frozenset([7]))
+    assert judge([ASKED], tables(), [BOOKED, COMPUTED, more[0]], [killed]).clean
+    assert len(judge([ASKED], tables(), [BOOKED, COMPUTED, *more], [killed]).duplicated) == 1
+    assert judge([ASKED], tables(), [BOOKED, COMPUTED, *more], [replace(killed, began=102, ended=105)]).clean
 
 
 def test_an_effect_keeps_its_key() -> None:

@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 
 SEED = 1
 
+HONEST = (
+    "kill_workers_in_gaps",
+    "standby_promoted",
+    "rolling_restart",
+    "valkey_flushed",
+    "deaths_in_mid_effect",  # the healthy twin of the one below
+)
 
-@pytest.mark.parametrize("name", ["kill_anything", "zombies_in_mid_effect", "valkey_flushed"])
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.mark.parametrize("name", HONEST)
 def test_nothing_is_lost_and_nothing_happens_twice(name: str, server_folder: Path, ground: Ground) -> None:
     result = asyncio.run(run(SCENARIOS[name], SEED, server_folder, ground))
     assert result.wrong == []
@@ -30,5 +40,7 @@ def test_nothing_is_lost_and_nothing_happens_twice(name: str, server_folder: Pat
 
 def test_a_system_with_a_bug_is_accused(server_folder: Path, ground: Ground) -> None:
     result = asyncio.run(run(SCENARIOS["bug_complete_before_effect"], SEED, server_folder, ground))
+    assert result.wrong == []
     assert result.verdict.accepted > 10
-    assert result.verdict.lost
+    assert any("no booking (completed)" in each for each in result.verdict.lost)
+    assert result.passed

@@ -3,6 +3,8 @@
 Relays, workers, copies of messages, claims whose reply was lost, zombies that go on with a token of long ago, people
 who replay: Hypothesis chooses who does what next, and the statements of the service and of the relay must answer as the
 model does. Time is the database's: a row comes due when a rule moves its `due_at` into the past.
+
+One class, however long: a rule is worth what it meets among all the others.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from relay.ledger import NO_FLOOR, recover_lost, take_due
 from relay.resolve import resolve
 from service.outbox import statements
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
+    from asyncpg.transaction import Transaction
+
 T = TypeVar("T")
 MINUTE = timedelta(seconds=60)
 ERROR = {"type": "Error", "message": "", "traceback": ""}
+UNKNOWN = {"type": "Unknown", "message": "", "traceback": ""}
 _INSERT = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
 VALUES ($1, $1, 'model.happened', 1, 'model.react', 'model', '{}', '{}')
@@ -61,6 +67,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.connection: asyncpg.Connection[asyncpg.Record] = self.run(asyncpg.connect(self.url))
+        self.relay: asyncpg.Connection[asyncpg.Record] = self.run(asyncpg.connect(self.url))
         self.run(self.connection.execute("TRUNCATE outbox_message, dead_letter"))
         self.rows: dict[UUID, Row] = {}
         for _ in range(2):
@@ -73,6 +80,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.run(self.connection.close())
+        self.run(self.relay.close())
 
     def pick(self, number: int) -> tuple[UUID, Row]:
         return list(self.rows.items())[number]
@@ -103,20 +111,46 @@ class Machine(RuleBasedStateMachine):
     @rule(commits=st.booleans(), spares=st.booleans())
     def dispatch(self, commits: bool, spares: bool) -> None:
         """Hand over what is due; or publish, and die before the commit."""
+        transaction, taken = self._take(spares=spares)
+        self._end(transaction, taken, commits=commits)
+
+    def _take(self, *, spares: bool) -> tuple[Transaction, set[UUID]]:
         expected = {
             message_id
             for message_id, row in self.rows.items()
             if row.due
             and (row.state in ("pending", "dispatched") or (row.state == "running" and not spares and row.attempts < 2))
         }
-        transaction = self.connection.transaction()
+        transaction = self.relay.transaction()
         self.run(transaction.start())
-        batch = self.run(take_due(self.connection, "model", NO_FLOOR, 10, MINUTE, expired_leases=not spares))
+        batch = self.run(take_due(self.relay, "model", NO_FLOOR, 10, MINUTE, expired_leases=not spares))
         assert {UUID(each.id) for each in (batch.rows if batch else [])} == expected
+        return transaction, expected
+
+    def _end(self, transaction: Transaction, taken: set[UUID], *, commits: bool) -> None:
         self.run(transaction.commit() if commits else transaction.rollback())
-        for message_id in expected if commits else ():
+        for message_id in taken if commits else ():
             row = self.rows[message_id]
             row.state, row.due, row.dispatches = "dispatched", False, row.dispatches + 1
+
+    @rule(commits=st.booleans())
+    def dispatch_slowly(self, commits: bool) -> None:
+        """A message reaches a worker before the relay's commit: it passes over the row, then waits and has it."""
+        self.time_passes(0)
+        transaction, taken = self._take(spares=False)
+        claims: list[tuple[UUID, UUID, asyncio.Task[statements.Claim | None]]] = []
+        for message_id in [each for each in self.rows if each in taken][:1]:
+            token = uuid4()
+            assert self.run(statements.claim_free(self.connection, [(message_id, token)], MINUTE)) == []
+            claim = self.loop.create_task(statements.claim(self.connection, message_id, token, MINUTE))
+            claims.append((message_id, token, claim))
+            self.run(until(self._somebody_waits, what="the claim to wait for the relay"))
+        self._end(transaction, taken, commits=commits)
+        for message_id, token, claim in claims:
+            self._check_claim(message_id, token, self.run(_result(claim)))
+
+    async def _somebody_waits(self) -> bool:
+        return bool(await self.relay.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
     @rule()
     def dispatch_late(self) -> None:
@@ -139,7 +173,20 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1))
     def claim(self, number: int) -> None:
         """A message arrives, wanted or not: a copy, one from before a flush, one before its own dispatch committed."""
-        self._claim(*self.pick(number), uuid4())
+        self._claim(self.pick(number)[0], uuid4())
+
+    @rule(data=st.data())
+    def claim_together(self, data: st.DataObject) -> None:
+        """Messages of both rows arrive at once, new ones or ones whose claim's reply was lost."""
+        asked = {
+            message_id: self.a_token(data, row) if data.draw(st.booleans()) else uuid4()
+            for message_id, row in self.rows.items()
+        }
+        found = self.run(statements.claim_free(self.connection, list(asked.items()), MINUTE))
+        claims = {claim.id: claim for claim in found}
+        assert all(claim.token == asked[claim.id] for claim in found)
+        for message_id, token in asked.items():
+            self._check_claim(message_id, token, claims.get(message_id))
 
     @precondition(lambda self: any(row.state == "running" for row in self.rows.values()))
     @rule()
@@ -147,18 +194,21 @@ class Machine(RuleBasedStateMachine):
         """Its lease ends while it stands still, and another worker gets a copy of the message."""
         number = next(number for number in (0, 1) if self.pick(number)[1].state == "running")
         self.time_passes(number)
-        self._claim(*self.pick(number), uuid4())
+        self._claim(self.pick(number)[0], uuid4())
 
     @rule(number=st.integers(0, 1), data=st.data())
     def claim_again(self, number: int, data: st.DataObject) -> None:
         """The reply was lost, and the worker asks again with its token."""
         message_id, row = self.pick(number)
-        self._claim(message_id, row, self.a_token(data, row))
+        self._claim(message_id, self.a_token(data, row))
 
-    def _claim(self, message_id: UUID, row: Row, token: UUID) -> None:
+    def _claim(self, message_id: UUID, token: UUID) -> None:
+        self._check_claim(message_id, token, self.run(statements.claim(self.connection, message_id, token, MINUTE)))
+
+    def _check_claim(self, message_id: UUID, token: UUID, claimed: statements.Claim | None) -> None:
+        row = self.rows[message_id]
         repeated = row.mine(token, "running")
         allowed = row.state == "dispatched" or (row.state in ("pending", "running") and row.due) or repeated
-        claimed = self.run(statements.claim(self.connection, message_id, token, MINUTE))
         assert (claimed is not None) == allowed
         if claimed is not None:
             row.attempts += not repeated
@@ -212,6 +262,22 @@ class Machine(RuleBasedStateMachine):
         if allowed:
             row.state, row.due, row.attempts = "pending", True, row.attempts - 1
 
+    @rule(number=st.integers(0, 1), data=st.data(), overdue=st.booleans())
+    def release_unknown(self, number: int, data: st.DataObject, overdue: bool) -> None:
+        """A worker that does not know the consumer puts the row back, until that has gone on for too long."""
+        message_id, row = self.pick(number)
+        claim = self.claim_of(message_id, self.a_token(data, row))
+        allowed = row.mine(claim.token, "running")
+        patience = -MINUTE if overdue else MINUTE * 60
+        answer = statements.release(self.connection, claim, error=UNKNOWN, delay=MINUTE, patience=patience)
+        assert self.run(answer) == (allowed and overdue)
+        if allowed:
+            row.state, row.due, row.attempts = "pending", False, row.attempts - 1
+        if allowed and overdue:
+            died = statements.die(self.connection, claim, UNKNOWN, "nobody knows it", states=("pending",))
+            assert self.run(died) is not None
+            row.state = "dead"
+
     @rule(number=st.integers(0, 1), data=st.data())
     def heartbeat(self, number: int, data: st.DataObject) -> None:
         message_id, row = self.pick(number)
@@ -242,6 +308,16 @@ class Machine(RuleBasedStateMachine):
             for row in expected:
                 row.state, row.due, row.attempts, row.dispatches, row.token = "pending", True, 0, 0, None
 
+    @precondition(lambda self: any(row.state == "dead" for row in self.rows.values()))
+    @rule()
+    def discard(self) -> None:
+        """Everything that is dead; a replay that comes later finds nothing."""
+        ids = [each["id"] for each in self.run(self.connection.fetch("SELECT id FROM dead_letter"))]
+        dead = [row for row in self.rows.values() if row.state == "dead"]
+        assert len(self.run(resolve(self.connection, "discard", ids, by="model", why=None)).done) == len(dead)
+        for row in dead:
+            row.state = "discarded"
+
     @precondition(lambda self: any(row.state == "completed" for row in self.rows.values()))
     @rule()
     def purge(self) -> None:
@@ -265,7 +341,7 @@ class Machine(RuleBasedStateMachine):
         expected = {
             message_id: (row.state, row.attempts, row.dispatches, row.token, row.due)
             for message_id, row in self.rows.items()
-            if row.state not in ("dead", "purged")
+            if row.state not in ("dead", "discarded", "purged")
         }
         assert found == expected
 
@@ -277,6 +353,10 @@ class Machine(RuleBasedStateMachine):
     def the_dead_are_kept(self) -> None:
         open_letters = self.run(self.connection.fetchval("SELECT count(*) FROM dead_letter WHERE resolution IS NULL"))
         assert open_letters == sum(row.state == "dead" for row in self.rows.values())
+
+
+async def _result(task: asyncio.Task[T]) -> T:
+    return await asyncio.wait_for(task, 10)
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import json
 import random
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+import aiormq
 import asyncpg
 import redis.asyncio
 
@@ -21,7 +22,7 @@ from service.dev.postgres import Postgres
 from service.dev.servers import Server, free_port
 from service.dev.valkey import Valkey
 from tests.chaos.checker import Fault, Request, Tables, Verdict, judge
-from tests.chaos.domain import SCHEMA
+from tests.chaos.domain import BLOCKED, SCHEMA
 from tests.chaos.fleet import Fleet, command
 from tests.chaos.gaps import API_GAPS, RELAY_GAPS, WORKER_GAPS
 from tests.chaos.ledger import Ledger
@@ -32,12 +33,12 @@ from tests.real_servers import TEMPLATE, copy_of, outside_environment
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from tests.chaos.launch import Forge
 
-__all__ = ["SHORT", "Ground", "Plan", "World"]
+__all__ = ["LONGER_THAN_A_LEASE", "REDISPATCHED", "SHORT", "Ground", "Plan", "World"]
 
 SHORT = {
     "OUTBOX__LEASE": "3",
@@ -52,11 +53,23 @@ SHORT = {
 }
 """A short lease, so that what takes minutes as shipped takes seconds."""
 
+LONGER_THAN_A_LEASE = 4.0
+"""Seconds; and shorter than a run may last, so that who stood still goes on."""
+
+QUEUES = ("stock", "mail", "poison")
+
 _TABLES = """
 SELECT (SELECT coalesce(sum(total), 0) FROM shard)::bigint,
        (SELECT count(*) FROM outbox_message WHERE state <> 'completed'),
-       (SELECT coalesce(max(dispatches), 0) FROM outbox_message)
+       (SELECT coalesce(max(attempts), 0) FROM outbox_message WHERE consumer NOT LIKE 'chaos.suffer%'),
+       (SELECT count(*) FROM outbox_message WHERE dispatches >= 2)
 """
+
+
+REDISPATCHED = "SELECT count(*) FROM outbox_message WHERE dispatches >= 2"
+"""Rows that were handed to the broker more than once."""
+
+_STATES = "SELECT payload ->> 'subject_id', consumer, state FROM outbox_message"
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,11 @@ class Plan:
     bug: str = ""
     proxied: bool = False
     rabbitmq: bool = False
-    apis: int = 1
+    apis: int = 2
+    processes: int = 2
+    """Of each worker, below its master; siblings of one that is killed end with it."""
+    may_exit: int = 0
+    """Status with which a process may end by itself."""
     extra: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Further variables for single processes, by name; these are started by their own commands."""
     forked: bool = True
@@ -96,12 +113,14 @@ class World:
         self._ground = ground
         self.postgres = Postgres(folder / "postgres", durable=False, settings={"synchronous_commit": "on"}, tcp=True)
         self.broker_server = Rabbitmq(folder / "rabbitmq") if plan.rabbitmq else Valkey(folder / "valkey", tcp=True)
-        self.fleet = Fleet(folder, ground.forge)
+        self._urls = (self.postgres.url(), self.broker_server.url)
+        self.fleet = Fleet(folder, ground.forge, self._killed_itself, plan.may_exit)
         self.sink = Sink(folder / "sink.jsonl")
         self.network: Network
         self.ledger: Ledger
         self.began = time.time()
         self.most_copies = 0
+        self.most_waiting = 0
         self.sink_ignores: set[str] = set()
         self.rewound: Fault | None = None
         self._stack = AsyncExitStack()
@@ -122,7 +141,7 @@ class World:
             stack.push_async_callback(self.fleet.close)
             for name in (*ports, "relay-1", "relay-2", "worker-1", "worker-2"):
                 forked = self.plan.forked and name not in self.plan.extra
-                argv = command(name, ports.get(name, 0))
+                argv = command(name, ports.get(name, 0), self.plan.processes)
                 self.fleet.add(name, argv, self.environment(name), forked=forked)
             await self.fleet.start(*self.fleet.names())
             self._watch(stack)
@@ -130,6 +149,8 @@ class World:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self.disarm()
+        self.resume()
         try:
             await self.fleet.close()  # before any server, also those that the scenario added
         finally:
@@ -159,7 +180,7 @@ class World:
                 targets[f"{name}:broker"] = broker
                 targets[f"{name}:sink"] = ("127.0.0.1", self.sink.port)
             targets |= {f"client:{name}": ("127.0.0.1", port) for name, port in ports.items()}
-            self.network = await stack.enter_async_context(Network(targets))
+            self.network = await stack.enter_async_context(Network(targets, self.seed))
             ports = {name: self.network.ports[f"client:{name}"] for name in ports}
         urls = [f"http://127.0.0.1:{port}" for port in ports.values()]
         self.ledger = await stack.enter_async_context(Ledger(urls, self.dice))
@@ -188,6 +209,12 @@ class World:
             return url
         return url.replace(f":{urlsplit(url).port}", f":{self.network.ports[link]}")
 
+    @property
+    def settling(self) -> float:
+        """Seconds after the last fault in which a lease ends and a row comes due once more."""
+        settings = {"OUTBOX__LEASE": "30", "OUTBOX__REDISPATCH_AFTER": "60", **self.plan.settings}
+        return float(settings["OUTBOX__LEASE"]) + float(settings["OUTBOX__REDISPATCH_AFTER"])
+
     # -- looking
 
     async def sql(self, statement: str, *arguments: Any) -> list[asyncpg.Record]:
@@ -211,7 +238,11 @@ class World:
 
     async def connect(self) -> asyncpg.Connection[asyncpg.Record]:
         """A connection to the database under attack, past every proxy."""
-        return await asyncpg.connect(self.postgres.socket_url(TEMPLATE), server_settings={"statement_timeout": "0"})
+        settings = {"statement_timeout": "0", "idle_session_timeout": "0", "transaction_timeout": "0"}
+        settings |= {"lock_timeout": "0", "idle_in_transaction_session_timeout": "0"}
+        return await asyncpg.connect(
+            self.postgres.socket_url(TEMPLATE), timeout=10, command_timeout=30, server_settings=settings
+        )
 
     def broker(self) -> redis.asyncio.Redis:
         """A client of the broker, past every proxy."""
@@ -219,23 +250,56 @@ class World:
         return client
 
     def _watch(self, stack: AsyncExitStack) -> None:
-        if self.plan.rabbitmq:
-            return
-        task = asyncio.create_task(self._count_copies())
+        task = asyncio.create_task(self._keep_measuring())
         stack.callback(task.cancel)
+
+    async def _keep_measuring(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            with suppress(redis.RedisError, OSError, aiormq.AMQPError, TimeoutError):
+                waiting = await self.waiting()
+                self.most_waiting = max([self.most_waiting, *waiting.values()])
+                if not self.plan.rabbitmq:
+                    await self._count_copies()
 
     async def _count_copies(self) -> None:
         """See how many copies of a row the broker holds, queued and in flight."""
-        while True:
-            await asyncio.sleep(0.5)
+        async with self.broker() as broker:
+            for queue in QUEUES:
+                ids = await broker.hkeys(f"dramatiq:{queue}.msgs")
+                counts = Counter(str(each).partition(":")[0] for each in ids)
+                self.most_copies = max([self.most_copies, *counts.values()])
+
+    async def waiting(self) -> dict[str, int]:
+        """How many messages wait in each queue of the broker."""
+        if not self.plan.rabbitmq:
+            async with self.broker() as broker:
+                return {queue: await broker.llen(f"dramatiq:{queue}") for queue in QUEUES}
+        async with asyncio.timeout(5):
+            connection = await aiormq.connect(self.broker_url)
             try:
-                async with self.broker() as broker:
-                    for queue in ("stock", "mail", "poison"):
-                        ids = await broker.hkeys(f"dramatiq:{queue}.msgs")
-                        counts = Counter(str(each).partition(":")[0] for each in ids)
-                        self.most_copies = max([self.most_copies, *counts.values()])
-            except (redis.RedisError, OSError):
-                continue
+                counts = {}
+                for queue in QUEUES:
+                    channel = await connection.channel()  # it ends with the question after a queue that is not there
+                    with suppress(aiormq.ChannelNotFoundEntity):
+                        counts[queue] = (await channel.queue_declare(queue, passive=True)).message_count or 0
+                return counts
+            finally:
+                await connection.close()
+
+    async def in_flight(self) -> int:
+        """How many messages workers that still live have taken from Valkey and not yet acknowledged."""
+        if self.plan.rabbitmq:
+            return 0
+        async with self.broker() as broker:
+            living = await broker.zrangebyscore("dramatiq:__heartbeats__", (time.time() - 3) * 1000, "+inf")
+            taken = 0
+            for queue in QUEUES:
+                for worker in living:
+                    for each in await broker.smembers(f"dramatiq:__acks__.{worker!s}.{queue}"):
+                        # One whose body is gone can do nothing any more.
+                        taken += await broker.hexists(f"dramatiq:{queue}.msgs", each)
+            return taken
 
     async def tables(self) -> Tables:
         """The business tables, and what is open in the ledger."""
@@ -265,14 +329,35 @@ class World:
     def faults(self) -> list[Fault]:
         """Everything that may explain a repeated effect outside."""
         struck = [
-            Fault(each["gap"], each["at"], each["at"] + 1, frozenset([each["pid"]]))
+            Fault(each["gap"], each["at"], each["at"] + lasts, frozenset([each["pid"]]))
             for each in self.strikes()
-            if each["gap"].startswith("worker")
+            if (lasts := {"kill": 0.0, "sleep": 0.5, "block": BLOCKED}.get(each["action"])) is not None
         ]
         rewound = [] if self.rewound is None else [self.rewound]
         return [*self.fleet.faults, *self._faults, *struck, *rewound]
 
+    def _killed_itself(self) -> set[int]:
+        return {each["pid"] for each in self.strikes() if each["action"] == "kill"}
+
+    def wrong(self) -> list[str]:
+        """What is wrong whatever the records say: deaths without a cause, tracebacks, passwords in logs."""
+        wrong = list(self.fleet.wrong)
+        for name in self.fleet.names():
+            log = self.fleet.log(name)
+            wrong += [f"{name}: {line[:300]}" for line in log.splitlines() if is_traceback(line)][:2]
+            wrong += [f"{name} logged a password" for url in self._urls if _leaks(log, url)]
+        return wrong
+
     # -- attacking
+
+    def keep_open(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        """Close this connection only when the scenario has been judged."""
+        self._stack.push_async_callback(connection.close, timeout=2)
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let this happen while it is judged whether all is well."""
+        task = asyncio.create_task(work)
+        self._stack.callback(task.cancel)
 
     def also_stop(self, server: Server) -> None:
         """Stop this server, too, when the scenario is over."""
@@ -285,8 +370,7 @@ class World:
     async def place_surely(self, how: str = "") -> Request:
         """Place a request, and repeat it until it is accepted."""
         request = await self.ledger.place(how)
-        await self.ledger.find_unanswered(time.monotonic() + 20)
-        assert request.accepted is not None, "the API does not answer"
+        await until(lambda: self.ledger.repeat(request), timeout=20, every=0.1, what="an answer of the API")
         return request
 
     def arm(self, *gaps: str, once: bool = False) -> None:
@@ -309,6 +393,40 @@ class World:
         """How often each gap has struck."""
         return Counter(each["gap"] for each in self.strikes())
 
+    def resume(self) -> None:
+        """Let everything go on that stands still."""
+        self.fleet.resume({each["pid"]: each["at"] for each in self.strikes() if each["action"] == "stop"})
+
+    async def strike_each(self, gaps: Sequence[str], then: float) -> None:
+        """Each gap once, one after the other; after each strike `then` seconds pass, and what stands still goes on."""
+        for gap in gaps:
+            before = self.struck()[gap]
+            self.arm(gap, once=True)
+            await until(lambda: self.struck()[gap] > before, timeout=20, what=f"a strike at {gap}")  # noqa: B023
+            await self.wait(then)
+            self.resume()
+            await self.wait(1)  # or the next might strike the same run, and it would have to end
+
+    @asynccontextmanager
+    async def workers_away(self, queues: Sequence[str], least: int = 10, *, loses: bool = False) -> AsyncIterator[None]:
+        """No worker is there; the block begins when so many messages wait in each queue.
+
+        Where the block `loses` them, rows must come due and be handed over again.
+        """
+        workers = self.fleet.names("worker")
+        await self.fleet.stop(*workers)
+
+        async def full() -> bool:
+            waiting = await self.waiting()
+            return all(waiting.get(queue, 0) >= least for queue in queues)
+
+        await until(full, timeout=30, every=0.1, what=f"{least} messages in each of {queues}")
+        before = (await self.sql(REDISPATCHED))[0][0]
+        yield
+        if loses:
+            await self.until(REDISPATCHED, before + least)
+        await self.fleet.start(*workers)
+
     def hold(self, *, held: bool = True) -> None:
         """Let events of the kind `held` run for as long as this lasts."""
         if held:
@@ -321,6 +439,20 @@ class World:
         await asyncio.sleep(seconds)
 
 
+def is_traceback(line: str) -> bool:
+    """Whether a line of a log tells of an error that nobody expected; a consumer's own is expected."""
+    if not line.startswith("{"):
+        return line.startswith("Traceback")
+    entry = json.loads(line)
+    return "Traceback" in entry.get("exception", "") and entry["event"] not in ("outbox.failed", "outbox.dead_lettered")
+
+
+def _leaks(log: str, url: str) -> bool:
+    password = urlsplit(url).password
+    assert password, "the suite's own servers have passwords"
+    return password in log
+
+
 async def _read(connection: asyncpg.Connection[asyncpg.Record]) -> Tables:
     totals = await connection.fetchrow(_TABLES)
     assert totals is not None
@@ -330,7 +462,9 @@ async def _read(connection: asyncpg.Connection[asyncpg.Record]) -> Tables:
         shard_total=totals[0],
         dead=set(_counted(await connection.fetch("SELECT payload ->> 'subject_id' FROM dead_letter"))),
         open_rows=totals[1],
-        dispatches=totals[2],
+        states={(row[0], row[1]): row[2] for row in await connection.fetch(_STATES)},
+        attempts=totals[2],
+        redispatched=totals[3],
     )
 
 

@@ -41,7 +41,7 @@ async def _backup(world: World, name: str, *options: str) -> _Copy:
     command = [str(postgres_binaries() / "pg_basebackup"), "-D", str(copy.data_dir), "-U", "postgres", "-c", "fast"]
     command += ["-h", str(world.postgres._sockets_in()), "-p", str(world.postgres.port), "-X", "stream", *options]
     world.folder.chmod(0o777)  # the server's account writes it
-    await asyncio.to_thread(lambda: subprocess.run(command, check=True, capture_output=True, **_identity()))
+    await asyncio.to_thread(lambda: subprocess.run(command, check=True, capture_output=True, timeout=60, **_identity()))
     world.folder.chmod(0o711)
     return copy
 

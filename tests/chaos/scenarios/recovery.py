@@ -7,11 +7,15 @@ T + 15 s, where T is 60 s.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from tests.chaos.scenario import scenario
+from tests.chaos.scenarios.rabbitmq import installed
 from tests.chaos.world import Plan, World
+from tests.rabbitmq.server import Rabbitmq
 
-_AS_SHIPPED = Plan(settings={}, forked=False)
+_AS_SHIPPED = Plan(settings={}, processes=1, forked=False)
+_ON_RABBITMQ = replace(_AS_SHIPPED, rabbitmq=True)
 _RUNNING = "SELECT count(*) FROM outbox_message WHERE state = 'running' AND consumer = 'chaos.book'"
 _COMPLETED = "SELECT count(*) FROM outbox_message WHERE state = 'completed'"
 _WAITING = "SELECT count(*) FROM outbox_message WHERE state = 'dispatched'"
@@ -22,9 +26,7 @@ def _kill_workers(world: World) -> None:
         world.fleet.kill(name)
 
 
-@scenario(_AS_SHIPPED, rate=0, within=45, slow=True)
-async def slow_running_work(world: World) -> None:
-    """Workers are killed in mid-run, and hold nothing else."""
+async def _running(world: World) -> None:
     world.hold()
     for _ in range(4):
         await world.place_surely("held")
@@ -34,9 +36,7 @@ async def slow_running_work(world: World) -> None:
     world.hold(held=False)
 
 
-@scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
-async def slow_prefetched_work(world: World) -> None:
-    """Workers are killed while they hold messages that no thread has begun."""
+async def _prefetched(world: World) -> None:
     world.hold()
     for _ in range(16):
         await world.place_surely("held")
@@ -48,17 +48,55 @@ async def slow_prefetched_work(world: World) -> None:
     world.hold(held=False)
 
 
-@scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
-async def slow_lost_by_the_broker(world: World) -> None:
-    """The broker forgets everything while no worker is there to take it."""
+async def _lost(world: World) -> None:
     workers = world.fleet.names("worker")
     await world.fleet.stop(*workers)
     for _ in range(20):
         await world.place_surely()
     await world.until(_WAITING, 40)
-    async with world.broker() as broker:
-        await broker.flushall()
-    asyncio.get_running_loop().create_task(world.fleet.start(*workers))
+    if isinstance(world.broker_server, Rabbitmq):
+        for queue in ("stock", "mail"):
+            await asyncio.to_thread(world.broker_server.control, "delete_queue", queue)
+    else:
+        async with world.broker() as broker:
+            await broker.flushall()
+    world.in_background(world.fleet.start(*workers))
+
+
+@scenario(_AS_SHIPPED, rate=0, within=45, slow=True)
+async def slow_running_work(world: World) -> None:
+    """Workers are killed in mid-run, and hold nothing else."""
+    await _running(world)
+
+
+@scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
+async def slow_prefetched_work(world: World) -> None:
+    """Workers are killed while they hold messages that no thread has begun."""
+    await _prefetched(world)
+
+
+@scenario(_AS_SHIPPED, rate=0, within=75, slow=True, attempts=1)
+async def slow_lost_by_the_broker(world: World) -> None:
+    """The broker forgets everything while no worker is there to take it."""
+    await _lost(world)
+
+
+@scenario(_ON_RABBITMQ, rate=0, within=45, slow=True, needs=installed)
+async def slow_running_work_rabbitmq(world: World) -> None:
+    """Workers are killed in mid-run, and hold nothing else."""
+    await _running(world)
+
+
+@scenario(_ON_RABBITMQ, rate=0, within=75, slow=True, needs=installed)
+async def slow_prefetched_work_rabbitmq(world: World) -> None:
+    """Workers are killed while they hold messages that no thread has begun."""
+    await _prefetched(world)
+
+
+@scenario(_ON_RABBITMQ, rate=0, within=75, slow=True, attempts=1, needs=installed)
+async def slow_lost_by_rabbitmq(world: World) -> None:
+    """The queues are deleted while no worker is there to take what waits in them."""
+    await _lost(world)
 
 
 @scenario(_AS_SHIPPED, rate=5, within=75, slow=True)

@@ -12,46 +12,63 @@ from typing import Any
 import redis
 
 from tests.chaos.scenario import scenario
-from tests.chaos.world import Plan, World
+from tests.chaos.world import REDISPATCHED, Plan, World
+from tests.waiting import until
 
 QUEUES = ("stock", "mail")
 
 
-@scenario()
+@scenario(attempts=1)
 async def valkey_flushed(world: World) -> None:
-    """FLUSHALL, again and again."""
-    for _ in range(4):
+    """FLUSHALL of full queues, and again and again while they are worked off."""
+    async with world.workers_away(QUEUES, loses=True), world.broker() as broker:
+        await broker.flushall()
+    for _ in range(3):
         await world.wait(world.dice.uniform(1, 2.5))
         async with world.broker() as broker:
             await broker.flushall()
 
 
-@scenario()
+@scenario(attempts=1)
 async def valkey_lists_deleted(world: World) -> None:
     """The lists of ids vanish and their bodies stay, then the bodies vanish and the ids stay."""
-    world.fleet.freeze("worker-1")
-    world.fleet.freeze("worker-2")
-    await world.wait(1.5)
-    async with world.broker() as broker:
-        await broker.delete(*(f"dramatiq:{queue}" for queue in QUEUES))
-        await world.wait(1.5)
-        await broker.delete(*(f"dramatiq:{queue}.msgs" for queue in QUEUES))
-    world.fleet.resume()
-    await world.wait(1)
+    for suffix in ("", ".msgs"):
+        async with world.workers_away(QUEUES, loses=True), world.broker() as broker:
+            await broker.delete(*(f"dramatiq:{queue}{suffix}" for queue in QUEUES))
+        await world.wait(1)
 
 
 @scenario()
+async def valkey_acks_deleted(world: World) -> None:
+    """What says who has taken which message vanishes, and then one of those who had them."""
+    world.hold()
+    for _ in range(24):
+        await world.place_surely("held")
+    await until(world.in_flight, timeout=15, what="messages in flight")
+    async with world.broker() as broker:
+        keys = [key async for key in broker.scan_iter("dramatiq:__acks__*")]
+        assert keys, "nobody has taken a message"
+        await broker.delete(*keys)
+    await world.wait(1)
+    world.fleet.kill("worker-1")
+    world.hold(held=False)
+    await world.until(REDISPATCHED, 1)
+
+
+@scenario(attempts=1)
 async def valkey_restarted(world: World) -> None:
     """Killed and started again without persistence, once at once and once after a while."""
-    for away in (0.0, 3.0):
-        await world.wait(2)
+    async with world.workers_away(QUEUES, loses=True):
         await asyncio.to_thread(world.valkey.kill)
-        await world.wait(away)
         await asyncio.to_thread(world.valkey.start)
+    await world.wait(2)
+    await asyncio.to_thread(world.valkey.kill)
+    await world.wait(3)
+    await asyncio.to_thread(world.valkey.start)
     await world.wait(1)
 
 
-@scenario()
+@scenario(attempts=1)
 async def valkey_full(world: World) -> None:
     """At its memory limit it refuses every write, also the workers' own."""
     async with world.broker() as broker:
@@ -62,7 +79,7 @@ async def valkey_full(world: World) -> None:
             await broker.config_set("maxmemory", 0)
 
 
-@scenario()
+@scenario(attempts=1)
 async def valkey_read_only(world: World) -> None:
     """It becomes a replica of nobody for a while."""
     async with world.broker() as broker:
@@ -73,7 +90,7 @@ async def valkey_read_only(world: World) -> None:
             await broker.execute_command("REPLICAOF", "NO", "ONE")
 
 
-@scenario()
+@scenario(attempts=1)
 async def valkey_stalls(world: World) -> None:
     """It stands still for 7 s: longer than the relay waits, so what it then executes has no reader any more."""
     await world.wait(1.5)
@@ -84,7 +101,7 @@ async def valkey_stalls(world: World) -> None:
     await world.wait(1)
 
 
-@scenario(Plan(proxied=True))
+@scenario(Plan(proxied=True), attempts=1)
 async def valkey_answers_late(world: World) -> None:
     """It executes what the relays ask for, and the answers come after they have given up."""
     await world.wait(1)
@@ -94,7 +111,7 @@ async def valkey_answers_late(world: World) -> None:
     await world.wait(1)
 
 
-@scenario()
+@scenario(attempts=1)
 async def valkey_drops_clients(world: World) -> None:
     """Every connection is closed by the server, several times."""
     async with world.broker() as broker:
@@ -144,7 +161,7 @@ async def odd_messages(world: World) -> None:
             await broker.hset("dramatiq:stock.msgs", f"odd-{number}", body.replace(b"ID", f"odd-{number}".encode()))
             await broker.rpush("dramatiq:stock", f"odd-{number}")
             await world.wait(0.1)
-        for row in await world.sql("SELECT id::text FROM outbox_message ORDER BY random() LIMIT 50"):
+        for row in await world.sql("SELECT id::text FROM outbox_message ORDER BY id LIMIT 50"):
             key = f"stolen-{row['id']}"
             body = _body("mail", "chaos.compute", row["id"]).replace(b"ID", key.encode())
             await broker.hset("dramatiq:mail.msgs", key, body)
