@@ -1,0 +1,139 @@
+"""The suite sees a process that dies of itself or does not end when told, and what comes after all was well."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chaos.fleet import Fleet
+from tests.chaos.launch import Forked
+from tests.chaos.scenario import Result, Scenario, run
+from tests.chaos.world import Plan, World, is_traceback
+from tests.waiting import until, until_sync
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.chaos.scenario import Attack
+    from tests.chaos.world import Ground
+
+_READY = "import os, signal, sys, time; print('relay.started', flush=True)"
+_WAITS = f"{_READY}; time.sleep(60)"
+_ENDS_WELL = f"{_READY}; signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"
+_ENDS_BADLY = f"{_READY}; signal.signal(15, lambda *_: sys.exit(1)); time.sleep(60)"
+_DOES_NOT_END = f"{_READY}; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+_DIES = f"{_READY}; time.sleep(0.5); sys.exit(3)"
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path, ground: Ground) -> AsyncIterator[Fleet]:
+    fleet = Fleet(tmp_path, ground.forge, killed_itself=set, may_exit=0)
+    yield fleet
+    await fleet.close()
+
+
+async def _start(fleet: Fleet, program: str) -> None:
+    fleet.add("relay-1", ["python", "-c", program], {"PATH": os.environ["PATH"]}, forked=False)
+    await fleet.start("relay-1")
+
+
+@pytest.mark.parametrize(
+    ("program", "wrong"),
+    [
+        (_ENDS_WELL, []),
+        (_ENDS_BADLY, ["relay-1 ended with 1 after SIGTERM"]),
+        (_WAITS, ["relay-1 ended with -15 after SIGTERM"]),
+        (_DOES_NOT_END, ["relay-1 went on for 1 s after SIGTERM"]),
+    ],
+)
+async def test_how_a_process_ends_when_told(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, program: str, wrong: list[str]
+) -> None:
+    monkeypatch.setattr("tests.chaos.fleet._TIME_TO_STOP", 1.0)
+    await _start(fleet, program)
+    await fleet.stop("relay-1")
+    assert fleet.wrong == wrong
+
+
+async def test_a_process_that_dies_of_itself_is_wrong(fleet: Fleet) -> None:
+    await _start(fleet, _DIES)
+    await until(lambda: fleet.wrong)
+    assert fleet.wrong[0] == "relay-1 ended with 3 by itself"
+
+
+async def test_a_process_that_the_suite_killed_is_not(fleet: Fleet) -> None:
+    await _start(fleet, _ENDS_WELL)
+    before = fleet.leader("relay-1")
+    fleet.kill("relay-1")
+    await until(lambda: fleet.leader("relay-1") not in (before, frozenset()), what="a new process")
+    assert fleet.wrong == []
+    await until(lambda: fleet.log("relay-1").count("relay.started") == 2)
+
+
+def test_the_forge_tells_how_a_process_ended(tmp_path: Path, ground: Ground) -> None:
+    process = Forked(ground.forge, ["no.such.module"], {}, tmp_path / "worker-1.log")
+    process.start()
+    until_sync(lambda: process.pid is None)
+    assert process.exit_code == 70
+    sleeping = Forked(ground.forge, ["http.server", "0"], {}, tmp_path / "worker-2.log")
+    sleeping.start()
+    assert sleeping.exit_code is None
+    assert sleeping.pid is not None
+    os.kill(sleeping.pid, signal.SIGKILL)
+    until_sync(lambda: sleeping.pid is None)
+    assert sleeping.exit_code == -signal.SIGKILL
+
+
+def test_an_unexpected_traceback_is_found() -> None:
+    raised = {"event": "http.unhandled", "exception": "Traceback (most recent call last):\n"}
+    assert is_traceback(json.dumps(raised))
+    assert is_traceback("Traceback (most recent call last):")
+    assert not is_traceback(json.dumps(raised | {"event": "outbox.failed"}))
+    assert not is_traceback(json.dumps({"event": "relay.started"}))
+
+
+def _attacked(attack: Attack, folder: Path, ground: Ground, lasts: float = 30) -> Result:
+    return asyncio.run(
+        run(Scenario("attack", attack, Plan(), 0, 20, False, "", None, lasts, lambda: True), 1, folder, ground)
+    )
+
+
+@pytest.mark.timeout(240)
+def test_what_happens_again_after_all_was_well_is_seen(server_folder: Path, ground: Ground) -> None:
+    async def again_later(world: World) -> None:
+        await world.place_surely()
+
+        async def clean() -> bool:
+            return (await world.verdict()).clean
+
+        async def repeat() -> None:
+            await until(clean, timeout=20)
+            await asyncio.sleep(1)  # until that has been seen by whoever judges
+            reader, writer = await asyncio.open_connection("127.0.0.1", world.sink.port)
+            first = world.sink.received[0]
+            document = {"key": first.key, "subject": first.subject, "consumer": first.consumer, "attempt": 1, "pid": 1}
+            writer.write(json.dumps(document | {"began": 0.0}).encode() + b"\n")
+            assert await reader.readline() == b"ok\n"
+            writer.close()
+
+        world.in_background(repeat())
+
+    result = _attacked(again_later, server_folder, ground)
+    assert result.wrong == []
+    assert len(result.verdict.duplicated) == 1
+
+
+@pytest.mark.timeout(240)
+def test_an_attack_that_hangs_has_failed(server_folder: Path, ground: Ground) -> None:
+    async def hang(_world: World) -> None:
+        await asyncio.Event().wait()
+
+    result = _attacked(hang, server_folder, ground, lasts=1)
+    assert result.wrong[0].startswith("TimeoutError")
+    assert not result.passed
