@@ -119,7 +119,8 @@ def _summary(results: Sequence[Result], took: float, allowed: float) -> int:
     failed = [result.scenario.name for result in results if not result.passed]
     print(
         f"{len(honest)} scenarios, {sum(result.verdict.accepted for result in honest):,} requests accepted, "
-        f"{sum(result.verdict.effects for result in honest):,} effects in {took:.0f} s; "
+        f"{sum(result.verdict.effects for result in honest):,} effects in {took:.0f} s, "
+        f"{sum(result.verdict.excused for result in honest)} repeated outside after a crash; "
         f"planted bugs accused: {accused} of {len(results) - len(honest)}"
     )
     if took > allowed:

@@ -31,22 +31,25 @@ if TYPE_CHECKING:
 __all__ = ["Fleet", "command"]
 
 _RESTART_AFTER = 0.3
-_TIME_TO_STOP = 15.0
 _READY = {"api": "Application startup complete", "relay": "relay.started", "worker": "ready for action"}
 _IN_GOOD_ORDER = {"api": (0, -signal.SIGTERM), "relay": (0,), "worker": (0,)}
 """Exit statuses after SIGTERM. Uvicorn sends itself the signal again when it has stopped."""
 _BROKER = "tests.chaos.app:setup_broker"
 
 
-def command(name: str, port: int = 0, processes: int = 1) -> list[str]:
-    """What a process of this name runs: a program of the virtual environment, or a module, and its arguments."""
+def command(name: str, port: int, processes: int, grace: float) -> list[str]:
+    """What a process of this name runs: a program of the virtual environment, or a module, and its arguments.
+
+    `grace`: seconds for which a worker that is told to end lets consumers finish; Dramatiq must wait a little longer.
+    """
     match name.partition("-")[0]:
         case "api":
             return ["uvicorn", "tests.chaos.app:create_app", "--factory", "--host", "127.0.0.1", "--port", str(port)]
         case "relay":
             return ["outbox", "relay"]
         case "worker":
-            return ["dramatiq", _BROKER, "-p", str(processes), "-t", "4"]
+            patience = ["--worker-shutdown-timeout", str(int(grace * 1250))]
+            return ["dramatiq", _BROKER, "-p", str(processes), "-t", "4", *patience]
     raise ValueError(name)
 
 
@@ -58,14 +61,25 @@ class Fleet:
         wrong: Processes that ended by themselves, or not when and as they were told.
     """
 
-    def __init__(self, folder: Path, forge: Forge, killed_itself: Callable[[], set[int]], may_exit: int) -> None:
-        """`killed_itself`: the processes of which a note says so. `may_exit`: a status that is no fault, beside 0."""
+    def __init__(
+        self, folder: Path, forge: Forge, killed_itself: Callable[[], set[int]], may_exit: int, time_to_stop: float
+    ) -> None:
+        """A fleet without processes.
+
+        Args:
+            folder: Where they write their logs.
+            forge: What they are forked from.
+            killed_itself: The processes of which a note says so.
+            may_exit: A status that is no fault, beside 0.
+            time_to_stop: Seconds after SIGTERM; who then still runs is killed.
+        """
         self.faults: list[Fault] = []
         self.wrong: list[str] = []
         self._folder = folder
         self._forge = forge
         self._killed_itself = killed_itself
         self._may_exit = may_exit
+        self._time_to_stop = time_to_stop
         self._processes: dict[str, Launched] = {}
         self._wanted: set[str] = set()
         self._asked: set[str] = set()
@@ -134,7 +148,7 @@ class Fleet:
             await asyncio.to_thread(self._processes[name].kill)
 
     def _see_ended(self, names: Sequence[str]) -> None:
-        deadline = time.monotonic() + _TIME_TO_STOP
+        deadline = time.monotonic() + self._time_to_stop
         while any(self._processes[name].pid is not None for name in names) and time.monotonic() < deadline:
             time.sleep(0.02)
         self._note_deaths(*names)
@@ -172,7 +186,7 @@ class Fleet:
             process, pids, asked = self._processes[name], self._known.pop(name, frozenset()), name in self._asked
             self._asked.discard(name)
             if process.pid is not None:
-                self.wrong.append(f"{name} went on for {_TIME_TO_STOP:.0f} s after SIGTERM")
+                self.wrong.append(f"{name} went on for {self._time_to_stop:.0f} s after SIGTERM")
                 self._blame(name, "killed at last", pids)
             elif pids:  # otherwise its end was looked into before
                 self._look_into(name, process.exit_code, pids, asked=asked)

@@ -33,6 +33,7 @@ class Scenario:
     accuses: str
     attempts: int | None
     lasts: float
+    holds: float
     needs: Callable[[], bool]
 
 
@@ -67,11 +68,12 @@ def scenario(
     plan: Plan | None = None,
     *,
     rate: float = 15,
-    within: float = 25,
+    within: float = 18,
     slow: bool = False,
     accuses: str = "",
     attempts: int | None = None,
     lasts: float = 60,
+    holds: float = 30,
     needs: Callable[[], bool] = lambda: True,
 ) -> Callable[[Attack], Attack]:
     """Register an attack under its function's name.
@@ -79,18 +81,21 @@ def scenario(
     Args:
         plan: The system.
         rate: Requests a second while it runs.
-        within: Seconds after it by which everything must have happened.
+        within: Seconds after it by which everything must have happened; by default T + 15 of a short T.
         slow: Run by `make chaos SLOW=1` alone.
         accuses: The system has a planted bug, and the checker must find this of it.
         attempts: How many a row may have used up at most, where no fault was its own.
         lasts: Seconds that the attack may take; one that hangs has failed.
+        holds: Seconds for which the broker may then hold copies that nobody needs any more.
         needs: Whether this machine has what the scenario needs.
     """
 
     def register(attack: Attack) -> Attack:
         name = attack.__name__
         assert name not in SCENARIOS, f"there are two scenarios {name}"
-        SCENARIOS[name] = Scenario(name, attack, plan or Plan(), rate, within, slow, accuses, attempts, lasts, needs)
+        SCENARIOS[name] = Scenario(
+            name, attack, plan or Plan(), rate, within, slow, accuses, attempts, lasts, holds, needs
+        )
         return attack
 
     return register
@@ -102,7 +107,10 @@ async def run(which: Scenario, seed: int, folder: Path, ground: Ground) -> Resul
     began = time.monotonic()
     world = World(folder, ground, which.plan, seed)
     try:
-        async with asyncio.timeout(_TO_START_AND_STOP + which.lasts + which.within + world.settling), world:
+        async with (
+            asyncio.timeout(_TO_START_AND_STOP + which.lasts + which.within + world.settling + which.holds),
+            world,
+        ):
             if which.rate:
                 world.ledger.start_load(which.rate)
             async with asyncio.timeout(which.lasts):
@@ -135,11 +143,11 @@ async def _recover(world: World, which: Scenario, result: Result) -> None:
         await asyncio.sleep(0.25)
     result.recovered = time.monotonic() - healed
     if which.accuses:
-        await _let_the_broker_empty(world)
+        await _let_the_broker_empty(world, which.holds)
         result.verdict = await world.verdict()
     elif result.verdict.clean:
         await asyncio.sleep(max(0.0, healed + world.settling - time.monotonic()))
-        await _let_the_broker_empty(world)
+        await _let_the_broker_empty(world, which.holds)
         result.verdict = await world.verdict()
     result.copies, result.found = world.most_copies, world.ledger.found
     result.wrong += [f"refused: {each}" for each in world.ledger.refused[:3]]
@@ -147,10 +155,10 @@ async def _recover(world: World, which: Scenario, result: Result) -> None:
         result.wrong.append(f"a row used up {result.verdict.attempts} attempts for what was not its fault")
 
 
-async def _let_the_broker_empty(world: World) -> None:
+async def _let_the_broker_empty(world: World, seconds: float) -> None:
     """Whatever happens later, no copy of a message that is held now can be its cause."""
 
     async def empty() -> bool:
         return not sum((await world.waiting()).values()) + await world.in_flight()
 
-    await until(empty, timeout=30, every=0.25, what="the broker to hold nothing")
+    await until(empty, timeout=seconds, every=0.25, what="the broker to hold nothing")

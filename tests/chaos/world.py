@@ -114,7 +114,7 @@ class World:
         self.postgres = Postgres(folder / "postgres", durable=False, settings={"synchronous_commit": "on"}, tcp=True)
         self.broker_server = Rabbitmq(folder / "rabbitmq") if plan.rabbitmq else Valkey(folder / "valkey", tcp=True)
         self._urls = (self.postgres.url(), self.broker_server.url)
-        self.fleet = Fleet(folder, ground.forge, self._killed_itself, plan.may_exit)
+        self.fleet = Fleet(folder, ground.forge, self._killed_itself, plan.may_exit, max(15, self._grace * 3))
         self.sink = Sink(folder / "sink.jsonl")
         self.network: Network
         self.ledger: Ledger
@@ -141,7 +141,7 @@ class World:
             stack.push_async_callback(self.fleet.close)
             for name in (*ports, "relay-1", "relay-2", "worker-1", "worker-2"):
                 forked = self.plan.forked and name not in self.plan.extra
-                argv = command(name, ports.get(name, 0), self.plan.processes)
+                argv = command(name, ports.get(name, 0), self.plan.processes, self._grace)
                 self.fleet.add(name, argv, self.environment(name), forked=forked)
             await self.fleet.start(*self.fleet.names())
             self._watch(stack)
@@ -208,6 +208,10 @@ class World:
         if not self.plan.proxied:
             return url
         return url.replace(f":{urlsplit(url).port}", f":{self.network.ports[link]}")
+
+    @property
+    def _grace(self) -> float:
+        return float(self.plan.settings.get("OUTBOX__SHUTDOWN_GRACE", "20"))
 
     @property
     def settling(self) -> float:

@@ -66,7 +66,8 @@ async def network_half_open_database(world: World) -> None:
     world.excuse("worker-*:database", began)
 
 
-@scenario(PROXIED)
+# A consumer waits 60 s for an answer, and then what it was to be given is given out again.
+@scenario(PROXIED, holds=75)
 async def network_half_open_broker(world: World) -> None:
     """One worker's connections to the broker are dead, and it is not told."""
     await world.wait(1)
@@ -74,7 +75,7 @@ async def network_half_open_broker(world: World) -> None:
     await world.wait(3)
 
 
-@scenario(PROXIED, within=75, attempts=1)
+@scenario(PROXIED, within=75, holds=75, attempts=1)
 async def network_half_open_broker_of_all(world: World) -> None:
     """Every worker's connections to the broker are dead, and none is told."""
     await world.wait(1)
