@@ -83,7 +83,7 @@ def _chosen(names: str, *, slow: bool) -> list[Scenario]:
         chosen = [each for each in SCENARIOS.values() if each.slow == slow]
         for each in chosen:
             if not each.needs():
-                print(f"{each.name:<32} skipped: this machine lacks what it needs")
+                print(f"{each.name:<32} skipped: what it needs is not there")
         return [each for each in chosen if each.needs()]
     wanted = names.split(",")
     if unknown := [name for name in wanted if name not in SCENARIOS]:

@@ -62,14 +62,19 @@ class Fleet:
     """
 
     def __init__(
-        self, folder: Path, forge: Forge, killed_itself: Callable[[], set[int]], may_exit: int, time_to_stop: float
+        self,
+        folder: Path,
+        forge: Forge,
+        killed_itself: Callable[[], set[tuple[str, int]]],
+        may_exit: int,
+        time_to_stop: float,
     ) -> None:
         """A fleet without processes.
 
         Args:
             folder: Where they write their logs.
             forge: What they are forked from.
-            killed_itself: The processes of which a note says so.
+            killed_itself: The names of which a note says so, each with the number of its start.
             may_exit: A status that is no fault, beside 0.
             time_to_stop: Seconds after SIGTERM; who then still runs is killed.
         """
@@ -192,7 +197,7 @@ class Fleet:
                 self._look_into(name, process.exit_code, pids, asked=asked)
 
     def _look_into(self, name: str, status: int | None, pids: frozenset[int], *, asked: bool) -> None:
-        if pids & (self._killed | self._killed_itself()):
+        if pids & self._killed or (name, self._starts[name]) in self._killed_itself():
             # A master ends the siblings of a killed child in good order. Its own orphans have no such luck.
             if orphans := frozenset(pid for pid in pids if _lives(pid)):
                 self._blame(name, "killed with its master", orphans)

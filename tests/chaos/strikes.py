@@ -28,6 +28,7 @@ def dice() -> random.Random:
 
 def record(gap: str, action: str) -> None:
     """Write down what is about to be done to this process."""
-    line = json.dumps({"at": time.time(), "pid": os.getpid(), "gap": gap, "action": action})
+    which = {"name": os.environ["CHAOS_NAME"], "start": int(os.environ["CHAOS_START"]), "pid": os.getpid()}
+    line = json.dumps({"at": time.time(), **which, "gap": gap, "action": action})
     with open(os.environ["CHAOS_STRIKES"], "a") as file:  # noqa: PTH123  one short write, whole or not at all
         file.write(line + "\n")

@@ -88,11 +88,14 @@ def test_the_forge_tells_how_a_process_ended(tmp_path: Path, ground: Ground) -> 
 
 
 def test_an_unexpected_traceback_is_found() -> None:
-    raised = {"event": "http.unhandled", "exception": "Traceback (most recent call last):\n"}
+    raised = {"event": "http.unhandled", "logger": "service.http", "exception": "Traceback (most recent call last):\n"}
     assert is_traceback(json.dumps(raised))
     assert is_traceback("Traceback (most recent call last):")
+    assert is_traceback(json.dumps({"event": "Task exception was never retrieved", "logger": "asyncio"}))
+    assert is_traceback(json.dumps(raised | {"event": "Failed to process message a(1)", "logger": "dramatiq.worker"}))
     assert not is_traceback(json.dumps(raised | {"event": "outbox.failed"}))
-    assert not is_traceback(json.dumps({"event": "relay.started"}))
+    assert not is_traceback(json.dumps(raised | {"logger": "dramatiq.worker.ConsumerThread"}))
+    assert not is_traceback(json.dumps({"event": "relay.started", "logger": "relay.loop"}))
 
 
 def _attacked(attack: Attack, folder: Path, ground: Ground, lasts: float = 30) -> Result:

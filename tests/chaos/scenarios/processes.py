@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tests.chaos.gaps import API_GAPS, RELAY_GAPS, WORKER_GAPS
 from tests.chaos.scenario import scenario
 from tests.chaos.world import LONGER_THAN_A_LEASE, Plan, World
+from tests.waiting import until
 
 LONGER_THAN_A_TRANSACTION = 12.0
 """Seconds after which PostgreSQL ends the session of a relay that stands still with a transaction open."""
@@ -12,10 +15,6 @@ LONGER_THAN_A_TRANSACTION = 12.0
 
 def _gaps(action: str, *gaps: str) -> str:
     return ",".join(f"{gap}={action}:1" for gap in gaps)
-
-
-def _one_child(world: World, name: str) -> frozenset[int]:
-    return frozenset(world.dice.sample(sorted(world.fleet.children(name)), 1))
 
 
 @scenario()
@@ -32,8 +31,9 @@ async def kill_anything(world: World) -> None:
 async def kill_children(world: World) -> None:
     """SIGKILL of one of a worker's processes, again and again; its siblings end in good order."""
     for _ in range(6):
-        name = world.dice.choice([each for each in world.fleet.names("worker") if world.fleet.children(each)])
-        world.fleet.kill(name, _one_child(world, name))
+        name = world.dice.choice(world.fleet.names("worker"))
+        children = await until(partial(world.fleet.children, name), timeout=20, what=f"a process of {name}")
+        world.fleet.kill(name, frozenset([world.dice.choice(sorted(children))]))
         await world.wait(world.dice.uniform(0.5, 2))
 
 

@@ -156,6 +156,10 @@ _ODD_BODIES = (
 @scenario()
 async def odd_messages(world: World) -> None:
     """Bodies that no relay would write are pushed between the others, also ones that name another's row."""
+    world.expected += [
+        "Failed to process message nobody.knows(",
+        "Failed to process message chaos.book('t', 'e', 'x', 't')",
+    ]
     async with world.broker() as broker:
         for number, body in enumerate(_ODD_BODIES * 2):
             await broker.hset("dramatiq:stock.msgs", f"odd-{number}", body.replace(b"ID", f"odd-{number}".encode()))
