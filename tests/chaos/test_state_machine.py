@@ -17,13 +17,14 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from relay.ledger import NO_FLOOR, recover_lost, take_due
 from relay.resolve import resolve
 from service.outbox import statements
+from tests.chaos.bugs import BUGS
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Row:
     due: bool = True
     effects: int = 0
     tokens: list[UUID] = field(default_factory=list)
+
+    @property
+    def outlived(self) -> list[UUID]:
+        """Claims of which another has the row now."""
+        return [each for each in self.tokens if each != self.token] if self.state in ("running", "dispatched") else []
 
     def mine(self, token: UUID, *states: str) -> bool:
         """Whether a statement of this claim may change the row."""
@@ -281,7 +287,19 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1), data=st.data())
     def heartbeat(self, number: int, data: st.DataObject) -> None:
         message_id, row = self.pick(number)
-        token = self.a_token(data, row)
+        self._beat(message_id, self.a_token(data, row))
+
+    @precondition(lambda self: any(row.outlived for row in self.rows.values()))
+    @rule()
+    def beat_for_another(self) -> None:
+        """A zombie's heart beats when the lease of whoever has its row by now has ended."""
+        number = next(number for number in (0, 1) if self.pick(number)[1].outlived)
+        self.time_passes(number)
+        message_id, row = self.pick(number)
+        self._beat(message_id, row.outlived[0])
+
+    def _beat(self, message_id: UUID, token: UUID) -> None:
+        row = self.rows[message_id]
         self.run(statements.heartbeat(self.connection, [(message_id, token, MINUTE * 60)], MINUTE))
         if row.mine(token, "running", "dispatched"):
             row.state, row.due = "running", False
@@ -371,15 +389,26 @@ def machine(database_url: str) -> Iterator[type[Machine]]:
         yield Bound
 
 
+SETTINGS = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
 def test_the_statements_answer_as_the_model_does(machine: type[Machine]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=100,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_state_machine_as_test(machine, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("bug", ["no_fence", "narrow_claim", "heartbeat_without_token"])
+def test_a_planted_bug_contradicts_the_model(machine: type[Machine], monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    for name, statement in list(vars(statements).items()):
+        if isinstance(statement, str):
+            monkeypatch.setattr(statements, name, statement)  # as it is, to be restored
+    BUGS[bug]()
+    first = settings(SETTINGS, phases=(Phase.generate,), report_multiple_bugs=False)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(machine, settings=first)
