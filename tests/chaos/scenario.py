@@ -149,7 +149,7 @@ async def _recover(world: World, which: Scenario, result: Result) -> None:
         await asyncio.sleep(max(0.0, healed + world.settling - time.monotonic()))
         await _let_the_broker_empty(world, which.holds)
         result.verdict = await world.verdict()
-    result.copies, result.found = world.most_copies, world.ledger.found
+    result.copies, result.found = world.held.most_copies, world.ledger.found
     result.wrong += [f"refused: {each}" for each in world.ledger.refused[:3]]
     if which.attempts is not None and result.verdict.attempts > which.attempts:
         result.wrong.append(f"a row used up {result.verdict.attempts} attempts for what was not its fault")
@@ -159,6 +159,6 @@ async def _let_the_broker_empty(world: World, seconds: float) -> None:
     """Whatever happens later, no copy of a message that is held now can be its cause."""
 
     async def empty() -> bool:
-        return not sum((await world.waiting()).values()) + await world.in_flight()
+        return not sum((await world.held.waiting()).values()) + await world.held.in_flight()
 
     await until(empty, timeout=seconds, every=0.25, what="the broker to hold nothing")

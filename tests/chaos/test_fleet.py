@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.chaos.__main__ import _summary
 from tests.chaos.fleet import Fleet
 from tests.chaos.launch import Forked
+from tests.chaos.logs import is_traceback, leaks
 from tests.chaos.scenario import Result, Scenario, run
-from tests.chaos.world import Plan, World, is_traceback
+from tests.chaos.world import Plan, World
 from tests.waiting import until, until_sync
 
 if TYPE_CHECKING:
@@ -96,6 +98,18 @@ def test_an_unexpected_traceback_is_found() -> None:
     assert not is_traceback(json.dumps(raised | {"event": "outbox.failed"}))
     assert not is_traceback(json.dumps(raised | {"logger": "dramatiq.worker.ConsumerThread"}))
     assert not is_traceback(json.dumps({"event": "relay.started", "logger": "relay.loop"}))
+
+
+def test_a_password_in_a_log_is_found() -> None:
+    url = "postgresql://postgres:s3cr3t@127.0.0.1:5432/service"
+    assert leaks("cannot connect as postgres:s3cr3t", url)
+    assert not leaks("cannot connect as postgres", url)
+
+
+def test_a_sweep_that_takes_too_long_has_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _summary([], took=1201, allowed=1200) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert _summary([], took=1199, allowed=1200) == 0
 
 
 def _attacked(attack: Attack, folder: Path, ground: Ground, lasts: float = 30) -> Result:

@@ -1,4 +1,7 @@
-"""One system under attack: its servers, its processes, the network between them, and the three records of the truth."""
+"""One system under attack: its servers, its processes, the network between them, and the three records of the truth.
+
+It is long because it is all that a scenario sees: what it looks at and what it does to the system have one place.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,11 @@ import json
 import random
 import time
 from collections import Counter
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-import aiormq
 import asyncpg
 import redis.asyncio
 
@@ -25,8 +27,11 @@ from tests.chaos.checker import Fault, Request, Tables, Verdict, judge
 from tests.chaos.domain import BLOCKED, SCHEMA
 from tests.chaos.fleet import Fleet, command
 from tests.chaos.gaps import API_GAPS, RELAY_GAPS, WORKER_GAPS
+from tests.chaos.holdings import Holdings
 from tests.chaos.ledger import Ledger
+from tests.chaos.logs import is_traceback, leaks
 from tests.chaos.network import Network
+from tests.chaos.records import read_tables
 from tests.chaos.sink import Sink
 from tests.rabbitmq.server import Rabbitmq
 from tests.real_servers import TEMPLATE, copy_of, outside_environment
@@ -56,20 +61,8 @@ SHORT = {
 LONGER_THAN_A_LEASE = 4.0
 """Seconds; and shorter than a run may last, so that who stood still goes on."""
 
-QUEUES = ("stock", "mail", "poison")
-
-_TABLES = """
-SELECT (SELECT coalesce(sum(total), 0) FROM shard)::bigint,
-       (SELECT count(*) FROM outbox_message WHERE state <> 'completed'),
-       (SELECT coalesce(max(attempts), 0) FROM outbox_message WHERE consumer NOT LIKE 'chaos.suffer%'),
-       (SELECT count(*) FROM outbox_message WHERE dispatches >= 2)
-"""
-
-
 REDISPATCHED = "SELECT count(*) FROM outbox_message WHERE dispatches >= 2"
 """Rows that were handed to the broker more than once."""
-
-_STATES = "SELECT payload ->> 'subject_id', consumer, state FROM outbox_message"
 
 
 @dataclass(frozen=True)
@@ -119,8 +112,7 @@ class World:
         self.network: Network
         self.ledger: Ledger
         self.began = time.time()
-        self.most_copies = 0
-        self.most_waiting = 0
+        self.held = Holdings(self.broker_server.url)
         self.sink_ignores: set[str] = set()
         self.expected: list[str] = []
         """Parts of the errors that the scenario asks for."""
@@ -146,7 +138,8 @@ class World:
                 argv = command(name, ports.get(name, 0), self.plan.processes, self._grace)
                 self.fleet.add(name, argv, self.environment(name), forked=forked)
             await self.fleet.start(*self.fleet.names())
-            self._watch(stack)
+            watching = asyncio.create_task(self.held.watch())
+            stack.callback(watching.cancel)
             self._stack = stack.pop_all()
         return self
 
@@ -255,64 +248,12 @@ class World:
         client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(self.broker_url, decode_responses=True)
         return client
 
-    def _watch(self, stack: AsyncExitStack) -> None:
-        task = asyncio.create_task(self._keep_measuring())
-        stack.callback(task.cancel)
-
-    async def _keep_measuring(self) -> None:
-        while True:
-            await asyncio.sleep(0.5)
-            with suppress(redis.RedisError, OSError, aiormq.AMQPError, TimeoutError):
-                waiting = await self.waiting()
-                self.most_waiting = max([self.most_waiting, *waiting.values()])
-                if not self.plan.rabbitmq:
-                    await self._count_copies()
-
-    async def _count_copies(self) -> None:
-        """See how many copies of a row the broker holds, queued and in flight."""
-        async with self.broker() as broker:
-            for queue in QUEUES:
-                ids = await broker.hkeys(f"dramatiq:{queue}.msgs")
-                counts = Counter(str(each).partition(":")[0] for each in ids)
-                self.most_copies = max([self.most_copies, *counts.values()])
-
-    async def waiting(self) -> dict[str, int]:
-        """How many messages wait in each queue of the broker."""
-        if not self.plan.rabbitmq:
-            async with self.broker() as broker:
-                return {queue: await broker.llen(f"dramatiq:{queue}") for queue in QUEUES}
-        async with asyncio.timeout(5):
-            connection = await aiormq.connect(self.broker_url)
-            try:
-                counts = {}
-                for queue in QUEUES:
-                    channel = await connection.channel()  # it ends with the question after a queue that is not there
-                    with suppress(aiormq.ChannelNotFoundEntity):
-                        counts[queue] = (await channel.queue_declare(queue, passive=True)).message_count or 0
-                return counts
-            finally:
-                await connection.close()
-
-    async def in_flight(self) -> int:
-        """How many messages workers that still live have taken from Valkey and not yet acknowledged."""
-        if self.plan.rabbitmq:
-            return 0
-        async with self.broker() as broker:
-            living = await broker.zrangebyscore("dramatiq:__heartbeats__", (time.time() - 3) * 1000, "+inf")
-            taken = 0
-            for queue in QUEUES:
-                for worker in living:
-                    for each in await broker.smembers(f"dramatiq:__acks__.{worker!s}.{queue}"):
-                        # One whose body is gone can do nothing any more.
-                        taken += await broker.hexists(f"dramatiq:{queue}.msgs", each)
-            return taken
-
     async def tables(self) -> Tables:
         """The business tables, and what is open in the ledger."""
         connection = await self.connect()
         try:
             async with connection.transaction(isolation="repeatable_read", readonly=True):
-                return await _read(connection)
+                return await read_tables(connection)
         finally:
             await connection.close()
 
@@ -352,7 +293,7 @@ class World:
             log = self.fleet.log(name)
             errors = [line for line in log.splitlines() if is_traceback(line)]
             wrong += [f"{name}: {line[:300]}" for line in errors if not any(each in line for each in self.expected)][:2]
-            wrong += [f"{name} logged a password" for url in self._urls if _leaks(log, url)]
+            wrong += [f"{name} logged a password" for url in self._urls if leaks(log, url)]
         return wrong
 
     # -- attacking
@@ -424,7 +365,7 @@ class World:
         await self.fleet.stop(*workers)
 
         async def full() -> bool:
-            waiting = await self.waiting()
+            waiting = await self.held.waiting()
             return all(waiting.get(queue, 0) >= least for queue in queues)
 
         await until(full, timeout=30, every=0.1, what=f"{least} messages in each of {queues}")
@@ -444,45 +385,6 @@ class World:
     async def wait(self, seconds: float) -> None:
         """Let time pass under load."""
         await asyncio.sleep(seconds)
-
-
-def is_traceback(line: str) -> bool:
-    """Whether a line of a log tells of an error that nobody expected.
-
-    A consumer's own is expected, and Dramatiq logs a broker's before it tries again; what is raised into it is not.
-    """
-    if not line.startswith("{"):
-        return line.startswith("Traceback")
-    entry = json.loads(line)
-    if entry["logger"].startswith("dramatiq."):
-        return bool(entry["event"].startswith("Failed to process message"))
-    raised = "Traceback" in entry.get("exception", "") or "never retrieved" in entry["event"]
-    return raised and entry["event"] not in ("outbox.failed", "outbox.dead_lettered")
-
-
-def _leaks(log: str, url: str) -> bool:
-    password = urlsplit(url).password
-    assert password, "the suite's own servers have passwords"
-    return password in log
-
-
-async def _read(connection: asyncpg.Connection[asyncpg.Record]) -> Tables:
-    totals = await connection.fetchrow(_TABLES)
-    assert totals is not None
-    return Tables(
-        things=_counted(await connection.fetch("SELECT subject_id FROM thing")),
-        bookings=_counted(await connection.fetch("SELECT subject_id FROM booking")),
-        shard_total=totals[0],
-        dead=set(_counted(await connection.fetch("SELECT payload ->> 'subject_id' FROM dead_letter"))),
-        open_rows=totals[1],
-        states={(row[0], row[1]): row[2] for row in await connection.fetch(_STATES)},
-        attempts=totals[2],
-        redispatched=totals[3],
-    )
-
-
-def _counted(rows: list[asyncpg.Record]) -> Counter[str]:
-    return Counter(str(row[0]) for row in rows)
 
 
 def _address(url: str) -> tuple[str, int]:

@@ -59,7 +59,7 @@ async def rabbitmq_full_queue_deleted(world: World) -> None:
     """A queue is deleted when it has reached its high-water mark, and the relay takes it for full."""
     async with world.workers_away(("stock",), least=30):
         # Each relay counts for itself what it hands over.
-        assert world.most_waiting <= 2 * 30, f"{world.most_waiting} messages wait above the high-water mark"
+        assert world.held.most_waiting <= 2 * 30, f"{world.held.most_waiting} messages wait above the high-water mark"
         await _control(world, "delete_queue", "stock")
     await world.until(REDISPATCHED, 30)
 
@@ -90,7 +90,7 @@ async def rabbitmq_workers_off_for_two_days(world: World) -> None:
         copies = await _copies(world)
         assert copies
         assert max(copies.values()) <= 4, copies.most_common(3)
-        assert world.most_waiting <= 2 * 50, f"{world.most_waiting} messages wait above the high-water mark"
+        assert world.held.most_waiting <= 2 * 50, f"{world.held.most_waiting} messages wait above the high-water mark"
         await world.ledger.stop_load()
 
 
