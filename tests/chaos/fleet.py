@@ -237,9 +237,13 @@ class Fleet:
         self._blame(name, "killed", victims)
 
     def terminate(self, name: str) -> None:
-        """SIGTERM the leader; the supervisor starts it again when it has ended, if it is wanted."""
-        self._asked.add(name)
-        self._processes[name].ask_to_stop()
+        """SIGTERM the leader; the supervisor starts it again when it has ended, if it is wanted.
+
+        Only once in its life: Dramatiq takes a second one for an order to drop everything.
+        """
+        if name not in self._asked:
+            self._asked.add(name)
+            self._processes[name].ask_to_stop()
 
     def freeze(self, name: str) -> None:
         """SIGSTOP a process with its children, until `resume`."""

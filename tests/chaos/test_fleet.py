@@ -30,6 +30,14 @@ _WAITS = f"{_READY}; time.sleep(60)"
 _ENDS_WELL = f"{_READY}; signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"
 _ENDS_BADLY = f"{_READY}; signal.signal(15, lambda *_: sys.exit(1)); time.sleep(60)"
 _DOES_NOT_END = f"{_READY}; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+_TAKES_A_MOMENT = f"""{_READY}
+def end(*_):
+    signal.signal(15, lambda *_: os._exit(1))
+    print('ending', flush=True)
+    time.sleep(0.5)
+    sys.exit(0)
+signal.signal(15, end)
+time.sleep(60)"""
 _DIES = f"{_READY}; time.sleep(0.5); sys.exit(3)"
 
 
@@ -64,6 +72,14 @@ async def test_a_process_that_dies_of_itself_is_wrong(fleet: Fleet) -> None:
     await _start(fleet, _DIES)
     await until(lambda: fleet.wrong)
     assert fleet.wrong[0] == "relay-1 ended with 3 by itself"
+
+
+async def test_a_process_is_told_to_end_only_once(fleet: Fleet) -> None:
+    await _start(fleet, _TAKES_A_MOMENT)
+    fleet.terminate("relay-1")
+    await until(lambda: "ending" in fleet.log("relay-1"))
+    await fleet.stop("relay-1")
+    assert fleet.wrong == []
 
 
 async def test_a_process_that_the_suite_killed_is_not(fleet: Fleet) -> None:
