@@ -308,7 +308,7 @@ class Runner:
             return
         task = asyncio.create_task(write_at_last())
         self._unsettled[token] = task
-        task.add_done_callback(lambda _: self._unsettled.pop(token))
+        task.add_done_callback(lambda _: self._unsettled.pop(token, None))
 
     async def _write(self, claim: Claim, outcome: Outcome) -> None:
         if isinstance(outcome, Lost):
