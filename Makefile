@@ -11,7 +11,8 @@ STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f
 # The first of these that is new enough; say PYTHON=/path/to/python3.13 to choose.
 PYTHON ?=
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
-JOBS ?= logical
+# The tests wait more than they compute.
+JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 # The slow tests take minutes: restarts, outages, RabbitMQ, copies of the project.
 MARK ?= not slow
 

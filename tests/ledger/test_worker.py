@@ -98,6 +98,7 @@ async def all_completed(ledger: Ledger) -> bool:
     return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state <> 'completed'")
 
 
+@pytest.mark.slow
 async def test_a_plain_def_consumer_runs_fails_and_is_limited(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -175,6 +176,7 @@ async def until_dead(
     ],
     ids=["kills its process", "blocks the event loop", "blocks its thread"],
 )
+@pytest.mark.slow
 async def test_poison_that_costs_its_worker_ends_as_a_dead_letter(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, event: Event, attempts: int
 ) -> None:
@@ -193,6 +195,7 @@ async def test_poison_that_costs_its_worker_ends_as_a_dead_letter(
     assert [await ledger.effects(each) for each in neighbours] == [1] * 10
 
 
+@pytest.mark.slow
 async def test_a_worker_that_stood_still_is_not_taken_for_stuck(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -304,6 +307,7 @@ FOREIGN_OPTIONS: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("suffix", ["", ".DQ"])
+@pytest.mark.slow
 async def test_options_in_a_body_reach_no_delivery(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, suffix: str
 ) -> None:
