@@ -275,7 +275,7 @@ class Machine(RuleBasedStateMachine):
         claim = self.claim_of(message_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
         patience = -MINUTE if overdue else MINUTE * 60
-        answer = statements.release(self.connection, claim, error=UNKNOWN, delay=MINUTE, patience=patience)
+        answer = statements.postpone(self.connection, claim, UNKNOWN, MINUTE, patience)
         assert self.run(answer) == (allowed and overdue)
         if allowed:
             row.state, row.due, row.attempts = "pending", False, row.attempts - 1

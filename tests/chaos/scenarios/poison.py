@@ -8,8 +8,6 @@ from tests.chaos.world import SHORT, Plan, World
 
 _BLOCKED = 70
 """Exit status of a worker's process that finds its own event loop standing still."""
-_ENDS_ITSELF = False
-"""Whether it does; the scenario that needs it can be asked for by name."""
 
 
 async def _poisoned(world: World, *kinds: str) -> None:
@@ -57,7 +55,7 @@ async def poison_blocks_the_loop(world: World) -> None:
     await _poisoned(world, "block", "block")
 
 
-@scenario(Plan(may_exit=_BLOCKED), within=60, needs=lambda: _ENDS_ITSELF)
+@scenario(Plan(may_exit=_BLOCKED), within=60)
 async def poison_blocks_for_ever(world: World) -> None:
     """Blocks the loop and never stops; its process ends itself, and everything else goes on."""
     await _poisoned(world, "block_for_ever")
