@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from service import domains, health
 from service.database import OneTransaction, create_engine, session_factory
-from service.error_handlers import install_handlers, name_connect_failures
+from service.error_handlers import install_handlers
 from service.errors import ConfigurationError
 from service.middleware import BodyLimit, Deadline, RequestContext
 from service.openapi import install_openapi
@@ -55,7 +55,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = create_engine(
         settings.database, application_name="api", statement_timeout=settings.database.statement_timeout
     )
-    name_connect_failures(engine)
     app.state.engine, app.state.sessions = engine, session_factory(engine, OneTransaction)
     yield
     await engine.dispose()

@@ -13,15 +13,17 @@ from uuid import uuid4
 
 from fastapi import Depends, Request
 from sqlalchemy import MetaData, event, text
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.exc import DisconnectionError, EmulatedDBAPIException
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from service.driver import PreparedBegin, has_transaction_timeout
-from service.errors import TransactionError
+from service.driver import DRIVER_ERRORS, PreparedBegin, has_transaction_timeout
+from service.errors import DatabaseUnavailableError, TransactionError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from service.settings import DatabaseSettings
 
@@ -92,12 +94,32 @@ def create_engine(
         pool_pre_ping=False,
         pool_use_lifo=True,
         hide_parameters=True,  # they would stand in logs and in stored errors
+        poolclass=_Pool,
         connect_args=connect_args,
     )
     _drop_useless_connections(engine)
     if not settings.pooler:
         _lift_transaction_timeout(engine)
     return engine
+
+
+class _Pool(AsyncAdaptedQueuePool):
+    """Raises one error where no connection can be had.
+
+    The driver lets bare `OSError`s through, which nobody could tell from those of a handler's own files and sockets,
+    and what breaks while a new connection is set up reaches nobody who would translate it.
+    """
+
+    def connect(self) -> PoolProxiedConnection:
+        """A connection.
+
+        Raises:
+            DatabaseUnavailableError: when PostgreSQL cannot be reached or refuses one.
+        """
+        try:
+            return super().connect()
+        except (*DRIVER_ERRORS, EmulatedDBAPIException) as error:
+            raise DatabaseUnavailableError(f"cannot connect: {type(error).__name__}: {error}") from error
 
 
 def _lift_transaction_timeout(engine: AsyncEngine) -> None:
@@ -110,9 +132,9 @@ def _lift_transaction_timeout(engine: AsyncEngine) -> None:
 
 
 def _drop_useless_connections(engine: AsyncEngine) -> None:
-    """Never lend a connection that PostgreSQL has closed, nor keep one to a server that only reads.
+    """Never lend a connection that PostgreSQL has closed, nor keep one that broke or to a server that only reads.
 
-    The first is known without asking PostgreSQL. The second is a standby before its promotion, or a role that was
+    The first is known without asking PostgreSQL. The last is a standby before its promotion, or a role that was
     read-only when the session began; the session would stay so. A session that asked to be read-only is in order.
     """
 
@@ -123,6 +145,10 @@ def _drop_useless_connections(engine: AsyncEngine) -> None:
 
     @event.listens_for(engine.sync_engine, "handle_error")
     def handle_error(context: ExceptionContext) -> None:
+        if isinstance(context.original_exception, OSError):
+            # The driver lets it through when the connection breaks in use.
+            context.is_disconnect = True
+            raise DatabaseUnavailableError("the connection to PostgreSQL broke") from context.original_exception
         if context.connection is not None and getattr(context.original_exception, "sqlstate", None) == "25006":
             asked: Any = context.connection.connection.dbapi_connection
             context.is_disconnect = not asked.readonly

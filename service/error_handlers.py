@@ -7,11 +7,9 @@ is 503 with `Retry-After`, so that clients come back instead of giving up.
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import asyncpg
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
@@ -22,9 +20,8 @@ from service.telemetry import get_logger
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["install_handlers", "name_connect_failures"]
+__all__ = ["install_handlers"]
 
 MAX_ERRORS = 20
 """Invalid fields listed at most, so that a small request never causes a large response."""
@@ -48,20 +45,6 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(BusinessError, _of_business)
     app.add_exception_handler(SQLAlchemyError, _of_database)
     app.add_exception_handler(DatabaseUnavailableError, _of_database)
-
-
-def name_connect_failures(engine: AsyncEngine) -> None:
-    """Raise `DatabaseUnavailableError` where `engine` cannot connect.
-
-    The driver lets bare `OSError`s through, which nobody could tell from those of a handler's own files and sockets.
-    """
-
-    @event.listens_for(engine.sync_engine, "do_connect")
-    def connect(dialect: Any, _record: Any, args: Any, kwargs: Any) -> Any:
-        try:
-            return dialect.connect(*args, **kwargs)
-        except (OSError, dialect.loaded_dbapi.Error, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            raise DatabaseUnavailableError(f"cannot connect: {type(error).__name__}: {error}") from error
 
 
 async def _of_http(request: Request, error: Exception) -> Response:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
@@ -14,6 +16,7 @@ from service.dev.postgres import psql
 from tests.api.probe import SCHEMA, router
 from tests.api.serving import serve
 from tests.api.test_problems import assert_problem
+from tests.ledger.proxy import Link, proxy, socket_of
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -96,6 +99,34 @@ async def test_the_database_goes_and_comes_back(settings: Settings, own_postgres
 
         await until(lambda: _stores(client, 2), what="the API to recover")
     assert own_postgres.sql("SELECT count(*) FROM probe", "service") == "2"
+
+
+async def test_a_connection_that_is_reset_at_any_moment(make_app: MakeApp, database_url: str) -> None:
+    """While it is made, while it is set up, and at each statement of a request."""
+    async with proxy(socket_of(database_url)) as network:
+        url = f"postgresql://postgres@127.0.0.1:{network.port}/{make_url(database_url).database}"
+        async with serve(make_app(database={"url": SecretStr(url)})) as client:
+            reached = 0
+            for last in itertools.count():
+                sent: Counter[Link] = Counter()
+
+                async def reset_at_last(
+                    link: Link, chunk: bytes, last: int = last, sent: Counter[Link] = sent
+                ) -> bytes:
+                    sent[link] += 1
+                    if sent[link] > last:
+                        link.reset()
+                    return chunk
+
+                network.request = reset_at_last
+                response = await client.post("/probes", json={"id": last})
+                if response.status_code == 201:
+                    break
+                assert_away(response)
+                reached = last
+            network.allow_all()
+            await until(lambda: _stores(client, 1_000))
+    assert reached >= 5
 
 
 _SESSIONS = "FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'api'"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
@@ -24,6 +26,12 @@ class Link:
         """Break both sides at once."""
         for each in self._writers:
             each.transport.abort()
+
+    def reset(self) -> None:
+        """Break both sides at once; the client is told so by a reset."""
+        client: socket.socket = self._writers[0].get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.cut()
 
 
 async def _pass(_link: Link, chunk: bytes) -> bytes:
@@ -66,9 +74,9 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy(socket: str) -> AsyncIterator[Proxy]:
+async def proxy(path: str) -> AsyncIterator[Proxy]:
     """A proxy on a loopback port in front of a server's Unix socket."""
-    opened = Proxy(socket)
+    opened = Proxy(path)
     server = await asyncio.start_server(opened.accept, "127.0.0.1", 0)
     opened.port = server.sockets[0].getsockname()[1]
     try:
