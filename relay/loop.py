@@ -42,6 +42,9 @@ _LOOK_EVERY = 1.0
 """Seconds between looks at the queues: a pause is honoured within that, as is what committed late below a floor."""
 
 
+_PATIENCE = 10.0
+
+
 @contextmanager
 def _migrated() -> Iterator[None]:
     try:
@@ -283,7 +286,7 @@ class Relay:
 
 
 async def run(settings: Settings) -> int:
-    """Run a relay until SIGTERM or SIGINT; a second signal does not wait for the batch at hand.
+    """Run a relay until SIGTERM or SIGINT; the batch at hand has `_PATIENCE` seconds, a second signal gives it none.
 
     Returns:
         The exit status.
@@ -304,6 +307,9 @@ async def run(settings: Settings) -> int:
         relay.stop()
         if signals > 1:
             task.cancel()
+        else:
+            # A server that has vanished would be waited for much longer.
+            asyncio.get_running_loop().call_later(_PATIENCE, task.cancel)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)

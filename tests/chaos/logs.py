@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 
 __all__ = ["is_traceback", "leaks"]
 
+_OF_THE_DRIVER = ("coro=<Connection.close()", "unexpected connection_lost() call")
+"""Connections of asyncpg that were given up while it waited on them by itself."""
+
 
 def is_traceback(line: str) -> bool:
     """Whether a line of a log tells of an error that nobody expected.
@@ -19,6 +22,8 @@ def is_traceback(line: str) -> bool:
     if entry["logger"].startswith("dramatiq."):
         return bool(entry["event"].startswith("Failed to process message"))
     raised = "Traceback" in entry.get("exception", "") or "never retrieved" in entry["event"]
+    if any(each in entry["event"] for each in _OF_THE_DRIVER):
+        return False
     return raised and entry["event"] not in ("outbox.failed", "outbox.dead_lettered")
 
 

@@ -113,6 +113,11 @@ def test_an_unexpected_traceback_is_found() -> None:
     assert is_traceback(json.dumps(raised | {"event": "Failed to process message a(1)", "logger": "dramatiq.worker"}))
     assert not is_traceback(json.dumps(raised | {"event": "outbox.failed"}))
     assert not is_traceback(json.dumps(raised | {"logger": "dramatiq.worker.ConsumerThread"}))
+    given_up = "Future exception was never retrieved\nfuture: <Future finished exception=ConnectionError('{}')>"
+    assert not is_traceback(
+        json.dumps({"event": given_up.format("unexpected connection_lost() call"), "logger": "asyncio"})
+    )
+    assert is_traceback(json.dumps({"event": given_up.format("of ours"), "logger": "asyncio"}))
     assert not is_traceback(json.dumps({"event": "relay.started", "logger": "relay.loop"}))
 
 

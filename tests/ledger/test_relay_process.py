@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import make_url
 
 from tests.ledger.proxy import Link, Proxy, proxy, socket_of
 from tests.ledger.test_relay import dispatched, running
@@ -104,6 +105,27 @@ async def test_a_second_signal_does_not_wait_and_loses_nothing(
     assert (row["state"], row["dispatches"]) == ("pending", 0)
     async with running(settings):
         await until(lambda: dispatched(ledger, message_id))
+
+
+async def test_one_signal_ends_a_relay_whose_database_has_fallen_silent(
+    settings: Settings, environment: dict[str, str], tmp_path: Path
+) -> None:
+    silent = False
+
+    async def swallow(_link: Link, chunk: bytes) -> bytes:
+        return b"" if silent else chunk
+
+    log = tmp_path / "log"
+    async with proxy(socket_of(settings.database.dsn)) as between:
+        between.request = swallow
+        url = make_url(settings.database.dsn)
+        own = f"postgresql://{url.username}@127.0.0.1:{between.port}/{url.database}?sslmode=disable"
+        async with relay(environment | {"DATABASE__URL": own}, log) as process, asyncio.timeout(40):
+            await until(lambda: "relay.started" in log.read_text(), timeout=20)
+            silent = True
+            process.terminate()
+            async with asyncio.timeout(18):  # a statement would be waited for 30 s
+                assert await process.wait() == 0
 
 
 async def test_a_relay_that_freezes_in_mid_batch_gives_its_rows_back(
