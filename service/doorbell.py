@@ -7,7 +7,8 @@ a connection breaks, and loses a message's neighbours to one that it cannot deco
   publishes; so no message waits for the poll, which stays as a safety net.
 - Whatever this process has fetched and no thread has goes back into the queue when a consumer starts or ends. Dramatiq
   forgets what it delays when a connection breaks, so a delayed message is never a thread's.
-- A thread waits for the server once at most: what it could not acknowledge, the consumer does when the server is back.
+- A thread waits for the server once at most, and in a busy worker never: the consumer acknowledges for all of them,
+  within a second, before it fetches more.
 
 Only public seams of Dramatiq are used: `consume`, `enqueue`, the `do_*` commands and the key names of its wire format.
 """
@@ -32,7 +33,7 @@ from service.bodies import can_run, disarm
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["DoorbellRedisBroker", "doorbell_channel"]
 
@@ -66,8 +67,8 @@ class _Fetched:
 
     running: set[str] = field(default_factory=set)
     """Handed to threads."""
-    settled: dict[str, Callable[[str, str], Any]] = field(default_factory=dict)
-    """Done, but the server could not be told by this command."""
+    settled: dict[str, bool] = field(default_factory=dict)
+    """Done, and the server does not know yet; whether it went well."""
 
 
 class DoorbellRedisBroker(RedisBroker):
@@ -122,13 +123,16 @@ class _DoorbellConsumer(Consumer):
         self._delayed: set[str] = set()
         self._bodies: list[bytes] = []
         self._was_full = False
+        self._absent = False
+        """Whether the consumer's thread does not come round soon to tell what is settled."""
         self._vacancy = threading.Event()
         self._acks = f"{broker.namespace}:__acks__.{broker.broker_id}.{queue}"
+        self._hash = f"{broker.namespace}:{queue}.msgs"
         self._pubsub = broker.client.pubsub(ignore_subscribe_messages=True)
         try:
             with _as_connection_error():
                 self._pubsub.subscribe(doorbell_channel(broker.namespace, queue))
-                self._settle_rest()
+                self._tell()
                 self._requeue_stranded()
         except ConnectionClosed:
             self._pubsub.close()
@@ -169,7 +173,7 @@ class _DoorbellConsumer(Consumer):
 
     def _fetch(self) -> bool:
         """Whether there was anything, be it an id whose body is gone."""
-        self._settle_rest()
+        self._tell()
         self._vacancy.clear()
         room = self._room()
         self._was_full = not room
@@ -179,9 +183,17 @@ class _DoorbellConsumer(Consumer):
 
     def _wait(self, seconds: float) -> None:
         """Return when there is a reason to fetch, or the time is up. Rings heard while busy are used up here."""
-        rung = self._vacancy.wait(seconds) if self._was_full else self._pubsub.get_message(timeout=seconds)
+        rung = self._vacancy.wait(seconds) if self._was_full else self._listen(seconds)
         while rung and self._pubsub.get_message(timeout=0) is not None:
             pass
+
+    def _listen(self, seconds: float) -> bool:
+        self._absent = True
+        try:
+            self._tell()  # what threads left to this one before they could see that it is absent
+            return self._pubsub.get_message(timeout=seconds) is not None
+        finally:
+            self._absent = False
 
     def _decode(self, data: bytes) -> MessageProxy | None:
         try:
@@ -201,34 +213,43 @@ class _DoorbellConsumer(Consumer):
     def _set_aside(self, data: bytes, error: Exception) -> None:
         """Move a body that nobody can run to the queue's dead letters, and only that one."""
         _log.error("doorbell.undecodable", queue=self._queue, error=type(error).__name__, size=len(data))
-        bodies = f"{self._broker.namespace}:{self._queue}.msgs"
         for each in self._unacknowledged():
-            if each not in self._running and self._broker.client.hget(bodies, each) == data:
+            if each not in self._running and self._broker.client.hget(self._hash, each) == data:
                 self._broker.do_nack(self._queue, each)
                 return
 
     def ack(self, message: MessageProxy) -> None:
         """The message is done."""
-        self._settle(self._broker.do_ack, message)
+        self._settle(message, well=True)
 
     def nack(self, message: MessageProxy) -> None:
         """The message goes to Dramatiq's own dead letters."""
-        self._settle(self._broker.do_nack, message)
+        self._settle(message, well=False)
 
-    def _settle(self, command: Callable[[str, str], Any], message: MessageProxy) -> None:
+    def _settle(self, message: MessageProxy, *, well: bool) -> None:
         unique = message.options["redis_message_id"]
-        try:
-            command(self._queue, unique)
-        except redis.RedisError as error:
-            # Raised, it would hold the thread up for as long as the server is away, also when the worker is to stop.
-            _log.warning("doorbell.not_acknowledged", queue=self._queue, error=type(error).__name__)
-            self._settled[unique] = command
+        self._settled[unique] = well
         self._forget([unique])
+        if self._absent:
+            try:
+                self._tell()
+            except redis.RedisError as error:
+                # Raised, it would hold the thread up for as long as the server is away, also in a worker that stops.
+                _log.warning("doorbell.not_acknowledged", queue=self._queue, error=type(error).__name__)
 
-    def _settle_rest(self) -> None:
-        for unique, command in list(self._settled.items()):
-            command(self._queue, unique)
-            del self._settled[unique]
+    def _tell(self) -> None:
+        """Tell the server what is settled, in two commands however many there are."""
+        settled = list(self._settled.items())
+        done = [unique for unique, well in settled if well]
+        if done:
+            with self._broker.client.pipeline(transaction=False) as pipeline:
+                pipeline.srem(self._acks, *done)
+                pipeline.hdel(self._hash, *done)
+                pipeline.execute()
+        for unique, well in settled:
+            if not well:
+                self._broker.do_nack(self._queue, unique)
+            self._settled.pop(unique, None)
 
     def _forget(self, ids: list[str]) -> None:
         self._running.difference_update(ids)
@@ -248,9 +269,10 @@ class _DoorbellConsumer(Consumer):
 
     def close(self) -> None:
         """Give back what no thread was handed, and end the subscription."""
+        self._absent = True
         try:
             with suppress(redis.RedisError):
-                self._settle_rest()
+                self._tell()
                 if self._bodies:
                     self._requeue_stranded()
         finally:
