@@ -219,8 +219,4 @@ async def test_postgres_and_the_broker_away_together(
         own_ledger.connection = await asyncpg.connect(own_postgres.url("service"))
         await until(lambda: all_completed(own_ledger), timeout=40)
     await effects_once(own_ledger)
-    used = await own_ledger.connection.fetch(
-        "SELECT payload->>'how' AS how, max(attempts) AS attempts FROM outbox_message GROUP BY 1"
-    )
-    # Those that ran when PostgreSQL went could not be given back before their lease was over.
-    assert {row["how"]: row["attempts"] for row in used} in ({"": 1, "slow": 1}, {"": 1, "slow": 2})
+    assert await own_ledger.connection.fetchval("SELECT max(attempts) FROM outbox_message") == 1
