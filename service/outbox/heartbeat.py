@@ -1,14 +1,15 @@
 """Keeps the leases of this process's running deliveries alive.
 
 What must stay true: it has a thread, an event loop and a connection of its own, because a consumer that blocks the
-worker's loop must not lose its lease to another worker while it is still running; and it forgets a delivery the
-moment its run is over.
+worker's loop must not lose its lease to another worker while it is still running; that connection is there before it
+is needed; and it forgets a delivery the moment its run is over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from service.driver import DRIVER_ERRORS
@@ -28,12 +29,27 @@ _log = get_logger(__name__)
 
 
 class Heartbeat(threading.Thread):
-    """Extends every watched lease three times within its length, until `stop()`."""
+    """Extends every watched lease three times within its length, until `stop()`.
 
-    def __init__(self, connect: Callable[[], Awaitable[asyncpg.Connection[asyncpg.Record]]], lease: timedelta) -> None:
+    Args:
+        connect: Makes the connection, and another when it was lost.
+        lease: What is left of a lease after each beat.
+        transactions: Whether a statement needs one, as behind a pooler.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[asyncpg.Connection[asyncpg.Record]]],
+        lease: timedelta,
+        *,
+        transactions: bool = False,
+    ) -> None:
         super().__init__(name="outbox-heartbeat", daemon=True)
         self._connect = connect
+        self._transactions = transactions
         self._lease = lease
+        self._interval = lease.total_seconds() / 3
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._watched: dict[UUID, tuple[UUID, timedelta]] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -59,23 +75,43 @@ class Heartbeat(threading.Thread):
         asyncio.run(self._beat_until_stopped())
 
     async def _beat_until_stopped(self) -> None:
-        connection: asyncpg.Connection[asyncpg.Record] | None = None
-        interval = self._lease.total_seconds() / 3
-        while not await asyncio.to_thread(self._stopped.wait, interval):
+        # A connection that hangs is found out, and the next one tried, while a third of the lease is left.
+        pause = self._interval / 10
+        patience = self._interval - pause
+        while True:
             with self._lock:
                 leases = [(message_id, token, longest) for message_id, (token, longest) in self._watched.items()]
-            if not leases:
-                continue
-            try:
-                async with asyncio.timeout(interval):
-                    if connection is None or connection.is_closed():
-                        connection = await self._connect()
-                    async with connection.transaction():
-                        await statements.heartbeat(connection, leases, self._lease)
-            except DRIVER_ERRORS as error:
-                _log.warning("outbox.heartbeat_failed", error=type(error).__name__, leases=len(leases))
-                if connection is not None:
-                    connection.terminate()
-                    connection = None
-        if connection is not None:
+            next_beat = self._interval
+            if leases or self._connection is None or self._connection.is_closed():
+                try:
+                    await self._beat(leases, patience)
+                except DRIVER_ERRORS as error:
+                    if leases:
+                        _log.warning("outbox.heartbeat_failed", error=type(error).__name__, leases=len(leases))
+                    next_beat = pause
+            if await asyncio.to_thread(self._stopped.wait, next_beat):
+                break
+        if self._connection is not None:
+            self._connection.terminate()
+
+    async def _beat(self, leases: list[tuple[UUID, UUID, timedelta]], patience: float) -> None:
+        """One beat, on a connection that is terminated if it takes longer than `patience` seconds.
+
+        It also makes ready a connection that has nothing to extend yet: while a run calculates, each wait for an answer
+        is followed by one for the interpreter's lock, and connecting is a dozen of them.
+        """
+        if self._connection is None or self._connection.is_closed():
+            self._connection = None
+            async with asyncio.timeout(patience):
+                self._connection = await self._connect()
+        connection = self._connection
+        # Not `asyncio.timeout`: the ROLLBACK would wait for the cancelled statement's answer, for longer than a lease.
+        silent = asyncio.get_running_loop().call_later(patience, connection.terminate)
+        try:
+            async with connection.transaction() if self._transactions else nullcontext():
+                await statements.heartbeat(connection, leases, self._lease)
+        except DRIVER_ERRORS:
             connection.terminate()
+            raise
+        finally:
+            silent.cancel()

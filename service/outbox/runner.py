@@ -70,7 +70,11 @@ class Runner:
         self._lease = timedelta(seconds=settings.outbox.lease)
         self._sessions = session_factory(engine, OneTransaction)
         self._ledger = LedgerPool(settings)
-        self._heartbeat = Heartbeat(lambda: connect(settings.database, "outbox-worker-heartbeat"), self._lease)
+        self._heartbeat = Heartbeat(
+            lambda: connect(settings.database, "outbox-worker-heartbeat"),
+            self._lease,
+            transactions=settings.database.pooler,
+        )
         self._claims = Claims(self._ledger, self._lease)
         self._running: set[asyncio.Task[Any]] = set()
         self._in_threads: dict[int, Claim] = {}

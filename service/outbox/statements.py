@@ -271,5 +271,5 @@ async def die(
 
 async def heartbeat(connection: Connection, leases: list[tuple[UUID, UUID, timedelta]], lease: timedelta) -> None:
     """Extend the leases of `(id, token, longest run)`, none of them past its longest run."""
-    ids, tokens, limits = (list(column) for column in zip(*leases, strict=True))
+    ids, tokens, limits = ([each[place] for each in leases] for place in range(3))
     await connection.execute(_HEARTBEAT, ids, tokens, limits, lease)

@@ -1,0 +1,79 @@
+"""A worker's heartbeat keeps the leases, whatever becomes of its connection."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from service.driver import connect as connect_to
+from service.outbox import statements
+from service.outbox.heartbeat import Heartbeat
+from tests.ledger.test_reconnects import through_a_proxy
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from service.settings import Settings
+    from tests.ledger.conftest import Connect, Ledger
+    from tests.ledger.proxy import Link
+
+LEASE = timedelta(seconds=3)
+LONGEST = timedelta(minutes=1)
+
+
+@asynccontextmanager
+async def beating(settings: Settings, *, transactions: bool = False) -> AsyncIterator[Heartbeat]:
+    heartbeat = Heartbeat(lambda: connect_to(settings.database, "test-heartbeat"), LEASE, transactions=transactions)
+    heartbeat.start()
+    try:
+        yield heartbeat
+    finally:
+        await asyncio.to_thread(heartbeat.stop)
+
+
+def ready(link: Link) -> bool:
+    """Whether the statement was sent on it, and so is prepared."""
+    return b"outbox_message" in link.asked
+
+
+async def test_it_is_ready_before_there_is_a_lease_to_extend_and_after_a_restart(settings: Settings) -> None:
+    """A run that calculates would leave it no time to connect."""
+    async with through_a_proxy(settings) as between, beating(settings):
+        await until(lambda: [ready(link) for link in between.links] == [True])
+        between.links[0].cut()
+        await until(lambda: [ready(link) for link in between.links] == [True, True])
+
+
+@pytest.mark.parametrize("transactions", [False, True])
+async def test_a_connection_that_hangs_is_replaced_while_the_lease_lasts(
+    ledger: Ledger, settings: Settings, connect: Connect, transactions: bool
+) -> None:
+    message_id = await ledger.happen()
+    never = asyncio.Event()
+
+    async def hang(link: Link, chunk: bytes) -> bytes:
+        if link is between.links[0] and chunk.startswith(b"B"):  # Bind
+            await never.wait()
+        return chunk
+
+    async with through_a_proxy(settings) as between, beating(settings, transactions=transactions) as heartbeat:
+        await until(lambda: [ready(link) for link in between.links] == [True])
+        between.request = hang
+        token = uuid4()
+        assert await statements.claim(await connect(), message_id, token, LEASE)
+        heartbeat.watch(message_id, token, LONGEST)
+
+        async def extended() -> bool:
+            row = await ledger.row(message_id)
+            assert row is not None
+            if row["due_in"] < LEASE.total_seconds() / 6:
+                raise TimeoutError("the lease ends")
+            return len(between.links) > 1 and row["due_in"] > LEASE.total_seconds() * 0.9
+
+        await until(extended)
