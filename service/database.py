@@ -16,19 +16,24 @@ from sqlalchemy import MetaData, event, text
 from sqlalchemy.exc import DisconnectionError, EmulatedDBAPIException
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from service.driver import DRIVER_ERRORS, PreparedBegin, has_transaction_timeout
 from service.errors import DatabaseUnavailableError, TransactionError
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import ExceptionContext
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy.engine import Connection, ExceptionContext
+    from sqlalchemy.orm import SessionTransaction
     from sqlalchemy.pool import PoolProxiedConnection
 
     from service.settings import DatabaseSettings
 
 __all__ = [
     "Base",
+    "FlushingSession",
     "OneTransaction",
     "Session",
     "SessionFactory",
@@ -162,11 +167,65 @@ def session_factory(engine: AsyncEngine, class_: type[AsyncSession] = AsyncSessi
     return async_sessionmaker(engine, class_=class_, expire_on_commit=False, close_resets_only=False)
 
 
+class FlushingSession(SyncSession):
+    """A session whose flush also runs statements that need no unit of work, after its objects.
+
+    To insert a row whose values are known, the unit of work takes several times as long as the statement does. What
+    must stay true: whatever would have flushed an object that was added instead (a query, a savepoint, a commit by
+    whichever way) also runs these; and they are forgotten with the transaction that they belong to, and no sooner.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._statements: list[Callable[[Connection], object]] = []
+        self._committing = False
+
+    def at_flush(self, statement: Callable[[Connection], object]) -> bool:
+        """Run `statement` with the next flush, at the latest when the transaction commits.
+
+        Returns:
+            False where an object has to be added instead: a savepoint may undo it, and hooks of a commit may only
+            leave objects behind.
+        """
+        if self._committing or self.in_nested_transaction():
+            return False
+        self._statements.append(statement)
+        return True
+
+    @property
+    def inserts(self) -> bool:
+        """Whether a flush would insert something."""
+        return bool(self.new or self._statements)
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """As SQLAlchemy's, and then the statements. One that fails stays, so that no commit can succeed without it."""
+        super().flush(objects)
+        while self._statements:
+            self._statements[0](self.connection())
+            del self._statements[0]
+
+
+@event.listens_for(FlushingSession, "before_commit")
+def _before_commit(session: FlushingSession) -> None:
+    if not session.in_nested_transaction():
+        session._committing = True  # noqa: SLF001
+        session.flush()
+
+
+@event.listens_for(FlushingSession, "after_transaction_end")
+def _after_transaction_end(session: FlushingSession, ended: SessionTransaction) -> None:
+    if ended.parent is None:
+        session._committing = False  # noqa: SLF001
+        session._statements.clear()  # noqa: SLF001
+
+
 class OneTransaction(AsyncSession):
     """A session whose owner commits it: a handler or consumer that did so itself would split its work in two.
 
     A handler that rolled back and went on would answer with success for writes and events that are gone.
     """
+
+    sync_session_class = FlushingSession
 
     async def commit(self) -> NoReturn:
         """Refused.
@@ -193,7 +252,8 @@ async def commit(session: AsyncSession) -> None:
     """
     if not session.in_transaction():
         return
-    inserts = bool(session.new)
+    sync = session.sync_session
+    inserts = sync.inserts if isinstance(sync, FlushingSession) else bool(session.new)
     await session.flush()
     if not inserts:
         await session.execute(text("SELECT 1"))

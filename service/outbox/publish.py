@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy import func
@@ -17,8 +17,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.database import FlushingSession
 from service.errors import PublishError
-from service.outbox.consumers import Consumer, consumers_of
+from service.outbox.consumers import consumers_of
 from service.outbox.events import Event, delivery_id, new_event_id
 from service.outbox.tables import AcceptedEvent, OutboxMessage
 from service.telemetry import current_headers
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
     from uuid import UUID
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Table
     from sqlalchemy.orm import Mapper
 
 __all__ = ["MAX_DELAY", "MAX_PAYLOAD_BYTES", "READ_ONLY", "accept", "publish"]
@@ -37,6 +38,8 @@ MAX_PAYLOAD_BYTES = 8_192
 
 MAX_DELAY = timedelta(days=366)
 """How far ahead an event can be scheduled."""
+
+_INSERT = insert(cast("Table", OutboxMessage.__table__))
 
 READ_ONLY = "outbox.read_only"
 """Key in `session.info` of sessions that are never committed."""
@@ -61,7 +64,7 @@ def publish(session: AsyncSession, event: Event, *, delay: timedelta | None = No
     if delay is not None and not timedelta() <= delay <= MAX_DELAY:
         raise PublishError(f"delay must be from 0 to {MAX_DELAY.days} days, not {delay}")
     event_id = new_event_id()
-    session.add_all(_messages(event_id, event, payload, delay))
+    _write(session, event_id, event, payload, delay)
     return event_id
 
 
@@ -90,29 +93,37 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
     new = await session.scalar(statement.on_conflict_do_nothing().returning(AcceptedEvent.event_id))
     if new is None:
         return False
-    session.add_all(_messages(event_id, event, payload, None))
+    _write(session, event_id, event, payload, None)
     return True
 
 
-def _messages(event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelta | None) -> list[OutboxMessage]:
+def _write(
+    session: AsyncSession, event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelta | None
+) -> None:
     headers = current_headers()
+    rows: list[dict[str, Any]] = [
+        {
+            "id": delivery_id(event_id, number),
+            "event_id": event_id,
+            "event_type": event.event_type,
+            "version": event.event_version,
+            "consumer": consumer.name,
+            "queue": consumer.queue,
+            "payload": payload,
+            "headers": headers,
+        }
+        for number, consumer in enumerate(consumers_of(type(event)), start=1)
+    ]
 
-    def message(number: int, consumer: Consumer) -> OutboxMessage:
-        row = OutboxMessage(
-            id=delivery_id(event_id, number),
-            event_id=event_id,
-            event_type=event.event_type,
-            version=event.event_version,
-            consumer=consumer.name,
-            queue=consumer.queue,
-            payload=payload,
-            headers=headers,
-        )
-        if delay:
-            row.due_at = func.clock_timestamp() + delay
-        return row
+    def insert_rows(connection: Connection) -> None:
+        _refuse_autocommit(connection)
+        connection.execute(_INSERT, rows)
 
-    return [message(number, consumer) for number, consumer in enumerate(consumers_of(type(event)), start=1)]
+    sync = session.sync_session
+    if not rows or (not delay and isinstance(sync, FlushingSession) and sync.at_flush(insert_rows)):
+        return
+    due = {"due_at": func.clock_timestamp() + delay} if delay else {}
+    session.add_all([OutboxMessage(**row, **due) for row in rows])
 
 
 def _payload(event: Event) -> dict[str, Any]:
