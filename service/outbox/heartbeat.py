@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from service.driver import DRIVER_ERRORS
@@ -52,7 +52,7 @@ class Heartbeat(threading.Thread):
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._watched: dict[UUID, tuple[UUID, timedelta]] = {}
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped = asyncio.Event()
 
     def watch(self, message_id: UUID, token: UUID, longest: timedelta) -> None:
         """Extend this claim's lease until `forget`, but never past `longest` after its start."""
@@ -65,20 +65,27 @@ class Heartbeat(threading.Thread):
             if self._watched.get(message_id, (None, None))[0] == token:
                 del self._watched[message_id]
 
+    def start(self) -> None:
+        """Start the thread."""
+        self._loop = asyncio.new_event_loop()
+        super().start()
+
     def stop(self) -> None:
         """End the thread."""
-        self._stopped.set()
+        with suppress(RuntimeError):  # it has ended, and its loop is closed
+            self._loop.call_soon_threadsafe(self._stopped.set)
         self.join(timeout=5)
 
     def run(self) -> None:
         """Beat until stopped; a lost connection is replaced at the next beat."""
-        asyncio.run(self._beat_until_stopped())
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._beat_until_stopped())
 
     async def _beat_until_stopped(self) -> None:
         # A connection that hangs is found out, and the next one tried, while a third of the lease is left.
         pause = self._interval / 10
         patience = self._interval - pause
-        while True:
+        while not self._stopped.is_set():
             with self._lock:
                 leases = [(message_id, token, longest) for message_id, (token, longest) in self._watched.items()]
             next_beat = self._interval
@@ -89,8 +96,9 @@ class Heartbeat(threading.Thread):
                     if leases:
                         _log.warning("outbox.heartbeat_failed", error=type(error).__name__, leases=len(leases))
                     next_beat = pause
-            if await asyncio.to_thread(self._stopped.wait, next_beat):
-                break
+            # Not in a thread of its own: none can be had any more from an interpreter that is about to exit.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), next_beat)
         if self._connection is not None:
             self._connection.terminate()
 

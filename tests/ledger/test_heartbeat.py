@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 
+from service.dev.places import ROOT
 from service.driver import connect as connect_to
 from service.outbox import statements
 from service.outbox.heartbeat import Heartbeat
@@ -24,6 +26,24 @@ if TYPE_CHECKING:
     from tests.ledger.proxy import Link
 
 LEASE = timedelta(seconds=3)
+
+_OUTLIVES_ITS_WORKER = """
+import asyncio, atexit, threading, time
+from datetime import timedelta
+from service.outbox.heartbeat import Heartbeat
+from service.worker import _exit_on_dead_thread
+
+async def connect():
+    tried.set()
+    await asyncio.sleep(0.3)
+    raise OSError
+
+tried = threading.Event()
+threading.excepthook = _exit_on_dead_thread
+Heartbeat(connect, timedelta(seconds=3)).start()
+tried.wait()
+atexit.register(time.sleep, 1)
+"""
 LONGEST = timedelta(minutes=1)
 
 
@@ -77,3 +97,12 @@ async def test_a_connection_that_hangs_is_replaced_while_the_lease_lasts(
             return len(between.links) > 1 and row["due_in"] > LEASE.total_seconds() * 0.9
 
         await until(extended)
+
+
+async def test_one_that_cannot_be_stopped_in_time_does_not_fail_the_workers_exit() -> None:
+    """A connection may hang for longer than a stopping worker waits; a dead thread would be status 70."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _OUTLIVES_ITS_WORKER, cwd=ROOT, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await process.communicate()
+    assert (process.returncode, errors.decode()) == (0, "")
