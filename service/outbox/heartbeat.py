@@ -118,8 +118,11 @@ class Heartbeat(threading.Thread):
         try:
             async with connection.transaction() if self._transactions else nullcontext():
                 await statements.heartbeat(connection, leases, self._lease)
-        except DRIVER_ERRORS:
+        except Exception as error:
+            terminated = connection.is_closed()
             connection.terminate()
+            if terminated:  # asyncpg then raises whatever it came across
+                raise ConnectionError("PostgreSQL did not answer in time") from error
             raise
         finally:
             silent.cancel()

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
@@ -97,6 +97,24 @@ async def test_a_connection_that_hangs_is_replaced_while_the_lease_lasts(
             return len(between.links) > 1 and row["due_in"] > LEASE.total_seconds() * 0.9
 
         await until(extended)
+
+
+async def test_it_outlives_whatever_the_driver_comes_across_when_a_connection_hangs(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections: list[statements.Connection] = []
+
+    async def terminated_between_two_steps(connection: statements.Connection, *_: Any) -> None:
+        connections.append(connection)
+        ended = asyncio.Event()
+        connection.add_termination_listener(lambda _: ended.set())
+        await ended.wait()
+        connection._protocol._get_timeout(None)  # type: ignore[union-attr]  # as asyncpg does
+
+    monkeypatch.setattr(statements, "heartbeat", terminated_between_two_steps)
+    async with beating(settings) as heartbeat:
+        await until(lambda: len(connections) > 1)
+        assert heartbeat.is_alive()
 
 
 async def test_one_that_cannot_be_stopped_in_time_does_not_fail_the_workers_exit() -> None:
