@@ -126,6 +126,9 @@ class _DoorbellConsumer(Consumer):
         self._absent = False
         """Whether the consumer's thread does not come round soon to tell what is settled."""
         self._vacancy = threading.Event()
+        self._listening = threading.Lock()
+        """Held by the thread that uses the subscription, which belongs to one at a time."""
+        self._closed = False
         self._acks = f"{broker.namespace}:__acks__.{broker.broker_id}.{queue}"
         self._hash = f"{broker.namespace}:{queue}.msgs"
         self._pubsub = broker.client.pubsub(ignore_subscribe_messages=True)
@@ -157,7 +160,7 @@ class _DoorbellConsumer(Consumer):
         """The next message, or `None` after the timeout so that the caller can look whether to stop."""
         deadline = time.monotonic() + self._timeout
         with _as_connection_error():
-            while (left := deadline - time.monotonic()) > 0:
+            while not self._closed and (left := deadline - time.monotonic()) > 0:
                 while self._bodies:
                     message = self._decode(self._bodies.pop(0))
                     if message is not None:
@@ -183,9 +186,14 @@ class _DoorbellConsumer(Consumer):
 
     def _wait(self, seconds: float) -> None:
         """Return when there is a reason to fetch, or the time is up. Rings heard while busy are used up here."""
-        rung = self._vacancy.wait(seconds) if self._was_full else self._listen(seconds)
-        while rung and self._pubsub.get_message(timeout=0) is not None:
-            pass
+        if self._was_full and not self._vacancy.wait(seconds):
+            return
+        with self._listening:
+            if self._closed:
+                return
+            rung = self._was_full or self._listen(seconds)
+            while rung and self._pubsub.get_message(timeout=0) is not None:
+                pass
 
     def _listen(self, seconds: float) -> bool:
         self._absent = True
@@ -268,12 +276,20 @@ class _DoorbellConsumer(Consumer):
                 _log.warning("doorbell.not_requeued", queue=self._queue, messages=len(ids), error=type(error).__name__)
 
     def close(self) -> None:
-        """Give back what no thread was handed, and end the subscription."""
-        self._absent = True
+        """Give back what no thread was handed, and end the subscription.
+
+        A worker that stops does not wait for ever for the consumer's own thread; where it still listens, the
+        subscription ends with the process.
+        """
+        self._absent = self._closed = True
         try:
             with suppress(redis.RedisError):
                 self._tell()
                 if self._bodies:
                     self._requeue_stranded()
         finally:
-            self._pubsub.close()
+            if self._listening.acquire(blocking=False):
+                try:
+                    self._pubsub.close()
+                finally:
+                    self._listening.release()

@@ -149,6 +149,28 @@ def test_a_message_given_back_wakes_a_waiting_consumer(broker: DoorbellRedisBrok
     assert [each and each.message_id for each in found] == [message.message_id]
 
 
+def test_a_consumer_is_closed_while_its_thread_still_listens(broker: DoorbellRedisBroker) -> None:
+    """A worker's patience with its threads may be over first."""
+    consumer = broker.consume(QUEUE, prefetch=4, timeout=60_000)
+    outcomes: list[MessageProxy | Exception | None] = []
+
+    def listen() -> None:
+        try:
+            outcomes.append(next(consumer))
+        except Exception as error:  # noqa: BLE001  whatever it is, Dramatiq would log it as unexpected
+            outcomes.append(error)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    until_sync(lambda: consumer._absent, what="its thread to listen")  # type: ignore[attr-defined]
+    consumer.close()
+    send(broker)
+    thread.join(10)
+    consumer.close()
+    assert outcomes == [None]
+    assert broker.client.llen(f"bell:{QUEUE}") == 1
+
+
 def test_a_consumer_that_ends_gives_back_what_no_thread_was_handed(broker: DoorbellRedisBroker) -> None:
     for _ in range(4):
         send(broker)
