@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,16 +30,21 @@ __all__ = ["Server", "free_port", "new_password", "socket_folder"]
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
+_PORTS = range(29_000, 32_000)  # below Linux's and macOS's for outgoing connections
 _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 104 to 108 bytes
 _PLAIN_PATH = re.compile(r"[\w./+-]+", re.ASCII)  # a comma separates hosts in a URL, and clients differ over the rest
 
 
 def free_port() -> int:
-    """A loopback TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A loopback TCP port that nobody listens on just now.
+
+    The kernel gives none of these to an outgoing connection, which could otherwise take it before the server does.
+    """
+    while True:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def new_password() -> str:

@@ -19,7 +19,7 @@ import redis
 from service.dev import places
 from service.dev.places import ROOT, ServerError, postgres_binaries, server_account, valkey_binary
 from service.dev.postgres import Postgres, psql
-from service.dev.servers import socket_folder
+from service.dev.servers import free_port, socket_folder
 from service.dev.valkey import Valkey
 from tests.waiting import until_sync
 
@@ -32,6 +32,12 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.skipif(not Path("/proc/sys/net").exists(), reason="only Linux says which ports it gives away")
+def test_a_free_port_is_taken_by_no_outgoing_connection() -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(free_port() for _ in range(100)) < first
 
 
 def test_postgres_leaves_no_process_behind(server_folder: Path) -> None:
