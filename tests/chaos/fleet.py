@@ -48,7 +48,8 @@ def command(name: str, port: int, processes: int, grace: float) -> list[str]:
         case "relay":
             return ["outbox", "relay"]
         case "worker":
-            patience = ["--worker-shutdown-timeout", str(int(grace * 1250))]
+            # The master hears no signal while it waits for a process to boot, be it one that was killed meanwhile.
+            patience = ["--worker-shutdown-timeout", str(int(grace * 1250)), "--worker-fork-timeout", "5000"]
             return ["dramatiq", _BROKER, "-p", str(processes), "-t", "4", *patience]
     raise ValueError(name)
 
