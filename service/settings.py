@@ -7,7 +7,6 @@ process before it does anything and says which variable is wrong and what it sho
 from __future__ import annotations
 
 import re
-from datetime import timedelta
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -167,10 +166,6 @@ class OutboxSettings(BaseModel):
     shutdown_grace: Seconds = Field(
         20, description="Seconds a stopping worker lets running consumers finish before it releases them"
     )
-
-    @property
-    def lease_interval(self) -> timedelta:
-        return timedelta(seconds=self.lease)
 
 
 class ApiSettings(BaseModel):
