@@ -68,6 +68,7 @@ class _Loop(AsyncIO):
         if uvloop is not None:
             thread.loop.close()
             thread.loop = uvloop.new_event_loop()
+        thread.daemon = True  # or a process that is to end at once would wait for it for ever
         thread.start(timeout=1.0)
         set_event_loop_thread(thread)
 
