@@ -1,8 +1,8 @@
 """Keeps the leases of this process's running deliveries alive.
 
 What must stay true: it has a thread, an event loop and a connection of its own, because a consumer that blocks the
-worker's loop must not lose its lease to another worker while it is still running; that connection is there before it
-is needed; and it forgets a delivery the moment its run is over.
+worker's loop must not lose its lease to another worker while it is still running; it connects before there is a
+lease to extend; and it forgets a delivery the moment its run is over.
 """
 
 from __future__ import annotations
@@ -71,58 +71,64 @@ class Heartbeat(threading.Thread):
         super().start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, whatever it waits for."""
         with suppress(RuntimeError):  # it has ended, and its loop is closed
             self._loop.call_soon_threadsafe(self._stopped.set)
         self.join(timeout=5)
 
     def run(self) -> None:
-        """Beat until stopped; a lost connection is replaced at the next beat."""
+        """Beat until stopped."""
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._beat_until_stopped())
+            runner.run(self._until_stopped())
 
-    async def _beat_until_stopped(self) -> None:
-        # A connection that hangs is found out, and the next one tried, while a third of the lease is left.
-        pause = self._interval / 10
-        patience = self._interval - pause
-        while not self._stopped.is_set():
-            with self._lock:
-                leases = [(message_id, token, longest) for message_id, (token, longest) in self._watched.items()]
-            next_beat = self._interval
-            if leases or self._connection is None or self._connection.is_closed():
-                try:
-                    await self._beat(leases, patience)
-                except DRIVER_ERRORS as error:
-                    if leases:
-                        _log.warning("outbox.heartbeat_failed", error=type(error).__name__, leases=len(leases))
-                    next_beat = pause
-            # Not in a thread of its own: none can be had any more from an interpreter that is about to exit.
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), next_beat)
+    async def _until_stopped(self) -> None:
+        beating, stopped = (asyncio.ensure_future(each) for each in (self._beat_for_ever(), self._stopped.wait()))
+        await asyncio.wait({beating, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if self._connection is not None:
             self._connection.terminate()
+        if beating.done():
+            await beating  # it only ends by an error
 
-    async def _beat(self, leases: list[tuple[UUID, UUID, timedelta]], patience: float) -> None:
-        """One beat, on a connection that is terminated if it takes longer than `patience` seconds.
+    async def _beat_for_ever(self) -> None:
+        # What hangs is given up, and tried again on another connection, while a third of the lease is left.
+        pause = self._interval / 10
+        while True:
+            try:
+                await self._beat(self._interval - pause)
+            except DRIVER_ERRORS as error:
+                if self._watched:
+                    _log.warning("outbox.heartbeat_failed", error=type(error).__name__, leases=len(self._watched))
+                await asyncio.sleep(pause)
+            else:
+                await asyncio.sleep(self._interval)
 
-        It also makes ready a connection that has nothing to extend yet: while a run calculates, each wait for an answer
-        is followed by one for the interpreter's lock, and connecting is a dozen of them.
+    async def _beat(self, patience: float) -> None:
+        """Extend the leases, for which a connection is made that is terminated after `patience` seconds.
+
+        It is made ready also when there is nothing to extend yet: while a run calculates, each wait for an answer is
+        followed by one for the interpreter's lock, and connecting is a dozen of them.
         """
-        if self._connection is None or self._connection.is_closed():
-            self._connection = None
-            async with asyncio.timeout(patience):
-                self._connection = await self._connect()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
         connection = self._connection
+        unused = connection is None or connection.is_closed()
+        if connection is None or unused:
+            async with asyncio.timeout_at(deadline):
+                connection = self._connection = await self._connect()
+        with self._lock:
+            leases = [(message_id, token, longest) for message_id, (token, longest) in self._watched.items()]
+        if not leases and not unused:
+            return
         # Not `asyncio.timeout`: the ROLLBACK would wait for the cancelled statement's answer, for longer than a lease.
-        silent = asyncio.get_running_loop().call_later(patience, connection.terminate)
+        silent = loop.call_at(deadline, connection.terminate)
         try:
             async with connection.transaction() if self._transactions else nullcontext():
                 await statements.heartbeat(connection, leases, self._lease)
         except Exception as error:
-            terminated = connection.is_closed()
+            ended = connection.is_closed()
             connection.terminate()
-            if terminated:  # asyncpg then raises whatever it came across
-                raise ConnectionError("PostgreSQL did not answer in time") from error
+            if ended and not isinstance(error, DRIVER_ERRORS):
+                raise ConnectionError("the connection ended between two steps of the driver") from error
             raise
         finally:
             silent.cancel()

@@ -90,12 +90,15 @@ class Runner:
     async def close(self) -> None:
         """Write down what is still to be written, and end the heartbeat and the connections."""
         self._stopping = True
-        for claim in list(self._in_threads.values()):
-            # Blocked in a call that nothing interrupts; it ends with this process, which is about to end.
-            await self.settle(claim, Released())
-        if self._unsettled:
-            await asyncio.wait(self._unsettled.values())
-        await asyncio.to_thread(self._heartbeat.stop)
+        try:
+            for claim in list(self._in_threads.values()):
+                # Blocked in a call that nothing interrupts; it ends with this process, which is about to end.
+                await self.settle(claim, Released())
+            if self._unsettled:
+                await asyncio.wait(self._unsettled.values())
+        finally:
+            # Also where the caller's patience is over: a thread that is left may fail while the interpreter exits.
+            await asyncio.to_thread(self._heartbeat.stop)
         await self._ledger.close()
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,14 @@ from service.dev.places import ROOT
 from service.driver import connect as connect_to
 from service.outbox import statements
 from service.outbox.heartbeat import Heartbeat
+from service.outbox.runner import Runner
 from tests.ledger.test_reconnects import through_a_proxy
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.settings import Settings
     from tests.ledger.conftest import Connect, Ledger
@@ -31,6 +35,7 @@ _OUTLIVES_ITS_WORKER = """
 import asyncio, atexit, threading, time
 from datetime import timedelta
 from service.outbox.heartbeat import Heartbeat
+from service.outbox.runner import Runner
 from service.worker import _exit_on_dead_thread
 
 async def connect():
@@ -115,6 +120,50 @@ async def test_it_outlives_whatever_the_driver_comes_across_when_a_connection_ha
     async with beating(settings) as heartbeat:
         await until(lambda: len(connections) > 1)
         assert heartbeat.is_alive()
+
+
+async def test_an_error_that_nobody_expects_ends_its_thread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so the process: a worker without heartbeats would lose the lease of all that takes long."""
+    died: list[threading.ExceptHookArgs] = []
+
+    async def unexpected(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    monkeypatch.setattr(statements, "heartbeat", unexpected)
+    async with beating(settings):
+        await until(lambda: [each.exc_type for each in died] == [ZeroDivisionError])
+
+
+async def test_a_runner_whose_closing_is_cut_short_still_ends_it(settings: Settings, engine: AsyncEngine) -> None:
+    runner = Runner(settings, engine)
+    await runner.open()
+    (heartbeat,) = (each for each in threading.enumerate() if isinstance(each, Heartbeat))
+    endless = asyncio.create_task(asyncio.Event().wait())
+    runner._unsettled[uuid4()] = endless  # type: ignore[assignment]  # PostgreSQL does not take an outcome
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await runner.close()
+    endless.cancel()
+    assert not heartbeat.is_alive()
+
+
+async def test_one_whose_connection_hangs_is_stopped_at_once(settings: Settings) -> None:
+    never = asyncio.Event()
+
+    async def hang(_link: Link, _chunk: bytes) -> bytes:
+        await never.wait()
+        return b""
+
+    async with through_a_proxy(settings) as between:
+        between.request = hang
+        async with beating(settings) as heartbeat:
+            await until(lambda: between.links)
+            async with asyncio.timeout(2):
+                await asyncio.to_thread(heartbeat.stop)
+            assert not heartbeat.is_alive()
 
 
 async def test_one_that_cannot_be_stopped_in_time_does_not_fail_the_workers_exit() -> None:
