@@ -171,8 +171,8 @@ class FlushingSession(SyncSession):
     """A session whose flush also runs statements that need no unit of work, after its objects.
 
     To insert a row whose values are known, the unit of work takes several times as long as the statement does. What
-    must stay true: whatever would have flushed an object that was added instead (a query, a savepoint, a commit by
-    whichever way) also runs these; and they are forgotten with the transaction that they belong to, and no sooner.
+    must stay true: whatever flushes objects (a query, a savepoint, a commit by whichever way) also runs these; and they
+    are forgotten with the transaction that they belong to, and no sooner.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -184,8 +184,8 @@ class FlushingSession(SyncSession):
         """Run `statement` with the next flush, at the latest when the transaction commits.
 
         Returns:
-            False where an object has to be added instead: a savepoint may undo it, and hooks of a commit may only
-            leave objects behind.
+            False where an object has to be added instead: in a savepoint, which may undo it, and once a commit has
+            begun, even a savepoint's, after which SQLAlchemy flushes again for objects only.
         """
         if self._committing or self.in_nested_transaction():
             return False
@@ -207,9 +207,8 @@ class FlushingSession(SyncSession):
 
 @event.listens_for(FlushingSession, "before_commit")
 def _before_commit(session: FlushingSession) -> None:
-    if not session.in_nested_transaction():
-        session._committing = True  # noqa: SLF001
-        session.flush()
+    session._committing = True  # noqa: SLF001
+    session.flush()
 
 
 @event.listens_for(FlushingSession, "after_transaction_end")

@@ -1,8 +1,8 @@
 """Writing to the ledger: one row per consumer, in the caller's own transaction.
 
 What must stay true: an event exists if and only if the transaction that published it committed. So `publish` only
-ever adds rows to the session it is given, it refuses a session whose work nobody will commit, and it touches neither
-the broker nor any connection of its own.
+ever leaves rows to be flushed with the session it is given, it refuses a session whose work nobody will commit, and it
+touches neither the broker nor any connection of its own.
 """
 
 from __future__ import annotations
@@ -115,15 +115,15 @@ def _write(
         for number, consumer in enumerate(consumers_of(type(event)), start=1)
     ]
 
+    due = {"due_at": func.clock_timestamp() + delay} if delay else {}
+
     def insert_rows(connection: Connection) -> None:
         _refuse_autocommit(connection)
-        connection.execute(_INSERT, rows)
+        connection.execute(_INSERT.values(due) if due else _INSERT, rows)
 
     sync = session.sync_session
-    if not rows or (not delay and isinstance(sync, FlushingSession) and sync.at_flush(insert_rows)):
-        return
-    due = {"due_at": func.clock_timestamp() + delay} if delay else {}
-    session.add_all([OutboxMessage(**row, **due) for row in rows])
+    if rows and not (isinstance(sync, FlushingSession) and sync.at_flush(insert_rows)):
+        session.add_all([OutboxMessage(**row, **due) for row in rows])
 
 
 def _payload(event: Event) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tests.ledger import domain
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.orm import SessionTransaction
 
     from service.settings import Settings
     from tests.ledger.conftest import Ledger
@@ -160,6 +161,24 @@ async def test_an_event_that_a_hook_publishes_is_committed(
     assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message") == 1 + published
 
 
+async def test_an_event_published_at_a_savepoints_end_by_the_whole_commit_is_committed(
+    ledger: Ledger, engine: AsyncEngine
+) -> None:
+    """The commit ends the open savepoint, and SQLAlchemy looks once more for objects only."""
+    async with session_factory(engine, OneTransaction)() as session:
+
+        def hooked(_: Any, ended: SessionTransaction) -> None:
+            if ended.nested:
+                publish(session, happened())
+
+        root = await session.begin()
+        session.add(AcceptedEvent(key="business", event_id=uuid4()))
+        await session.begin_nested()
+        event.listen(session.sync_session, "after_transaction_end", hooked)
+        await root.commit()
+    assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message") == 1
+
+
 async def test_a_block_of_begin_commits_what_was_published_in_it(ledger: Ledger, engine: AsyncEngine) -> None:
     """It commits by the session's transaction, past its owner."""
     async with transaction(session_factory(engine, OneTransaction)) as session, session.begin():
@@ -201,8 +220,6 @@ async def test_it_is_a_statement_that_waits(engine: AsyncEngine) -> None:
     """Or all of the above would compare objects with objects."""
     async with session_factory(engine, OneTransaction)() as session:
         for _ in range(2):
-            async with session.begin_nested():
-                pass
             publish(session, happened())
             assert not session.new
             assert isinstance(session.sync_session, FlushingSession)
