@@ -167,6 +167,8 @@ class _DoorbellConsumer(Consumer):
                         return message
                 if not self._fetch():
                     self._wait(left)
+            if self._closed and self._bodies:
+                self._requeue_stranded()
         return None
 
     def _room(self) -> int:
@@ -201,7 +203,7 @@ class _DoorbellConsumer(Consumer):
             self._tell()  # what threads left to this one before they could see that it is absent
             return self._pubsub.get_message(timeout=seconds) is not None
         finally:
-            self._absent = False
+            self._absent = self._closed
 
     def _decode(self, data: bytes) -> MessageProxy | None:
         try:
@@ -281,7 +283,8 @@ class _DoorbellConsumer(Consumer):
         A worker that stops does not wait for ever for the consumer's own thread; where it still listens, the
         subscription ends with the process.
         """
-        self._absent = self._closed = True
+        self._closed = True
+        self._absent = True
         try:
             with suppress(redis.RedisError):
                 self._tell()
