@@ -40,11 +40,11 @@ def free_port() -> int:
 
     The kernel gives none of these to an outgoing connection, which could otherwise take it before the server does.
     """
-    while True:
-        port = secrets.choice(_PORTS)
+    for port in secrets.SystemRandom().sample(_PORTS, len(_PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise ServerError(f"no loopback port from {_PORTS[0]} to {_PORTS[-1]} is free")
 
 
 def new_password() -> str:
