@@ -150,8 +150,10 @@ def test_a_message_given_back_wakes_a_waiting_consumer(broker: DoorbellRedisBrok
 
 
 def test_a_consumer_is_closed_while_its_thread_still_listens(broker: DoorbellRedisBroker) -> None:
-    """A worker's patience with its threads may be over first."""
+    """A worker's patience with its threads may be over first. What they still run is acknowledged all the same."""
+    send(broker)
     consumer = broker.consume(QUEUE, prefetch=4, timeout=60_000)
+    message = take(consumer)
     outcomes: list[MessageProxy | Exception | None] = []
 
     def listen() -> None:
@@ -166,8 +168,26 @@ def test_a_consumer_is_closed_while_its_thread_still_listens(broker: DoorbellRed
     consumer.close()
     send(broker)
     thread.join(10)
-    consumer.close()
     assert outcomes == [None]
+    assert broker.client.llen(f"bell:{QUEUE}") == 1
+    consumer.ack(message)
+    assert unacknowledged(broker) == 0
+
+
+def test_a_consumer_that_is_closed_while_it_fetches_gives_back_what_it_got(
+    broker: DoorbellRedisBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(broker)
+    consumer = broker.consume(QUEUE, prefetch=4)
+    fetch = broker.do_fetch
+
+    def fetch_and_close(*arguments: Any) -> Any:
+        bodies = fetch(*arguments)
+        consumer.close()
+        return bodies
+
+    monkeypatch.setattr(broker, "do_fetch", fetch_and_close)
+    assert next(consumer) is None
     assert broker.client.llen(f"bell:{QUEUE}") == 1
 
 
