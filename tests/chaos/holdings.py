@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from contextlib import suppress
+from typing import Any
 
 import aiormq
 import redis.asyncio
@@ -28,6 +29,7 @@ class Holdings:
         self.most_copies = 0
         self._url = url
         self._rabbitmq = url.startswith("amqp")
+        self._heartbeats: dict[str, tuple[float, float]] = {}
 
     def _valkey(self) -> redis.asyncio.Redis:
         client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(self._url, decode_responses=True)
@@ -71,7 +73,8 @@ class Holdings:
         if self._rabbitmq:
             return 0
         async with self._valkey() as broker:
-            living = await broker.zrangebyscore("dramatiq:__heartbeats__", (time.time() - 3) * 1000, "+inf")
+            scores: Any = await broker.zrange("dramatiq:__heartbeats__", 0, -1, withscores=True)
+            living = self._living(dict(scores))
             taken = 0
             for queue in QUEUES:
                 for worker in living:
@@ -79,3 +82,12 @@ class Holdings:
                         # One whose body is gone can do nothing any more.
                         taken += await broker.hexists(f"dramatiq:{queue}.msgs", each)
             return taken
+
+    def _living(self, heartbeats: dict[str, float]) -> list[str]:
+        """Workers whose heartbeat has moved within 3 s. The times in them are the workers' own, and may be wrong."""
+        now = time.monotonic()
+        self._heartbeats = {
+            worker: (beat, now) if self._heartbeats.get(worker, (None, 0))[0] != beat else self._heartbeats[worker]
+            for worker, beat in heartbeats.items()
+        }
+        return [worker for worker, (_, since) in self._heartbeats.items() if now - since <= 3]
