@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import psutil
 import pytest
 from aiormq import DeliveryError
 from pydantic import SecretStr
@@ -192,8 +193,10 @@ async def test_a_broker_that_is_killed_in_mid_batch_is_unavailable(
     publisher: RabbitmqPublisher, rabbitmq: Rabbitmq
 ) -> None:
     await publisher.publish("ledger", batch(), "t")
+    node = psutil.Process(rabbitmq.pid)
+    for process in (node, *node.children(recursive=True)):
+        process.suspend()  # so that it cannot have confirmed everything first
     task = asyncio.create_task(publisher.publish("ledger", batch(5_000), "t"))
-    await asyncio.sleep(0.02)
     await asyncio.to_thread(rabbitmq.kill)
     with pytest.raises(BrokerUnavailableError):
         await task
