@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,9 @@ def pytest_configure(config: pytest.Config) -> None:
     for key in os.environ.keys() - outside_environment().keys():
         _patch.delenv(key)
     _patch.setitem(Settings.model_config, "env_file", None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # In a shell's background; the commands that a test interrupts would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
