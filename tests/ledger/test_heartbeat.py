@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from tests.ledger.proxy import Link
 
 LEASE = timedelta(seconds=3)
+LONGEST = timedelta(minutes=1)
 
 _OUTLIVES_ITS_WORKER = """
 import asyncio, atexit, threading, time
 from datetime import timedelta
 from service.outbox.heartbeat import Heartbeat
-from service.outbox.runner import Runner
 from service.worker import _exit_on_dead_thread
 
 async def connect():
@@ -49,7 +49,6 @@ Heartbeat(connect, timedelta(seconds=3)).start()
 tried.wait()
 atexit.register(time.sleep, 1)
 """
-LONGEST = timedelta(minutes=1)
 
 
 @asynccontextmanager
