@@ -5,11 +5,16 @@ Every figure is a pair of rates from the same database server, the usual state f
 
 from __future__ import annotations
 
+import time
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import asyncpg
 
+from service.driver import connect
+from service.outbox import statements
 from tests.bench.drain import drained
 from tests.bench.stage import INSERT
 from tests.waiting import until
@@ -33,6 +38,10 @@ FROM (
     FROM generate_series($1::int, $2::int) AS number
 ) AS events
 """
+
+_HANDED_OVER = "SELECT id FROM outbox_message WHERE state = 'dispatched' ORDER BY id DESC LIMIT $1"
+_CLAIMED = 8_000
+_TOGETHER = 8  # runs that begin together claim together, one for each thread
 
 _KEPT = "SELECT count(*) FROM outbox_message WHERE state = 'completed'"
 
@@ -65,39 +74,54 @@ async def held_transaction(stage: Stage, before: int, rows: int, *, held: bool) 
         return rate
 
 
-async def history(
-    stage: Stage, kept: int, rows: int, rounds: int
-) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """Rows per second with so many completed rows kept and, next, with none; then the same during their purge."""
+async def history(stage: Stage, kept: int, rows: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Rows drained and rows claimed per second, with so many completed rows kept and, next, with none.
+
+    Then the same during their purge.
+    """
+    rates: dict[str, list[tuple[float, float]]] = {}
+
+    def add(when: str, full: tuple[float, float], empty: tuple[float, float]) -> None:
+        for what, much, none in zip(("drain", "claims"), full, empty, strict=True):
+            rates.setdefault(f"{what} {when}", []).append((much, none))
+
     async with stage.database() as full, stage.database() as empty:
         connection = await asyncpg.connect(full)
         for first in range(1, kept, 500_000):
             await connection.execute(_HISTORY, first, min(first + 499_999, kept))
         await connection.execute("VACUUM ANALYZE outbox_message")
-        still = [(await _after_a_few(stage, full, rows), await _after_a_few(stage, empty, rows)) for _ in range(rounds)]
+        for _ in range(rounds):
+            add(f"with {kept:,} completed rows kept", await _rates(stage, full, rows), await _rates(stage, empty, rows))
         environment = stage.environment(full)
-        purging = []
         for _ in range(rounds):
             async with stage.running(
                 "relay", "purge", "--older-than", "1h", environment=environment, ready=None
             ) as purge:
                 before = await connection.fetchval(_KEPT)
-                rate = await _after_a_few(stage, full, rows)
+                meanwhile = await _rates(stage, full, rows)
                 assert await connection.fetchval(_KEPT) < before, "nothing was purged meanwhile"
-                assert purge.process.exit_code is None, "the purge was over before the drain"
-            purging.append((rate, await _after_a_few(stage, empty, rows)))
+                assert purge.process.exit_code is None, "the purge was over before the drain and the claims"
+            add("during their purge", meanwhile, await _rates(stage, empty, rows))
         await connection.close()
-    return still, purging
+    return rates
 
 
-async def _after_a_few(stage: Stage, database: str, rows: int) -> float:
+async def _rates(stage: Stage, database: str, rows: int) -> tuple[float, float]:
+    """Rows drained per second, after a few; and of those, rows claimed per second as one worker process does it."""
+    settings = stage.settings(database).database
     async with stage.relay(database):
-        connection = await asyncpg.connect(database)
+        connection = await connect(settings, "bench-claims")
         await drained(stage, connection, 2_000)
-        rate = await drained(stage, connection, rows)
-        await connection.close()
+        drain = await drained(stage, connection, rows)
         stage.redis.flushall()
-        return rate
+    ids = [row["id"] for row in await connection.fetch(_HANDED_OVER, _CLAIMED)]
+    began = time.perf_counter()
+    for first in range(0, _CLAIMED, _TOGETHER):
+        asked = [(message_id, uuid4()) for message_id in ids[first : first + _TOGETHER]]
+        assert len(await statements.claim_free(connection, asked, timedelta(days=1))) == _TOGETHER
+    claims = _CLAIMED / (time.perf_counter() - began)
+    await connection.close()
+    return drain, claims
 
 
 async def burst_after_rest(stage: Stage, rows: int) -> tuple[float, float]:
