@@ -1,4 +1,8 @@
-"""Tables a person can read at 80 columns, ages, and JSON."""
+"""Tables a person can read at 80 columns, ages, and JSON.
+
+What must stay true: nothing reaches stdout or stderr around `line`, `note` and `print_json`, so that no character from
+outside can steer the terminal.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,14 @@ import shutil
 import sys
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from service.terminal import visible, visible_json
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterable, Sequence
 
 __all__ = [
     "Column",
@@ -25,6 +32,8 @@ __all__ = [
     "note",
     "plain",
     "print_json",
+    "print_json_list",
+    "screen_width",
     "table",
     "timestamp",
 ]
@@ -49,7 +58,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, gap: int 
     """Lay out rows under their headers, within the width of the terminal."""
     cells = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(column.header), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)]
-    surplus = sum(widths) + gap * (len(columns) - 1) - shutil.get_terminal_size((80, 24)).columns
+    surplus = sum(widths) + gap * (len(columns) - 1) - screen_width()
     while surplus > 0:
         room = [(widths[i] - column.least, i) for i, column in enumerate(columns) if column.least is not None]
         most, widest = max(room, default=(0, 0))
@@ -67,9 +76,14 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, gap: int 
     return "\n".join(lines)
 
 
+def screen_width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
 def plain(text: str) -> str:
-    """Text on one line, without characters that could steer a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    """Text on one line, with an escape for each character that could steer a terminal."""
+    return visible(text.replace("\n", " ").replace("\t", " "))
 
 
 def cut(text: str, width: int) -> str:
@@ -106,7 +120,22 @@ def timestamp(moment: datetime | None) -> str:
 
 def print_json(value: Any) -> None:
     """Write a value as JSON on stdout: times in ISO 8601, durations in seconds."""
-    line(json.dumps(value, default=_jsonable, indent=2, ensure_ascii=False))
+    line(_json(value))
+
+
+async def print_json_list(head: dict[str, Any], name: str, items: AsyncIterable[Any]) -> None:
+    """Write the object `head` with a list under `name`, which need not fit into memory."""
+    line(f'{_json(head).removesuffix("}").rstrip()},\n  "{name}": [')
+    held = ""
+    async for item in items:
+        if held:
+            line(f"{held},")
+        held = indent(_json(item), "    ")
+    line(f"{held}\n  ]\n}}" if held else "  ]\n}")
+
+
+def _json(value: Any) -> str:
+    return visible_json(json.dumps(value, default=_jsonable, indent=2, ensure_ascii=False))
 
 
 def _jsonable(value: Any) -> Any:
@@ -127,7 +156,7 @@ def line(text: str = "") -> None:
         ReaderGoneError: when nobody reads it any more, as after `| head`.
     """
     try:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(visible(text, keep="\n") + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes once more when it exits.
@@ -137,7 +166,7 @@ def line(text: str = "") -> None:
 
 def note(text: str) -> None:
     """Something for the person at the terminal that is not part of the result."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(visible(text, keep="\n") + "\n")
     sys.stderr.flush()
 
 

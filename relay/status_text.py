@@ -92,7 +92,8 @@ def _hints(status: Status) -> Iterator[str]:
             yield plain(f"queue {name} {_STATES[each.state].format(each=each)}")
     for (queue, consumer), counts in sorted(status.consumers.items()):
         if counts.unclaimed:
-            yield f"{consumer}: {counts.unclaimed:,} handed over repeatedly and not taken; is a worker on {queue}?"
+            waiting = f"{counts.unclaimed:,} handed over repeatedly and not taken"
+            yield plain(f"{consumer}: {waiting}; is a worker on {queue}?")
     if dead := status.total("dead"):
         yield f"{dead:,} dead: outbox dead-letters list"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import textwrap
 from dataclasses import asdict
 from datetime import timedelta
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from relay.console import connect, parse_uuid
-from relay.output import line, plain, print_json, timestamp
+from relay.output import line, plain, print_json, screen_width, timestamp
 from relay.story import Delivery, Story, tell
 from service.settings import load_settings
 
@@ -41,7 +40,7 @@ def show(
     if as_json:
         print_json(asdict(story))
         return
-    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
+    width = min(screen_width(), 120)
     for text, indent in _lines(story):
         line(
             textwrap.fill(plain(text), width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
@@ -57,7 +56,7 @@ async def _tell(given: UUID) -> Story:
 def _lines(story: Story) -> Iterator[tuple[str, str]]:
     """Each line with the indent of what does not fit on it."""
     yield f"Event {story.event_id}", ""
-    yield f"{story.event_type}, version {story.version}, published {timestamp(story.published_at)}", ""
+    yield f"{story.event_type}, version {story.version}, published {timestamp(story.published_at)}", "  "
     yield f"payload: {json.dumps(story.payload, ensure_ascii=False)}", "  "
     for name, value in sorted(story.headers.items()):
         yield f"{name.replace('_', ' ')}: {value}", "  "

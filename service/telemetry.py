@@ -11,13 +11,17 @@ import re
 import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import structlog
 
+from service.terminal import visible
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from typing import TextIO
 
 __all__ = ["Headers", "configure_logging", "current_headers", "get_logger", "request_headers", "trace_context"]
 
@@ -26,6 +30,7 @@ Headers = dict[str, str]
 
 _HEADERS: ContextVar[Headers | None] = ContextVar("outbox_headers", default=None)
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+_TRACESTATE = re.compile(r"[ -~]{1,512}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -41,7 +46,7 @@ def request_headers(incoming: Mapping[str, str]) -> Headers:
     headers = {"correlation_id": correlation if _SAFE_ID.fullmatch(correlation) else str(uuid4())}
     if _TRACEPARENT.fullmatch(incoming.get("traceparent", "")):
         headers["traceparent"] = incoming["traceparent"]
-        if 0 < len(incoming.get("tracestate", "")) <= 512:
+        if _TRACESTATE.fullmatch(incoming.get("tracestate", "")):
             headers["tracestate"] = incoming["tracestate"]
     return headers
 
@@ -72,10 +77,7 @@ def configure_logging(log_format: str, log_level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderers: list[structlog.typing.Processor] = (
-        [
-            # The default formatter prints the values of local variables.
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
-        ]
+        [_make_visible, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_traceback)]
         if log_format == "console"
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )
@@ -95,3 +97,22 @@ def configure_logging(log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level)
+
+
+def _make_visible(_logger: Any, _method: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """For the console: what a request or a server said must not steer the terminal that shows the log."""
+    return {visible(key): value if key == "exc_info" else _visible_value(key, value) for key, value in fields.items()}
+
+
+def _visible_value(key: str, value: Any) -> Any:
+    text = value if isinstance(value, str) else repr(value)
+    if text.isprintable():
+        return value
+    return visible(text, keep="\n\t" if key in ("exception", "stack") else "")
+
+
+def _traceback(out: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """Without the values of local variables, which the default formatter prints."""
+    text = StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    out.write(visible(text.getvalue(), keep="\n\t"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from service.dev.guard import Guard
 from service.dev.places import ROOT
+from service.terminal import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Process", "Supervisor", "stop_all", "to_terminal"]
 
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
+_TAB = "\t"
 _LONGEST_PAUSE = 10.0
 _HEALTHY_AFTER = 30.0
 
@@ -48,7 +50,7 @@ def to_terminal(names: Iterable[str], stream: TextIO | None = None) -> Write:
             prefix = f"\033[{colours.get(name, 0)}m{prefix}\033[0m"
         # The terminal may be gone already while the last lines of stopping processes arrive.
         with lock, suppress(OSError, ValueError):
-            out.write(f"{prefix} {line}\n")
+            out.write(f"{prefix} {visible(line, keep=_TAB)}\n")
             out.flush()
 
     return write

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Self
 
 from aiosmtpd.smtp import SMTP
 
+from service.terminal import visible
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -126,7 +128,7 @@ class Sink:
         with self._file.open("a") as file:
             file.write(json.dumps(asdict(mail)) + "\n")
         again = f", copy {mail.copy}" if mail.copy > 1 else ""
-        print(f"to {', '.join(mail.recipients)}: {mail.subject} ({message_id}{again})", flush=True)
+        print(visible(f"to {', '.join(mail.recipients)}: {mail.subject} ({message_id}{again})"), flush=True)
         if self._delay:  # the message is here, and the sender does not know it yet
             await asyncio.sleep(self._delay)
         return "250 2.0.0 Ok"

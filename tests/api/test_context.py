@@ -34,6 +34,14 @@ async def test_an_id_is_made_where_none_is_usable(client: httpx.AsyncClient, sql
         assert sql(f"{EVENT_HEADERS} ORDER BY id DESC LIMIT 1") == f"{made} -"
 
 
+async def test_a_tracestate_that_could_steer_a_terminal_is_dropped(client: httpx.AsyncClient, sql: Sql) -> None:
+    fine = "vendor=a1,other=b 2"
+    for number, (given, kept) in enumerate([(fine.encode(), fine), (b"a=\x9b2J", "")]):
+        headers = [(b"traceparent", TRACEPARENT.encode()), (b"tracestate", given)]
+        assert (await client.post("/probes", json={"id": number}, headers=headers)).is_success
+        assert sql("SELECT headers->>'tracestate' FROM outbox_message ORDER BY id DESC LIMIT 1") == kept
+
+
 async def test_every_response_carries_the_security_headers(client: httpx.AsyncClient) -> None:
     expected = {
         "X-Content-Type-Options": "nosniff",

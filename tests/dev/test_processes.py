@@ -51,6 +51,12 @@ def family(tmp_path_factory: pytest.TempPathFactory, lines: Lines) -> Iterator[P
     process.kill()
 
 
+def test_what_a_process_says_does_not_steer_the_terminal() -> None:
+    out = io.StringIO()
+    to_terminal(["api"], out)("api", "a\tb \x1b[2J\u202e\x9b31m\r")
+    assert out.getvalue() == "api | a\tb \\x1b[2J\\u202e\\x9b31m\\r\n"
+
+
 def _child(lines: Lines) -> int:
     until_sync(lambda: {("family", "ready"), ("family", "ready child")} <= set(lines))
     return next(int(line.split()[1]) for _, line in lines if line.startswith("child "))
