@@ -25,7 +25,7 @@ def upgrade() -> None:
         sa.Column("stock", sa.Integer(), nullable=False),
         sa.Column("created_at", _TIME, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_product"),
-        sa.CheckConstraint("stock >= 0", name="ck_product_stock"),
+        sa.CheckConstraint("stock >= 0", name=op.f("ck_product_stock")),
     )
     op.create_table(
         "customer_order",
@@ -34,7 +34,7 @@ def upgrade() -> None:
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("created_at", _TIME, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_customer_order"),
-        sa.CheckConstraint("status IN ('placed', 'confirmed', 'rejected')", name="ck_customer_order_status"),
+        sa.CheckConstraint("status IN ('placed', 'confirmed', 'rejected')", name=op.f("ck_customer_order_status")),
     )
     op.create_table(
         "order_line",
@@ -46,7 +46,7 @@ def upgrade() -> None:
             ["order_id"], ["customer_order.id"], name="fk_order_line_order_id_customer_order", ondelete="CASCADE"
         ),
         sa.ForeignKeyConstraint(["product_id"], ["product.id"], name="fk_order_line_product_id_product"),
-        sa.CheckConstraint("quantity > 0", name="ck_order_line_quantity"),
+        sa.CheckConstraint("quantity > 0", name=op.f("ck_order_line_quantity")),
     )
     op.create_index("ix_order_line_product_id", "order_line", ["product_id"])
     op.create_table(
