@@ -22,6 +22,13 @@ SELECT current_database() AS database,
 
 BEGIN;
 
+-- PostgreSQL would cut longer names off, and make one role of the three.
+DO $$ BEGIN
+    IF octet_length(current_database()) > 54 THEN
+        RAISE EXCEPTION 'the roles are named after the database, whose name may have 54 bytes at most for that';
+    END IF;
+END $$;
+
 SELECT format('CREATE ROLE %I LOGIN', name)
 FROM unnest(ARRAY[:'migrator', :'app', :'relay']) AS name
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
@@ -42,34 +49,35 @@ GRANT CREATE ON SCHEMA public TO :"migrator";
 SELECT format('ALTER TABLE %s OWNER TO %I', pg_class.oid::regclass, :'migrator')
 FROM pg_class
 WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'm', 'S')
-  AND relowner <> :'migrator'::regrole
+  AND relowner <> quote_ident(:'migrator')::regrole
   AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype IN ('e', 'a', 'i')
                   AND classid = 'pg_class'::regclass)
 UNION ALL
 SELECT format('ALTER ROUTINE %s OWNER TO %I', pg_proc.oid::regprocedure, :'migrator')
 FROM pg_proc
-WHERE pronamespace = 'public'::regnamespace AND proowner <> :'migrator'::regrole
+WHERE pronamespace = 'public'::regnamespace AND proowner <> quote_ident(:'migrator')::regrole
   AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_proc.oid AND deptype = 'e')
 UNION ALL
 SELECT format('ALTER TYPE %s OWNER TO %I', pg_type.oid::regtype, :'migrator')
 FROM pg_type
-WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd') AND typowner <> :'migrator'::regrole
+WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd') AND typowner <> quote_ident(:'migrator')::regrole
   AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_type.oid AND deptype = 'e')
 \gexec
 
--- The domains' tables, those of today and those of migrations to come.
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO :"app";
 GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO :"app";
-ALTER DEFAULT PRIVILEGES FOR ROLE :"migrator" IN SCHEMA public
-    GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO :"app";
-ALTER DEFAULT PRIVILEGES FOR ROLE :"migrator" IN SCHEMA public
-    GRANT USAGE ON SEQUENCES TO :"app";
 
 -- The ledger's tables: only what the statements of service/outbox and of relay do. A payload, once written, can be
 -- changed by nobody.
 SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
 \gset
 \if :migrated
+    -- The domains' tables of migrations to come. Not before the first one: that creates the ledger's tables too.
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"migrator" IN SCHEMA public
+        GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO :"app";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"migrator" IN SCHEMA public
+        GRANT USAGE ON SEQUENCES TO :"app";
+
     REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, idempotency_key, alembic_version
         FROM :"app", :"relay";
 
@@ -80,6 +88,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"relay";
     GRANT UPDATE (state, due_at, dispatches, dispatched_at, errors) ON outbox_message TO :"relay";
+    -- Of those that are open: a trigger keeps the resolved ones as they are.
     GRANT SELECT, UPDATE (resolution, resolved_at, resolved_by, resolved_why) ON dead_letter TO :"relay";
     GRANT SELECT, INSERT, DELETE ON paused_queue TO :"relay";
     -- It purges stored responses without being able to read them; locking a row takes the right to update a column.

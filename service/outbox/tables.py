@@ -93,6 +93,8 @@ class DeadLetter(Base):
     resolved_at: Mapped[datetime | None] = mapped_column(Timestamp)
     resolved_by: Mapped[str | None] = mapped_column(Text)
     resolved_why: Mapped[str | None] = mapped_column(Text)
+    # Who it was in the database, by the trigger `dead_letter_history`; `resolved_by` is what the command line says.
+    resolved_role: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint("resolution IN ('replayed', 'discarded')", name="resolution"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
@@ -39,23 +40,34 @@ def apply_roles(url: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _database(servers: Where, options: str) -> Iterator[Roles]:
-    name = f"roles_{os.getpid()}_{uuid4().hex[:8]}"
-    admin = f"{name}_admin"
-    psql(servers.postgres, f'CREATE ROLE "{admin}" LOGIN CREATEROLE')
-    psql(servers.postgres, f'CREATE DATABASE "{name}" OWNER "{admin}" {options}')
-    url = servers.postgres.replace("/postgres?", f"/{name}?")
-    urls = {role: url.replace("postgres@", f"{name}_{role}@", 1) for role in ("admin", "migrator", "app", "relay")}
-    yield Roles(superuser=url, **urls)
-    psql(servers.postgres, f'DROP DATABASE "{name}" WITH (FORCE)')
-    for role in urls:
-        psql(servers.postgres, f'DROP ROLE IF EXISTS "{name}_{role}"')
+def _database(servers: Where, options: str, pattern: str = "roles_{}") -> Iterator[Roles]:
+    name = pattern.format(f"{os.getpid()}_{uuid4().hex[:8]}")
+    quoted, roles = _quoted(name), {role: f"{name}_{role}" for role in ("admin", "migrator", "app", "relay")}
+    psql(servers.postgres, f"CREATE ROLE {_quoted(roles['admin'])} LOGIN CREATEROLE")
+    psql(servers.postgres, f"CREATE DATABASE {quoted} OWNER {_quoted(roles['admin'])} {options}")
+    url = servers.postgres.replace("/postgres?", f"/{quote(name)}?")
+    yield Roles(
+        superuser=url, **{role: url.replace("postgres@", f"{quote(login)}@", 1) for role, login in roles.items()}
+    )
+    psql(servers.postgres, f"DROP DATABASE {quoted} WITH (FORCE)")
+    for login in roles.values():
+        psql(servers.postgres, f"DROP ROLE IF EXISTS {_quoted(login)}")
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 @pytest.fixture
 def empty_database(servers: Where) -> Iterator[Roles]:
     """An empty database and its owner, who is no superuser; there are no other roles yet."""
     yield from _database(servers, "")
+
+
+@pytest.fixture(params=["My-Roles {}", "2.roles_{}", 'we"ird {}', "rôles'{}"])
+def awkwardly_named_database(servers: Where, request: pytest.FixtureRequest) -> Iterator[Roles]:
+    """An empty database whose name, and so those of its roles, need quotes."""
+    yield from _database(servers, "", request.param)
 
 
 @pytest.fixture

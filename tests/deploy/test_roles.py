@@ -24,11 +24,14 @@ from tests.api.serving import serve
 from tests.deploy.conftest import Roles, apply_roles
 from tests.ledger import domain
 from tests.ledger.test_worker import Worker
+from tests.real_servers import migrate
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from tests.real_servers import Where
 
 router = APIRouter(route_class=IdempotentRoute)
 
@@ -118,6 +121,7 @@ REFUSED = [
     ("relay", "UPDATE outbox_message SET claim_token = NULL"),
     ("relay", "UPDATE dead_letter SET payload = '{}'"),
     ("relay", "DELETE FROM dead_letter"),
+    ("relay", "UPDATE dead_letter SET resolved_role = 'somebody'"),
     ("relay", "INSERT INTO dead_letter SELECT * FROM dead_letter"),
 ]
 
@@ -127,6 +131,75 @@ def test_everything_else_is_refused(roles: Roles) -> None:
         with pytest.raises(ServerError, match=r"permission denied|must be owner"):
             psql(getattr(roles, role), statement)
             pytest.fail(f"{role} may {statement}")
+
+
+_DIE = """
+INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
+    dispatches, created_at, errors, reason, resolution, resolved_at, resolved_by)
+SELECT gen_random_uuid(), gen_random_uuid(), 'a.b', 1, 'c', 'q', '{{}}', '{{}}', 1, 1, now(), '[]', 'r', {}
+"""
+_OPEN = _DIE.format("NULL, NULL, NULL")
+_RESOLVED = _DIE.format("'discarded', now(), 'ann'")
+
+
+def test_a_resolved_dead_letter_stays_as_it_is(roles: Roles) -> None:
+    psql(roles.app, _OPEN)
+    psql(
+        roles.relay, "UPDATE dead_letter SET resolution = 'discarded', resolved_at = '2001-01-01', resolved_by = 'ann'"
+    )
+    record = "SELECT resolved_by, resolved_role, resolved_at > died_at FROM dead_letter"
+    relay = psql(roles.relay, "SELECT session_user")
+    assert psql(roles.relay, record) == f"ann|{relay}|t"
+    for role, statement in (
+        ("relay", "UPDATE dead_letter SET resolved_by = 'bob'"),
+        ("relay", "UPDATE dead_letter SET resolution = NULL, resolved_at = NULL"),
+        ("app", _RESOLVED),
+    ):
+        with pytest.raises(ServerError, match="permission denied"):
+            psql(getattr(roles, role), statement)
+            pytest.fail(f"{role} may {statement}")
+    assert psql(roles.relay, record) == f"ann|{relay}|t"
+    psql(roles.migrator, "DELETE FROM dead_letter")
+    psql(roles.migrator, _RESOLVED)
+
+
+def test_nobody_may_anything_until_the_second_run(empty_database: Roles) -> None:
+    apply_roles(empty_database.admin)
+    migrate(empty_database.migrator)
+    psql(empty_database.migrator, _OPEN)
+    for role in (empty_database.app, empty_database.relay):
+        for statement in (
+            "SELECT FROM outbox_message",
+            "DELETE FROM dead_letter",
+            "UPDATE alembic_version SET version_num = ''",
+        ):
+            with pytest.raises(ServerError, match="permission denied"):
+                psql(role, statement)
+
+
+def test_no_right_is_enough_to_delete_dead_letters(roles: Roles) -> None:
+    psql(roles.app, _OPEN)
+    psql(roles.migrator, "GRANT ALL ON dead_letter TO PUBLIC")
+    for role in (roles.app, roles.relay):
+        with pytest.raises(ServerError, match="permission denied"):
+            psql(role, "DELETE FROM dead_letter")
+
+
+def test_a_database_whose_name_needs_quotes(awkwardly_named_database: Roles) -> None:
+    apply_roles(awkwardly_named_database.admin)
+    migrate(awkwardly_named_database.migrator)
+    apply_roles(awkwardly_named_database.admin)
+    assert psql(awkwardly_named_database.app, "SELECT count(*) FROM outbox_message") == "0"
+
+
+def test_a_name_too_long_for_its_roles_is_refused(servers: Where) -> None:
+    name = "long_" + "x" * 50
+    psql(servers.postgres, f"CREATE DATABASE {name}")
+    try:
+        with pytest.raises(AssertionError, match="54 bytes"):
+            apply_roles(servers.postgres.replace("/postgres?", f"/{name}?"))
+    finally:
+        psql(servers.postgres, f"DROP DATABASE {name}")
 
 
 def test_a_database_of_one_role_is_converted(migrated_database: Roles) -> None:
