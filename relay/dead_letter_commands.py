@@ -9,8 +9,8 @@ import typer
 
 from relay import dead_letters
 from relay.console import CommandError, connect, whoami
-from relay.dead_letter_text import describe, summary
-from relay.output import line, note, print_json
+from relay.dead_letter_text import cells, describe, summary
+from relay.output import line, note, print_json, print_json_list
 from relay.resolution import Order, carry_out
 from service.settings import load_settings
 
@@ -52,21 +52,24 @@ def list_(
     if state not in dead_letters.STATES:
         raise CommandError(f"--state: {state!r} is not one of {', '.join(dead_letters.STATES)}")
     wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error, state)
-    total, rows = asyncio.run(_find(wanted, limit))
-    if as_json:
-        print_json({"total": total, "dead_letters": rows})
-        return
-    if not rows:
+    asyncio.run(_list(wanted, limit, as_json=as_json))
+
+
+async def _list(wanted: dead_letters.Filter, limit: int, *, as_json: bool) -> None:
+    async with connect(load_settings().database) as connection:
+        total, ids = await dead_letters.find(connection, wanted, limit)
+        rows = dead_letters.load(connection, ids)
+        if as_json:
+            await print_json_list({"total": total}, "dead_letters", rows)
+            return
+        resolved = wanted.state != "open"
+        lines = [cells(row, resolved=resolved) async for row in rows]
+    if not lines:
         line("There are no open dead letters." if wanted == dead_letters.Filter() else "No dead letter matches.")
         return
-    line(summary(rows, resolved=state != "open"))
-    if total > len(rows):
-        note(f"The latest {len(rows):,} of {total:,}; --limit shows more.")
-
-
-async def _find(wanted: dead_letters.Filter, limit: int) -> tuple[int, list[dict[str, Any]]]:
-    async with connect(load_settings().database) as connection:
-        return await dead_letters.find(connection, wanted, limit)
+    line(summary(lines, resolved=resolved))
+    if total > len(lines):
+        note(f"The latest {len(lines):,} of {total:,}; --limit shows more.")
 
 
 @app.command()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from relay.output import Column, age, plain, table, timestamp
+from relay.output import Column, age, cut, plain, screen_width, table, timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["cause", "describe", "summary"]
+__all__ = ["cause", "cells", "describe", "summary"]
 
 
 def cause(row: dict[str, Any]) -> str:
@@ -20,7 +20,20 @@ def cause(row: dict[str, Any]) -> str:
     return row["reason"] if not last or str(last.get("message")) in row["reason"] else f"{row['reason']}; {text}"
 
 
-def summary(rows: Sequence[dict[str, Any]], *, resolved: bool = False) -> str:
+def cells(row: dict[str, Any], *, resolved: bool) -> list[str]:
+    """One line of the summary, no wider than can be seen: there may be a hundred thousand."""
+    texts = [
+        str(row["id"]),
+        age(row["age"]),
+        row["consumer"],
+        str(row["attempts"]),
+        *([row["resolution"] or "open"] if resolved else []),
+        cause(row),
+    ]
+    return [cut(plain(text), screen_width()) for text in texts]
+
+
+def summary(lines: Sequence[Sequence[str]], *, resolved: bool) -> str:
     """One line for each."""
     columns = [
         Column("ID", right=True),
@@ -29,17 +42,6 @@ def summary(rows: Sequence[dict[str, Any]], *, resolved: bool = False) -> str:
         Column("TRIES", right=True),
         *([Column("STATE")] if resolved else []),
         Column("REASON", least=16),
-    ]
-    lines = [
-        [
-            str(row["id"]),
-            age(row["age"]),
-            row["consumer"],
-            str(row["attempts"]),
-            *([row["resolution"] or "open"] if resolved else []),
-            cause(row),
-        ]
-        for row in rows
     ]
     return table(columns, lines)
 
@@ -75,7 +77,7 @@ def _description(row: dict[str, Any]) -> Iterator[str]:
 def _errors(errors: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield "Errors, the first and the latest are kept:" if errors else "No errors are recorded."
     for error in errors:
-        yield f"  attempt {error.get('attempt', '?')} at {error.get('at', '?')}"
+        yield plain(f"  attempt {error.get('attempt', '?')} at {error.get('at', '?')}")
         yield f"    {plain(str(error.get('type', 'error')))}: {plain(str(error.get('message', '')))}"
         for position in str(error.get("traceback") or "").splitlines():
             yield f"      {plain(position)}"
@@ -87,6 +89,8 @@ def _resolution(row: dict[str, Any]) -> Iterator[str]:
         yield f"  outbox dead-letters replay {row['id']}"
     else:
         why = f": {plain(row['resolved_why'])}" if row["resolved_why"] else ""
-        yield f"It was {row['resolution']} by {plain(row['resolved_by'])} at {timestamp(row['resolved_at'])}{why}"
+        role = f" (database role {row['resolved_role']})" if row["resolved_role"] else ""
+        who = f"{row['resolved_by']}{role}"
+        yield f"It was {row['resolution']} by {plain(who)} at {timestamp(row['resolved_at'])}{why}"
     yield "What happened to the event:"
     yield f"  outbox events show {row['event_id']}"

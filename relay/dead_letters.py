@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from relay.console import CommandError, Exit, parse_moment, parse_uuid
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
     from datetime import datetime
     from uuid import UUID
 
     from relay.console import Connection
 
-__all__ = ["STATES", "Filter", "find", "find_ids", "look_up", "overview"]
+__all__ = ["STATES", "Filter", "find", "find_ids", "load", "look_up", "overview"]
+
+_PAGE = 200
+"""Dead letters that are in memory at a time."""
 
 _WHERE = {
     "open": "WHERE resolution IS NULL",
@@ -36,8 +39,9 @@ _FILTER = """
         WHERE strpos(lower(concat_ws(': ', error ->> 'type', error ->> 'message')), lower($6)) > 0))
 """
 _IDS = "SELECT id FROM dead_letter {where} {filter} ORDER BY id"
-_PAGE = """
-SELECT *, clock_timestamp() - died_at AS age FROM dead_letter {where} {filter} ORDER BY died_at DESC, id DESC LIMIT $7
+_LATEST = "SELECT id FROM dead_letter {where} {filter} ORDER BY died_at DESC, id DESC LIMIT $7"
+_ROWS = """
+SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE id = ANY($1) ORDER BY died_at DESC, id DESC
 """
 _COUNT = "SELECT count(*) FROM dead_letter {where} {filter}"
 _OVERVIEW = """
@@ -70,12 +74,22 @@ class Filter:
         return any((self.consumer, self.event_type, self.queue, self.since, self.until, self.error))
 
 
-async def find(connection: Connection, wanted: Filter, limit: int) -> tuple[int, list[dict[str, Any]]]:
-    """How many dead letters there are, and the latest `limit` of them."""
+async def find(connection: Connection, wanted: Filter, limit: int) -> tuple[int, list[int]]:
+    """How many dead letters there are, and the ids of the latest `limit` of them."""
     arguments = await _arguments(connection, wanted)
     total = await connection.fetchval(_sql(_COUNT, wanted), *arguments)
-    rows = await connection.fetch(_sql(_PAGE, wanted), *arguments, limit)
-    return total, [dict(row) for row in rows]
+    rows = await connection.fetch(_sql(_LATEST, wanted), *arguments, limit)
+    return total, [row["id"] for row in rows]
+
+
+async def load(connection: Connection, ids: Sequence[int]) -> AsyncIterator[dict[str, Any]]:
+    """These dead letters, the latest first.
+
+    However many they are and however slowly they are read, little is in memory and no transaction is open meanwhile.
+    """
+    for begin in range(0, len(ids), _PAGE):
+        for row in await connection.fetch(_ROWS, ids[begin : begin + _PAGE]):
+            yield dict(row)
 
 
 async def find_ids(connection: Connection, wanted: Filter) -> list[int]:

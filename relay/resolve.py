@@ -56,6 +56,10 @@ FROM locked WHERE dead_letter.id = locked.id
 RETURNING dead_letter.id
 """
 
+_REFUSED = """
+SELECT id, message_id, event_id, resolution, resolved_by, resolved_at FROM dead_letter WHERE id = ANY($1)
+"""
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -115,7 +119,7 @@ async def resolve(
 
 async def refusals(connection: Connection, ids: Sequence[int]) -> dict[int, str]:
     """Why these were left alone."""
-    rows = await connection.fetch("SELECT * FROM dead_letter WHERE id = ANY($1)", list(ids))
+    rows = await connection.fetch(_REFUSED, list(ids))
     found = {row["id"]: row for row in rows}
     return {number: _refusal(number, found.get(number)) for number in ids}
 

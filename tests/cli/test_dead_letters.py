@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,6 @@ from tests.cli.conftest import error, json_literal
 from tests.waiting import until, until_sync
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from relay.console import Connection
@@ -59,6 +60,28 @@ def test_list_keeps_what_could_steer_the_terminal_away(outbox: Outbox, rows: Row
     ran = outbox("dead-letters", "list")
     assert len(ran.out.splitlines()) == 2
     assert "\x1b" not in ran.out + outbox("dead-letters", "show", "1").out
+
+
+_PEAK = """
+import atexit, resource, sys
+from relay.cli import main
+atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))
+main()
+"""
+
+
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_long_list_takes_no_more_memory_than_a_short_one(
+    rows: Rows, environment: dict[str, str], form: list[str]
+) -> None:
+    rows.dead_letter(3_000, payload="jsonb_build_object('note', repeat('x', 40000))")
+    peaks = []
+    for limit in (1, 100_000):
+        command = [sys.executable, "-c", _PEAK, "dead-letters", "list", "--limit", str(limit), *form]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stderr.splitlines()[-1]))
+    assert len(json.loads(done.stdout)["dead_letters"] if form else done.stdout.splitlines()[1:]) == 3_000
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_an_empty_list_says_so(outbox: Outbox) -> None:
@@ -145,6 +168,7 @@ def test_replay_writes_the_row_back_under_its_id_with_a_fresh_budget(outbox: Out
     assert rows.sql("SELECT clock_timestamp() - due_at BETWEEN '0 s' AND '20 s' FROM outbox_message") == "t"
     record = rows.sql("SELECT resolution, resolved_by, resolved_why, resolved_at > died_at, attempts FROM dead_letter")
     assert record == "replayed|ann|mail server is back|t|3"
+    assert "replayed by ann (database role postgres) at" in outbox("dead-letters", "show", "1").out
 
 
 def test_the_record_names_who_ran_the_command(outbox: Outbox, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
