@@ -6,6 +6,7 @@ the same one.
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime
@@ -23,6 +24,10 @@ __all__ = ["MailDeferredError", "MailRefusedError", "send"]
 
 # Refusals of our own account rather than of this e-mail: someone can repair it, so it is worth a retry.
 _ACCOUNT_CODES = {530, 534, 535, 538}
+
+
+# Servers repeat the recipient in another case, with its domain in punycode, or as what it is an alias of.
+_ADDRESS = re.compile(r"""[^\s<>()\[\],;:"']+@[^\s<>()\[\],;:"']+""")
 
 
 class MailRefusedError(Exception):
@@ -71,9 +76,14 @@ def _judged(error: Exception, to: str) -> Exception:
     if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
         error = error.recipients[0]
     if not isinstance(error, aiosmtplib.SMTPResponseException):
-        return MailDeferredError(f"{type(error).__name__}: {error}".replace(to, "the recipient"))
-    answer = f"{error.code} {error.message}".replace(to, "the recipient")
+        return MailDeferredError(_without_addresses(f"{type(error).__name__}: {error}", to))
+    answer = _without_addresses(f"{error.code} {error.message}", to)
     about_this_mail = (aiosmtplib.SMTPRecipientRefused, aiosmtplib.SMTPSenderRefused, aiosmtplib.SMTPDataError)
     if isinstance(error, about_this_mail) and 500 <= error.code < 600 and error.code not in _ACCOUNT_CODES:
         return MailRefusedError(answer)
     return MailDeferredError(answer)
+
+
+def _without_addresses(text: str, to: str) -> str:
+    text = re.sub(re.escape(to), "the recipient", text, flags=re.IGNORECASE)
+    return _ADDRESS.sub("an address", text)
