@@ -16,7 +16,7 @@ JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 # The slow tests take minutes: restarts, outages, RabbitMQ, copies of the project.
 MARK ?= not slow
 
-.PHONY: help demo test chaos bench dev reset migrate migration lint fmt lock install
+.PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock install
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -41,6 +41,9 @@ reset: $(STAMP) ## Delete the data of `make dev` (YES=1 does not ask)
 
 migrate: $(STAMP) ## Bring the database of `make dev` up to date
 	@$(PY) -m service.dev migrate
+
+downgrade: $(STAMP) ## Undo the latest migration of yours in that database, with its data
+	@$(PY) -m service.dev downgrade
 
 migration: $(STAMP) ## Write a migration from the models: make migration m="Add coupons"
 	@$(PY) -m service.dev migration "$(m)"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from alembic import context
+from alembic.runtime.migration import RevisionStep
 from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -37,6 +38,12 @@ _OTHER_CODE = (
     "that of `make dev`); if not, downgrade it with the code that has the migration, or take that code"
 )
 _LOCKED = "a lock that the migration needs was held for 5 s; nothing was changed by it, so try again at a quieter time"
+_WHICH_BRANCH = "`downgrade {0}` could mean either branch: say `alembic downgrade domains@{0}`"
+_LEDGER = (
+    "this would undo migrations of the ledger ({0}), which may hold events that nobody has handled yet; nothing was "
+    "done. `alembic downgrade domains@-1` undoes one of yours. If it is the ledger you mean: `alembic -x ledger=down "
+    "downgrade {1}`"
+)
 
 
 @contextmanager
@@ -67,7 +74,29 @@ def _run(connection: Connection) -> None:
         compare_server_default=False,
     )
     with _plain_errors(), context.begin_transaction():
+        _refuse_what_is_not_meant()
         context.run_migrations()
+
+
+def _refuse_what_is_not_meant() -> None:
+    """Going down must name its branch, and takes the ledger, with the events in it, only when told to.
+
+    Alembic itself goes down an arbitrary one of several branches.
+    """
+    migration = context.get_context()
+    destination = migration.opts.get("destination_rev")
+    if not isinstance(destination, str):
+        return
+    if re.fullmatch(r"-\d+", destination) and len(migration.get_current_heads()) > 1:
+        raise CommandError(_WHICH_BRANCH.format(destination))
+    steps = migration.opts["fn"](migration.get_current_heads(), migration)
+    ledger = [
+        step.revision.revision
+        for step in steps
+        if isinstance(step, RevisionStep) and step.is_downgrade and "ledger" in step.revision.branch_labels
+    ]
+    if ledger and context.get_x_argument(as_dictionary=True).get("ledger") != "down":
+        raise CommandError(_LEDGER.format(", ".join(ledger), destination))
 
 
 async def _migrate() -> None:

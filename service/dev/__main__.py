@@ -1,4 +1,4 @@
-"""`python -m service.dev dev|demo|reset|migrate|migration|env`: what the Makefile's targets run."""
+"""`python -m service.dev dev|demo|reset|migrate|downgrade|migration|env`: what the Makefile's targets run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from service.dev.stack import (
     migrate,
     run_alembic,
     running_environment,
+    undo,
 )
 from service.errors import ServiceError
+from service.terminal import visible
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -39,6 +41,13 @@ def _migrate() -> int:
     with clone_servers() as environment:
         migrate(environment)
     print("the database is up to date")
+    return 0
+
+
+def _downgrade() -> int:
+    with clone_servers() as environment:
+        undo(environment)
+    print("undid the latest migration of `domains`; `make migrate` applies it again")
     return 0
 
 
@@ -80,10 +89,12 @@ def main() -> int:
     commands.add_parser("demo", help="kill things under load and count what was lost")
     commands.add_parser("reset", help="delete the data of `dev`")
     commands.add_parser("migrate", help="bring the database of `dev` up to date")
+    commands.add_parser("downgrade", help="undo the latest migration of `domains` in it")
     commands.add_parser("migration", help="write a migration from the models").add_argument("message")
     commands.add_parser("env", help="print the URLs of the running `dev`, for eval in a shell")
     arguments = parser.parse_args()
-    actions = {"dev": up.run, "demo": _demo, "reset": up.reset, "migrate": _migrate, "env": _env}
+    actions = {"dev": up.run, "demo": _demo, "reset": up.reset, "migrate": _migrate,
+               "downgrade": _downgrade, "env": _env}  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
@@ -91,7 +102,7 @@ def main() -> int:
             return _migration(arguments.message)
         return actions[arguments.command]()
     except ServiceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}", keep="\n"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -43,6 +43,7 @@ __all__ = [
     "run_alembic",
     "running_environment",
     "sink_command",
+    "undo",
     "worker_command",
 ]
 
@@ -141,8 +142,23 @@ def migrate(environment: Mapping[str, str]) -> None:
             f"the database has migration {unknown[1]}, which this checkout no longer has: it was made by other code. "
             "Run `make reset` for an empty one (for a database of your own: point DATABASE__URL to a new one)"
         )
+    raise ServerError(f"migrating failed: {_last_line(done)}")
+
+
+def undo(environment: Mapping[str, str]) -> None:
+    """Take the latest migration of `domains` back.
+
+    Raises:
+        ServerError: with one line that says why not.
+    """
+    done = run_alembic(environment, "downgrade", "domains@-1")
+    if done.returncode != 0:
+        raise ServerError(f"nothing was undone: {_last_line(done)}")
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    raise ServerError(f"migrating failed: {lines[-1] if lines else done.returncode}")
+    return lines[-1] if lines else f"exit status {done.returncode}"
 
 
 def has_example() -> bool:

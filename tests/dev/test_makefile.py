@@ -40,7 +40,7 @@ def _python(folder: Path, script: str) -> str:
 def test_make_alone_lists_the_targets_and_installs_nothing(fresh: Path) -> None:
     done = _make(fresh)
     assert done.returncode == 0
-    for target in ("demo", "test", "dev", "reset", "lint", "fmt", "lock", "migration"):
+    for target in ("demo", "test", "dev", "reset", "lint", "fmt", "lock", "migration", "downgrade"):
         assert f"make {target} " in done.stdout
     assert not (fresh / ".venv").exists()
 

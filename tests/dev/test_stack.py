@@ -54,6 +54,20 @@ def test_data_of_the_stack_survives_a_restart(clone: Path) -> None:
         assert psql(environment["DATABASE__URL"], "SELECT count(*) FROM here") == "0"
 
 
+def test_the_latest_migration_of_the_domains_is_undone(environment: dict[str, str], database_url: str) -> None:
+    versions = "SELECT version_num FROM alembic_version ORDER BY 1"
+    before = psql(database_url, versions).split()
+    stack.undo(environment)
+    after = psql(database_url, versions).split()
+    assert [each for each in after if each.startswith("ledger")] == [
+        each for each in before if each.startswith("ledger")
+    ]
+    assert after != before
+    psql(database_url, "DELETE FROM alembic_version WHERE version_num LIKE 'domains%'")
+    with pytest.raises(ServerError, match="nothing was undone"):
+        stack.undo(environment)
+
+
 def test_a_second_stack_is_refused_and_finds_the_first(clone: Path) -> None:
     with stack.clone_lock() as first:
         assert first

@@ -12,6 +12,8 @@ import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import make_url
 
+import service.domains
+from service.database import Base
 from service.dev.places import ROOT, postgres_binaries
 from service.dev.postgres import psql
 
@@ -23,6 +25,17 @@ TABLES = """
 SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class
 WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace
 """
+SCHEMA = f"""
+SELECT ({TABLES}), (SELECT string_agg(version_num, ' ' ORDER BY version_num) FROM alembic_version)
+"""
+CONSTRAINTS = """
+SELECT conrelid::regclass, conname FROM pg_constraint JOIN pg_class ON pg_class.oid = conrelid
+WHERE relnamespace = 'public'::regnamespace AND contype <> 'n'
+"""
+RENAMED = """
+ALTER TABLE dead_letter RENAME CONSTRAINT ck_dead_letter_ck_dead_letter_resolved TO ck_dead_letter_resolved
+"""
+"""As in a project whose metadata has no naming convention."""
 FUNCTIONS = "SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
 
 
@@ -53,7 +66,7 @@ def _scripts() -> ScriptDirectory:
 def test_down_to_nothing_and_up_again(environment: dict[str, str], database_url: str) -> None:
     tables = psql(database_url, TABLES)
     assert "outbox_message" in tables.split()
-    _done(environment, "downgrade", "base")
+    _done(environment, "-x", "ledger=down", "downgrade", "base")
     assert psql(database_url, TABLES) == "alembic_version"
     assert psql(database_url, FUNCTIONS) == "0"
     _done(environment, "upgrade", "heads")
@@ -63,10 +76,45 @@ def test_down_to_nothing_and_up_again(environment: dict[str, str], database_url:
 def test_each_branch_goes_down_without_the_other(environment: dict[str, str], database_url: str) -> None:
     scripts = _scripts()
     for branch, other in (("ledger", "domains"), ("domains", "ledger")):
-        _done(environment, "downgrade", f"{branch}@base")
+        _done(environment, "-x", "ledger=down", "downgrade", f"{branch}@base")
         left = psql(database_url, "SELECT version_num FROM alembic_version")
         assert [left] == [each.revision for each in scripts.get_revisions(f"{other}@head")]
         _done(environment, "upgrade", f"{branch}@head")
+
+
+@pytest.mark.parametrize("destination", ["base", "ledger@-1", "ledger@base", "ledger_0001"])
+def test_the_ledger_goes_down_only_when_it_is_told_to(
+    environment: dict[str, str], database_url: str, destination: str
+) -> None:
+    before = psql(database_url, SCHEMA)
+    said = _refusal(environment, "downgrade", destination)
+    assert f"alembic -x ledger=down downgrade {destination}" in said
+    assert psql(database_url, SCHEMA) == before
+
+
+def test_down_by_a_number_must_name_its_branch(environment: dict[str, str], database_url: str) -> None:
+    before = psql(database_url, SCHEMA)
+    for number in ("-1", "-2"):
+        assert f"alembic downgrade domains@{number}" in _refusal(environment, "downgrade", number)
+    assert psql(database_url, SCHEMA) == before
+
+
+def test_constraints_have_the_names_that_the_models_say(environment: dict[str, str], database_url: str) -> None:
+    service.domains.discover()
+    said = {
+        (table.name, str(constraint.name))
+        for table in Base.metadata.tables.values()
+        for constraint in table.constraints
+    }
+    found = {tuple(line.split("|")) for line in psql(database_url, CONSTRAINTS).splitlines()}
+    assert {each for each in found if each[0] in Base.metadata.tables} == said
+    _done(environment, "-x", "ledger=down", "downgrade", "ledger@base")
+    _done(environment, "upgrade", "ledger_0002")
+    doubled = psql(database_url, CONSTRAINTS)
+    assert "ck_outbox_message_ck_outbox_message_state" in doubled
+    psql(database_url, RENAMED)
+    _done(environment, "upgrade", "heads")
+    assert {tuple(line.split("|")) for line in psql(database_url, CONSTRAINTS).splitlines()} == found
 
 
 def test_the_models_say_what_the_migrations_say(environment: dict[str, str], database_url: str) -> None:
@@ -124,7 +172,7 @@ def test_a_lock_that_is_held_is_waited_for_shortly(environment: dict[str, str], 
     with subprocess.Popen([*command, database_url], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline().strip() == "1"
-        said = _refusal(environment, "downgrade", "ledger@base")
+        said = _refusal(environment, "-x", "ledger=down", "downgrade", "ledger@base")
         holder.kill()
     assert "try again" in said
     assert "outbox_message" in psql(database_url, TABLES)
