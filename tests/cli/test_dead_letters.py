@@ -63,25 +63,21 @@ def test_list_keeps_what_could_steer_the_terminal_away(outbox: Outbox, rows: Row
 
 
 _PEAK = """
-import atexit, resource, sys
+import atexit, sys, tracemalloc
 from relay.cli import main
-atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))
+tracemalloc.start()
+atexit.register(lambda: print(tracemalloc.get_traced_memory()[1], file=sys.stderr))
 main()
 """
 
 
 @pytest.mark.parametrize("form", [["--json"], []])
-def test_a_long_list_takes_no_more_memory_than_a_short_one(
-    rows: Rows, environment: dict[str, str], form: list[str]
-) -> None:
+def test_a_long_list_is_never_in_memory_as_a_whole(rows: Rows, environment: dict[str, str], form: list[str]) -> None:
     rows.dead_letter(3_000, payload="jsonb_build_object('note', repeat('x', 40000))")
-    peaks = []
-    for limit in (1, 100_000):
-        command = [sys.executable, "-c", _PEAK, "dead-letters", "list", "--limit", str(limit), *form]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stderr.splitlines()[-1]))
+    command = [sys.executable, "-c", _PEAK, "dead-letters", "list", "--limit", "100000", *form]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)["dead_letters"] if form else done.stdout.splitlines()[1:]) == 3_000
-    assert peaks[1] < 1.5 * peaks[0]
+    assert int(done.stderr) < 60e6, "of 120 MB"
 
 
 def test_an_empty_list_says_so(outbox: Outbox) -> None:
