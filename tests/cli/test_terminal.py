@@ -46,7 +46,7 @@ def test_every_command_shows_text_and_nothing_else(outbox: Outbox, rows: Rows, f
     rows.dead_letter(2, **_DEAD)
     rows.dead_letter(1, resolution="'discarded'", resolved_at="now()", resolved_by=_TEXT, resolved_why=_TEXT, **_DEAD)
     unclaimed = {"state": "'dispatched'", "dispatches": "9", "attempts": "0"}
-    (message_id,) = rows.message(**unclaimed, **_WAITING)
+    (message_id,) = rows.message(1, 1, None, **unclaimed, **_WAITING)
     rows.sql(f"INSERT INTO paused_queue (queue, paused_by, why) VALUES ({_TEXT}, {_TEXT}, {_TEXT})")
     for command in (
         ["status"],
