@@ -16,11 +16,22 @@ if TYPE_CHECKING:
 else:
     _Connection = asyncpg.Connection  # it takes no parameter when the program runs
 
-__all__ = ["DRIVER_ERRORS", "PreparedBegin", "bound_waits", "connect", "driver_arguments", "has_transaction_timeout"]
+__all__ = [
+    "CONTENT_ERRORS",
+    "DRIVER_ERRORS",
+    "PreparedBegin",
+    "bound_waits",
+    "connect",
+    "driver_arguments",
+    "has_transaction_timeout",
+]
 
 # asyncpg raises an InternalClientError, which is none of its other errors, when a connection breaks while it is used.
 DRIVER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What a connection of asyncpg's own may raise when PostgreSQL refuses something or goes away."""
+
+CONTENT_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
+"""Those of them that are about the values of a statement (SQLSTATE 22, 23, 54): it fails again, however often."""
 
 
 # Every statement of the ledger's own finds its rows by an index, however small the table is when it is planned. Plans

@@ -18,11 +18,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.errors import DatabaseUnavailableError
+from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ERRORS_KEPT", "FORGIVEN_LOSSES", "backoff", "describe", "lost_database", "trace"]
+__all__ = ["ERRORS_KEPT", "FORGIVEN_LOSSES", "backoff", "describe", "lost_database", "said", "trace"]
 
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""
@@ -48,7 +49,19 @@ def describe(error: BaseException, payload: Mapping[str, Any]) -> dict[str, str]
     """`type`, `message` and a short `traceback` of an error, without the payload's values."""
     frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
     positions = "\n".join(f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames)
-    return {"type": type(error).__qualname__, "message": _message(error, payload), "traceback": positions}
+    return {
+        "type": storable(type(error).__qualname__, _MESSAGE_LENGTH),
+        "message": storable(_message(error, payload), _MESSAGE_LENGTH),
+        "traceback": storable(positions),
+    }
+
+
+def said(error: BaseException) -> str:
+    """`str(error)`, also of an exception that cannot be asked."""
+    try:
+        return str(error)
+    except BaseException as failure:  # noqa: BLE001  whatever it raises must not hide what went wrong
+        return f"{type(error).__name__}, which cannot say more: its __str__ raised {type(failure).__name__}"
 
 
 def _short(filename: str) -> str:
@@ -66,11 +79,8 @@ def _message(error: BaseException, payload: Mapping[str, Any]) -> str:
             # Below the first line PostgreSQL repeats the row's values.
             text = (str(error.orig) or type(error.orig).__name__).partition("\n")[0]
         case _:
-            text = str(error)
-    text = _without_values(text, payload)
-    # PostgreSQL's jsonb refuses NUL characters and lone surrogates.
-    text = text.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-    return text if len(text) <= _MESSAGE_LENGTH else text[: _MESSAGE_LENGTH - 1] + "…"
+            text = said(error)
+    return _without_values(text, payload)
 
 
 def trace(error: BaseException, payload: Mapping[str, Any]) -> str:
@@ -107,6 +117,19 @@ def backoff(attempt: int, minimum: int, maximum: int) -> timedelta:
 
 def lost_database(error: BaseException) -> bool:
     """Whether an error means that PostgreSQL went away, rather than that it refused something."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:  # `raise error from error` makes a circle
+        seen.add(id(cause))
+        verdict = _verdict(cause)
+        if verdict is not None:
+            return verdict
+        cause = cause.__cause__
+    return False
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """`None` where only what the error was raised from can tell."""
     match error:
         case DatabaseUnavailableError() | PoolTimeoutError() | asyncpg.PostgresConnectionError():
             return True
@@ -117,5 +140,5 @@ def lost_database(error: BaseException) -> bool:
         case asyncpg.OperatorInterventionError() | asyncpg.TooManyConnectionsError() | asyncpg.InternalClientError():
             return True
         case asyncpg.InterfaceError():
-            return "connection" in str(error)
-    return error.__cause__ is not None and lost_database(error.__cause__)
+            return "connection" in said(error)
+    return None

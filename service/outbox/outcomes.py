@@ -6,14 +6,15 @@ it comes from, so where the row is somebody else's by then, nothing is written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from service.outbox import statements
 from service.outbox.consumers import Fail, Retry
-from service.outbox.failures import describe, trace
+from service.outbox.failures import describe, said, trace
 from service.telemetry import get_logger
+from service.text import storable
 
 if TYPE_CHECKING:
     from service.outbox.statements import Claim, Connection
@@ -29,10 +30,13 @@ __all__ = [
     "Suspected",
     "Unknown",
     "log_lost",
+    "unstorable",
     "write",
 ]
 
 _log = get_logger(__name__)
+
+_REASON_LENGTH = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,31 @@ Outcome = Completed | Lost | Returned | Failed | Dead | Released | Suspected | U
 """What became of a run."""
 
 
+class _UnstorableError(Exception):
+    """Stands in for an error that cannot be stored as it is."""
+
+
+def unstorable(outcome: Outcome, refusal: Exception) -> Outcome:
+    """The same outcome in plain words of ours.
+
+    Args:
+        outcome: What cannot be written for what stands in it, however often it is tried.
+        refusal: How that showed.
+    """
+    error = _UnstorableError(f"what went wrong could not be stored ({type(refusal).__name__}); the worker's log has it")
+    error.__cause__ = getattr(outcome, "error", None)
+    match outcome:
+        case Dead():
+            return Dead(error, str(error))
+        case Suspected(otherwise=Failed() as failed):
+            return replace(outcome, error=error, otherwise=replace(failed, error=error))
+        case Suspected(otherwise=Dead()):
+            return replace(outcome, error=error, otherwise=Dead(error, str(error)))
+        case Failed() | Unknown() | Released(error=BaseException()):
+            return replace(outcome, error=error)
+    return outcome
+
+
 async def write(connection: Connection, claim: Claim, outcome: Outcome, patience: timedelta) -> None:
     """Write an outcome into the row, unless the row is not the claim's any more. Of two there is nothing to write.
 
@@ -123,9 +152,11 @@ async def write(connection: Connection, claim: Claim, outcome: Outcome, patience
         case Unknown(error, delay):
             document = describe(error, claim.payload)
             overdue = await statements.postpone(connection, claim, document, delay, patience)
-            _log.info("outbox.postponed", consumer=claim.consumer, reason=str(error))
+            _log.info("outbox.postponed", consumer=claim.consumer, reason=said(error))
             if overdue:
-                await statements.die(connection, claim, document, str(error), states=("pending",))
+                await statements.die(
+                    connection, claim, document, storable(said(error), _REASON_LENGTH), states=("pending",)
+                )
 
 
 async def _write_failure(connection: Connection, claim: Claim, failure: Failed | Dead) -> None:
@@ -140,8 +171,10 @@ async def _write_failure(connection: Connection, claim: Claim, failure: Failed |
             _log.warning("outbox.failed", retry_in=delay.total_seconds(), **shown)
         else:
             log_lost(claim)
-    elif number := await statements.die(connection, claim, document, failure.reason[:500]):
-        _log.error("outbox.dead_lettered", dead_letter=number, reason=failure.reason, **shown)
+        return
+    reason = storable(failure.reason, _REASON_LENGTH)
+    if number := await statements.die(connection, claim, document, reason):
+        _log.error("outbox.dead_lettered", dead_letter=number, reason=reason, **shown)
     else:
         log_lost(claim)
 

@@ -19,12 +19,12 @@ from dramatiq.middleware import Shutdown, TimeLimitExceeded
 from dramatiq.middleware.threading import raise_thread_exception
 
 from service.database import OneTransaction, session_factory
-from service.driver import DRIVER_ERRORS, connect
+from service.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
 from service.errors import DeliveryError, TransactionError
 from service.outbox.claims import Claims
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError
-from service.outbox.failures import backoff, lost_database
+from service.outbox.failures import backoff, lost_database, said, trace
 from service.outbox.heartbeat import Heartbeat
 from service.outbox.ledger import LedgerPool
 from service.outbox.outcomes import (
@@ -38,6 +38,7 @@ from service.outbox.outcomes import (
     Suspected,
     Unknown,
     log_lost,
+    unstorable,
     write,
 )
 from service.telemetry import get_logger, trace_context
@@ -245,9 +246,9 @@ class Runner:
             case _ if delivery.lost:
                 return Lost()
             case Fail():
-                return Dead(error, str(error) or "the consumer failed it")
+                return Dead(error, said(error) or "the consumer failed it")
             case DeliveryError() | TransactionError():
-                return Dead(error, str(error))
+                return Dead(error, said(error))
             case _ if spec.throws and isinstance(error, spec.throws):
                 return Dead(error, f"{type(error).__name__} is not retried")
             case _ if lost_database(error) and delivery.unreached:
@@ -321,8 +322,17 @@ class Runner:
         if isinstance(outcome, Lost):
             log_lost(claim)
         elif not isinstance(outcome, Completed):
-            async with self._ledger() as connection:
-                await write(connection, claim, outcome, timedelta(seconds=self._settings.unknown_consumer_after))
+            try:
+                await self._store(claim, outcome)
+            except Exception as error:  # what a consumer raised may do anything when it is asked what it says
+                if isinstance(error, DRIVER_ERRORS) and not isinstance(error, CONTENT_ERRORS):
+                    raise
+                _log.error("outbox.unstorable", message_id=str(claim.id), exception=trace(error, claim.payload))
+                await self._store(claim, unstorable(outcome, error))
+
+    async def _store(self, claim: Claim, outcome: Outcome) -> None:
+        async with self._ledger() as connection:
+            await write(connection, claim, outcome, timedelta(seconds=self._settings.unknown_consumer_after))
 
     def max_attempts(self, spec: Consumer) -> int:
         """Attempts in all: the first and the retries."""

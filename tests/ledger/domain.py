@@ -253,3 +253,18 @@ def endure_in_thread(event: Endured, delivery: Delivery) -> None:
     while time.monotonic() < end:
         time.sleep(0.01)
     print(f"sent {delivery.idempotency_key}", flush=True)
+
+
+class Unsaid(Event, type="ledger.unsaid"):
+    """Its consumer ends with what the test put into `RAISED` for its subject, outside any transaction."""
+
+    subject_id: UUID
+
+
+RAISED: dict[UUID, BaseException] = {}
+"""By subject."""
+
+
+@consumer(Unsaid, queue="ledger", name="ledger.say", max_retries=2, throws=NotImplementedError)
+async def say(event: Unsaid, _delivery: Delivery) -> None:
+    raise RAISED[event.subject_id]

@@ -149,3 +149,28 @@ async def test_a_temporary_refusal_is_tried_again(
         await shop.worker.deliver_all("orders.send_confirmation", may_fail=True)
     assert await shop.scalar(ERROR) == "451 4.7.1 Greylisted, please try again later"
     assert await shop.scalar("SELECT count(*) FROM dead_letter") == 0
+
+
+class _Latin1(Sink):
+    """Refuses every recipient for good, in bytes that are no UTF-8: "Empfänger unbekannt"."""
+
+    async def handle_RCPT(  # type: ignore[override]  # noqa: N802
+        self, _server: SMTP, _session: Session, _envelope: Envelope, _address: str, _options: list[str]
+    ) -> bytes:
+        return b"550 5.1.1 Empf\xe4nger unbekannt"
+
+
+async def test_a_refusal_in_bytes_that_are_no_text_ends_in_the_dead_letters(
+    shop: Shop, tmp_path: Path, worker_environment: pytest.MonkeyPatch
+) -> None:
+    await shop.order({await shop.add_product(1): 1})
+    await shop.worker.deliver_all("orders.reserve_stock")
+    async with _Latin1(tmp_path / "none") as sink:
+        worker_environment.setenv("SMTP__URL", f"smtp://127.0.0.1:{await sink.start()}")
+        await shop.worker.deliver_all("orders.send_confirmation", may_fail=True)
+    reason = await shop.scalar("SELECT reason FROM dead_letter")
+    assert (
+        reason == "the mail server refused the e-mail for good: 550 5.1.1 Empf\N{REPLACEMENT CHARACTER}nger unbekannt"
+    )
+    assert await shop.scalar("SELECT errors->-1->>'message' FROM dead_letter") == reason
+    assert await shop.scalar("SELECT count(*) FROM outbox_message WHERE state <> 'completed'") == 1  # count_sales'
