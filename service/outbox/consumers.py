@@ -2,6 +2,9 @@
 
 A consumer's name is stored in every row that waits for it, so it must survive refactoring: it derives from the
 domain's name and the function's, and after a rename `formerly=` keeps the rows of the old name deliverable.
+
+What must stay true: a name is one function's, and that function runs for one type of event only. A second function
+would take the rows of the first, so it is refused; a module that is imported again defines the same ones again.
 """
 
 from __future__ import annotations
@@ -61,6 +64,10 @@ class Consumer:
     throws: tuple[type[BaseException], ...]
     priority: int
     formerly: tuple[str, ...]
+
+    def knows(self, event_type: str, version: int) -> bool:
+        """Whether this code can read such an event."""
+        return event_type == self.event.event_type and version <= self.event.event_version
 
     @property
     def is_async(self) -> bool:
@@ -140,12 +147,10 @@ def _register(spec: Consumer) -> None:
         if not _NAME.fullmatch(name) or len(name) > 128:
             raise ConsumerDefinitionError(f"{name!r} is no consumer name: expected '<domain>.<verb>'")
         taken = _BY_NAME.get(name)
-        if taken is not None and (taken.fn.__module__, taken.fn.__qualname__) != (
-            spec.fn.__module__,
-            spec.fn.__qualname__,
-        ):
+        if taken is not None and _definition(taken) != _definition(spec):
             raise ConsumerDefinitionError(
-                f"{name!r} is already the name of {taken.fn.__module__}.{taken.fn.__qualname__}"
+                f"{name!r} is already the name of {taken.fn.__module__}.{taken.fn.__qualname__} (line {_line(taken)}), "
+                f"a consumer of {taken.event.event_type!r}: give each consumer a name of its own"
             )
     siblings = [each for each in _BY_EVENT.get(spec.event.event_type, []) if each.name != spec.name]
     if len(siblings) >= MAX_CONSUMERS:
@@ -153,6 +158,16 @@ def _register(spec: Consumer) -> None:
     for name in (spec.name, *spec.formerly):
         _BY_NAME[name] = spec
     _BY_EVENT[spec.event.event_type] = [*siblings, spec]
+
+
+def _definition(spec: Consumer) -> tuple[object, ...]:
+    """What stays the same when its module is imported again, and differs in a namesake."""
+    return spec.fn.__module__, spec.fn.__qualname__, _line(spec), spec.event.event_type
+
+
+def _line(spec: Consumer) -> int:
+    code = getattr(inspect.unwrap(spec.fn), "__code__", None)
+    return 0 if code is None else int(code.co_firstlineno)
 
 
 def consumer_named(name: str) -> Consumer | None:

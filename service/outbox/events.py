@@ -81,7 +81,7 @@ class Event(BaseModel):
         if not 1 <= version <= 32_767:
             raise EventDefinitionError(f"{cls.__name__}: version must be a whole number from 1")
         taken = _EVENTS.get(type)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        if taken is not None and (taken.event_version, *_definition(taken)) != (version, *_definition(cls)):
             raise EventDefinitionError(f"{type!r} is already the type of {taken.__module__}.{taken.__qualname__}")
         for name, field in cls.model_fields.items():
             if not _is_scalar(field.annotation):
@@ -91,6 +91,12 @@ class Event(BaseModel):
                 )
         cls.event_type, cls.event_version, cls.unconsumed = type, version, unconsumed
         _EVENTS[type] = cls
+
+
+def _definition(cls: type[Event]) -> tuple[object, ...]:
+    """What stays the same when its module is imported again, and differs in a namesake."""
+    fields = {name: repr(field.annotation) for name, field in cls.model_fields.items()}
+    return cls.__module__, cls.__qualname__, fields
 
 
 def _is_scalar(annotation: Any) -> bool:

@@ -60,7 +60,7 @@ _UNSETTLED = 1_000
 
 
 class _UnknownConsumerError(Exception):
-    """This worker's code knows no such consumer, or not this version of its event; another deployment may."""
+    """This worker's code knows no such consumer, or not with this event; another deployment may."""
 
 
 class Runner:
@@ -144,7 +144,7 @@ class Runner:
         if self._releasing:
             # Dramatiq's threads take messages for a moment longer; a run begun now would hold up the shutdown.
             await self.settle(claim, Released(delay=timedelta(seconds=1)))
-        elif spec is None or claim.version > spec.event.event_version:
+        elif spec is None or not spec.knows(claim.event_type, claim.version):
             await self.settle(claim, self._unknown(claim, spec))
         elif claim.attempts > self.max_attempts(spec):
             error = RuntimeError("a worker was lost in the last attempt")
@@ -271,6 +271,10 @@ class Runner:
     def _unknown(self, claim: Claim, spec: Consumer | None) -> Unknown:
         if spec is None:
             error = _UnknownConsumerError(f"no consumer named {claim.consumer} is deployed")
+        elif claim.event_type != spec.event.event_type:
+            error = _UnknownConsumerError(
+                f"{claim.consumer} consumes {spec.event.event_type} in this worker, not {claim.event_type}"
+            )
         else:
             known = f"{spec.event.event_type} version {spec.event.event_version}"
             error = _UnknownConsumerError(f"version {claim.version} of the event is newer than this worker's {known}")
