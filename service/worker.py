@@ -178,7 +178,7 @@ def _run_in_thread(outbox: _Outbox, claim: Claim) -> None:
             try:
                 stuck = outbox.watchdog.running(f"{spec.name} ({claim.id})", outbox.patience(spec))
                 with runner.in_thread(claim), stuck:
-                    spec.fn(spec.event.model_validate(claim.payload), delivery)
+                    spec.fn(spec.event.model_validate_json(claim.document), delivery)
                 outcome = runner.returned(claim, spec, delivery)
             except BaseException as error:  # noqa: BLE001  the time limit is an exception in this thread
                 outcome = runner.judge(error, claim, spec, delivery)

@@ -8,17 +8,14 @@ by then, from the rows the IDs point to.
 from __future__ import annotations
 
 import re
-import types
-from datetime import date, datetime, time, timedelta
-from decimal import Decimal
-from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal, NewType, Union, get_args, get_origin
+from typing import Any, ClassVar
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
 from uuid_utils.compat import uuid7
 
 from service.errors import EventDefinitionError
+from service.outbox.fields import check_fields
 
 __all__ = [
     "MAX_CONSUMERS",
@@ -33,7 +30,6 @@ __all__ = [
 MAX_CONSUMERS = 255
 """Consumers one event type can have: as many deliveries as fit between two event ids."""
 
-_SCALARS = (UUID, str, int, float, bool, Decimal, datetime, date, time, timedelta, type(None))
 _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
 _EVENTS: dict[str, type[Event]] = {}
 
@@ -51,7 +47,8 @@ class Event(BaseModel):
         unconsumed: Declare that nobody consumes this event yet; otherwise publishing it is an error.
 
     Raises:
-        EventDefinitionError: for a name that is taken or malformed, or a field that is no ID or small scalar.
+        EventDefinitionError: for a name that is taken or malformed, or a field that is no ID or small scalar or would
+            not come back from JSON as it went in.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_timedelta="iso8601")
@@ -83,12 +80,7 @@ class Event(BaseModel):
         taken = _EVENTS.get(type)
         if taken is not None and (taken.event_version, *_definition(taken)) != (version, *_definition(cls)):
             raise EventDefinitionError(f"{type!r} is already the type of {taken.__module__}.{taken.__qualname__}")
-        for name, field in cls.model_fields.items():
-            if not _is_scalar(field.annotation):
-                raise EventDefinitionError(
-                    f"{cls.__name__}.{name}: an event holds IDs and small scalars; store the rest in a row and "
-                    "publish the row's ID"
-                )
+        check_fields(cls)
         cls.event_type, cls.event_version, cls.unconsumed = type, version, unconsumed
         _EVENTS[type] = cls
 
@@ -97,19 +89,6 @@ def _definition(cls: type[Event]) -> tuple[object, ...]:
     """What stays the same when its module is imported again, and differs in a namesake."""
     fields = {name: repr(field.annotation) for name, field in cls.model_fields.items()}
     return cls.__module__, cls.__qualname__, fields
-
-
-def _is_scalar(annotation: Any) -> bool:
-    if isinstance(annotation, NewType):
-        return _is_scalar(annotation.__supertype__)
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _is_scalar(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return all(_is_scalar(member) for member in get_args(annotation))
-    if origin is Literal:
-        return True
-    return isinstance(annotation, type) and issubclass(annotation, (*_SCALARS, Enum))
 
 
 def event_type_of(name: str) -> type[Event] | None:

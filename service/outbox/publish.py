@@ -7,7 +7,6 @@ touches neither the broker nor any connection of its own.
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
@@ -21,8 +20,10 @@ from service.database import FlushingSession
 from service.errors import PublishError
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event, delivery_id, new_event_id
+from service.outbox.payloads import MAX_PAYLOAD_BYTES, payload_of
 from service.outbox.tables import AcceptedEvent, OutboxMessage
 from service.telemetry import current_headers
+from service.text import storable
 
 if TYPE_CHECKING:
     from typing import Any
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
 __all__ = ["MAX_DELAY", "MAX_PAYLOAD_BYTES", "READ_ONLY", "accept", "publish"]
-
-MAX_PAYLOAD_BYTES = 8_192
-"""Size of an event's JSON at most: it holds IDs and small scalars."""
 
 MAX_DELAY = timedelta(days=366)
 """How far ahead an event can be scheduled."""
@@ -84,8 +82,8 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
     """
     payload = _payload(event)
     _check_session(session)
-    if not key or len(key) > 255:
-        raise PublishError("the key must have 1 to 255 characters: pass the sender's idempotency key")
+    if not key or len(key) > 255 or storable(key) != key:  # cleaned, it could be another one
+        raise PublishError("the key must have 1 to 255 characters, no NUL: pass the sender's idempotency key")
     await (await session.connection()).run_sync(_refuse_autocommit)
     event_id = new_event_id()
     # ON CONFLICT waits for a transaction that holds the same key, then sees whether it committed.
@@ -134,20 +132,13 @@ def _payload(event: Event) -> dict[str, Any]:
             f"nobody consumes {event.event_type!r}: add a @consumer for it, check that its module is imported, or "
             f"declare it: class {type(event).__name__}(Event, type={event.event_type!r}, unconsumed=True)"
         )
-    for name, value in event:
+    for name, value in event.__dict__.items():
         if value is None and (name == "id" or name.endswith("_id")):
             raise PublishError(
                 f"{type(event).__name__}.{name} is None: make ids when the object is constructed (id=new_id()), "
                 "so that they exist before the row is flushed"
             )
-    payload: dict[str, Any] = event.model_dump(mode="json")
-    size = len(json.dumps(payload))
-    if size > MAX_PAYLOAD_BYTES:
-        raise PublishError(
-            f"{type(event).__name__} is {size} bytes of JSON, over {MAX_PAYLOAD_BYTES}: store the data in a row and "
-            "publish its ID"
-        )
-    return payload
+    return payload_of(event)
 
 
 def _check_session(session: AsyncSession) -> None:

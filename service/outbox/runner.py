@@ -199,7 +199,7 @@ class Runner:
         timer = asyncio.timeout(limit.total_seconds())
         try:
             async with timer:
-                await spec.fn(spec.event.model_validate(claim.payload), delivery)
+                await spec.fn(spec.event.model_validate_json(claim.document), delivery)
         except BaseException as error:  # noqa: BLE001  also what would end the loop for every delivery: SystemExit
             if isinstance(error, asyncio.CancelledError) and (self._releasing or _cut_early(timer)):
                 return Lost() if delivery.lost else Released()

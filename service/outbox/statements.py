@@ -175,7 +175,7 @@ FROM mine WHERE message.ctid = mine.ctid
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A row that is this worker's until its lease ends."""
+    """A row that is this worker's until its lease ends; `document` is the event's JSON."""
 
     id: UUID
     token: UUID
@@ -184,10 +184,15 @@ class Claim:
     version: int
     consumer: str
     queue: str
-    payload: dict[str, Any]
+    document: str
     headers: dict[str, str]
     attempts: int
     dispatches: int
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        payload: dict[str, Any] = json.loads(self.document)
+        return payload
 
 
 async def claim(connection: Connection, message_id: UUID, token: UUID, lease: timedelta) -> Claim | None:
@@ -214,7 +219,7 @@ def _claim(row: asyncpg.Record) -> Claim:
         version=row["version"],
         consumer=row["consumer"],
         queue=row["queue"],
-        payload=json.loads(row["payload"]),
+        document=row["payload"],
         headers=json.loads(row["headers"]),
         attempts=row["attempts"],
         dispatches=row["dispatches"],

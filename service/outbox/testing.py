@@ -12,6 +12,7 @@ claims, fences and retries, on the database they will have; only the relay and t
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,7 +74,7 @@ async def published(where: AsyncSession | AsyncConnection, event: type[E]) -> li
     for table in (OutboxMessage, DeadLetter):
         query = select(table.event_id, table.payload).where(table.event_type == event.event_type)
         found |= {row.event_id: row.payload for row in await where.execute(query)}
-    return [event.model_validate(found[event_id]) for event_id in sorted(found)]
+    return [event.model_validate_json(json.dumps(found[event_id])) for event_id in sorted(found)]
 
 
 async def assert_published(where: AsyncSession | AsyncConnection, event: type[E], **fields: Any) -> E:
@@ -189,7 +190,7 @@ class InlineWorker:
         delivery = self.runner.delivery(claim, spec)
         try:
             with trace_context(claim.headers | {"causation_id": str(claim.id)}):
-                event = spec.event.model_validate(claim.payload)
+                event = spec.event.model_validate_json(claim.document)
                 await asyncio.to_thread(spec.fn, event, delivery)
             outcome = self.runner.returned(claim, spec, delivery)
         except Exception as error:  # noqa: BLE001  whatever a consumer raises is the delivery's outcome

@@ -92,7 +92,7 @@ class Machine(RuleBasedStateMachine):
         return list(self.rows.items())[number]
 
     def claim_of(self, message_id: UUID, token: UUID) -> statements.Claim:
-        return statements.Claim(message_id, token, message_id, "", 1, "", "", {}, {}, 1, 1)
+        return statements.Claim(message_id, token, message_id, "", 1, "", "", "{}", {}, 1, 1)
 
     def a_token(self, data: st.DataObject, row: Row) -> UUID:
         """The latest claim's, or that of a zombie."""

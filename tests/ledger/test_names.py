@@ -86,7 +86,7 @@ def module(folder: Path, source: str) -> ModuleType:
 
 @pytest.mark.parametrize("second", [SAME_EVENT, OTHER_EVENT, FACTORY, WRAPPED])
 def test_a_second_function_of_the_name_is_refused(imported: ModuleType, tmp_path: Path, second: str) -> None:
-    with pytest.raises(ConsumerDefinitionError, match="already the name of .* give each consumer a name of its own"):
+    with pytest.raises(ConsumerDefinitionError, match=r"already the name of .* give each consumer a name of its own"):
         module(tmp_path, ONE + second)
 
 
