@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from relay.console import CommandError, Exit, parse_moment, parse_uuid
+from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -106,7 +107,10 @@ async def _arguments(connection: Connection, wanted: Filter) -> list[Any]:
     now: datetime = await connection.fetchval("SELECT clock_timestamp()")
     since = parse_moment(wanted.since, now, "--since") if wanted.since else None
     until = parse_moment(wanted.until, now, "--until") if wanted.until else None
-    return [wanted.consumer, wanted.event_type, wanted.queue, since, until, wanted.error]
+    # What is stored was cleaned, so what is looked for is cleaned alike.
+    names = (wanted.consumer, wanted.event_type, wanted.queue, wanted.error)
+    consumer, event_type, queue, error = (None if each is None else storable(each) for each in names)
+    return [consumer, event_type, queue, since, until, error]
 
 
 async def look_up(connection: Connection, reference: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 from relay.console import CommandError, Exit, connect, whoami
 from relay.output import Column, age, compact, line, note, plain, print_json, table
 from service.settings import load_settings
+from service.text import storable
 
 __all__ = ["EVERY_QUEUE", "app"]
 
@@ -94,7 +95,8 @@ def pause(
 ) -> None:
     """Pause a queue. Its events wait in PostgreSQL until it is resumed."""
     name = _name(queue, everything)
-    changed, _ = asyncio.run(_change(_PAUSE, name, by or whoami(), why))
+    words = storable(by or whoami()), None if why is None else storable(why)
+    changed, _ = asyncio.run(_change(_PAUSE, name, *words))
     if as_json:
         print_json({"queue": name, "paused": True, "changed": changed})
     elif changed:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from relay.output import timestamp
+from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ async def resolve(
     """
     outcome = Outcome()
     size = BATCH if rate is None else max(1, min(BATCH, int(rate / 4)))
+    by, why = storable(by), None if why is None else storable(why)
     clock = asyncio.get_running_loop().time
     started = clock()
     for begin in range(0, len(ids), size):

@@ -145,7 +145,9 @@ def _once(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 async def _claim(keyed: _Keyed) -> _Claim:
     request, session, key = keyed.request, keyed.session, keyed.key
-    scope = f"{getattr(request.state, 'principal', '')} {request.method} {request.url.path}"
+    # As it was sent: decoded, a path may hold what PostgreSQL cannot store, and two paths may become one.
+    path = request.scope["raw_path"].decode("latin-1")
+    scope = f"{getattr(request.state, 'principal', '')} {request.method} {path}"
     fingerprint = hashlib.sha256(request.url.query.encode() + b"\0" + await request.body()).digest()
     lock = int.from_bytes(hashlib.sha256(f"{scope} {key}".encode()).digest()[:8], "big", signed=True)
     if not await session.scalar(select(func.pg_try_advisory_xact_lock(lock))):

@@ -18,6 +18,7 @@ from uuid import uuid4
 import structlog
 
 from service.terminal import visible
+from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,6 +55,7 @@ def request_headers(incoming: Mapping[str, str]) -> Headers:
 @contextmanager
 def trace_context(headers: Headers, **fields: Any) -> Iterator[None]:
     """Bind `headers` for events published inside, and `fields` with the correlation id for log lines."""
+    headers = {name: storable(value) for name, value in headers.items()}
     token = _HEADERS.set(headers)
     try:
         with structlog.contextvars.bound_contextvars(correlation_id=headers.get("correlation_id"), **fields):

@@ -84,7 +84,7 @@ def _forms(member: Any) -> set[object]:
     if not isinstance(member, type):
         return {("the value", member)} if isinstance(member, (str, int, types.NoneType)) else set()
     if issubclass(member, Enum):
-        forms = {_json_form(type(each.value)) for each in member}
+        forms: set[object] = {_json_form(type(each.value)) for each in member}
         return forms if None not in forms else set()
     if issubclass(member, _AS_STRING):
         return {"string"}

@@ -84,6 +84,12 @@ async def store_other(body: Probe, session: Session) -> Probe:
     return body
 
 
+@router.post("/named/{name}", status_code=201)
+async def answer_with_name(name: str, session: Session) -> list[str]:
+    """Nothing is stored but the answer."""
+    return [name]
+
+
 async def _authenticated(request: Request) -> None:
     user = request.headers.get("user")
     if user is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import pytest
 import structlog
 
+from service.telemetry import request_headers
 from tests.api.serving import serve
 
 if TYPE_CHECKING:
@@ -40,6 +42,15 @@ async def test_a_tracestate_that_could_steer_a_terminal_is_dropped(client: httpx
         headers = [(b"traceparent", TRACEPARENT.encode()), (b"tracestate", given)]
         assert (await client.post("/probes", json={"id": number}, headers=headers)).is_success
         assert sql("SELECT headers->>'tracestate' FROM outbox_message ORDER BY id DESC LIMIT 1") == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("vendor=a,b=1", True), ("a=\x1b[2J", False), ("a=\xe4", False), ("", False), ("x" * 513, False)],
+)
+def test_a_tracestate_is_printable(given: str, kept: bool) -> None:
+    headers = request_headers({"traceparent": TRACEPARENT, "tracestate": given})
+    assert headers.get("tracestate") == (given if kept else None)
 
 
 async def test_every_response_carries_the_security_headers(client: httpx.AsyncClient) -> None:

@@ -50,6 +50,16 @@ async def test_a_key_is_the_same_with_and_without_quotes(client: httpx.AsyncClie
     assert sql(ROWS) == "1"
 
 
+async def test_a_path_is_told_by_what_was_sent(client: httpx.AsyncClient, sql: Sql) -> None:
+    """Decoded, the first could not be stored, and the others would be one path."""
+    paths = ("a%00b", "a%0Ab", "ab", "a%3Fb")
+    answers = [await client.post(f"/named/{path}", headers={"Idempotency-Key": "k"}) for path in paths * 2]
+    assert [answer.status_code for answer in answers] == [201] * 8
+    assert [answer.json()[0] for answer in answers] == ["a\x00b", "a\nb", "ab", "a?b"] * 2
+    assert ["Idempotency-Replayed" in answer.headers for answer in answers] == [False] * 4 + [True] * 4
+    assert sql(KEYS) == "4"
+
+
 async def test_another_body_under_the_key_is_refused(client: httpx.AsyncClient, sql: Sql) -> None:
     await _post(client, "k", 1)
     other = await _post(client, "k", 2)

@@ -238,6 +238,14 @@ def test_a_dry_run_does_nothing(outbox: Outbox, rows: Rows, verb: str) -> None:
     assert rows.sql(_MESSAGES) == "0"
 
 
+def test_words_in_bytes_that_are_no_text_are_taken_and_found(outbox: Outbox, rows: Rows) -> None:
+    """As the shell hands over what was typed or pasted in Latin-1."""
+    rows.dead_letter(reason="'no such \ufffdser'")
+    given = ("--by", "j\udcfcrgen", "--why", "gepr\udcfcft", "--error", "\udcfcser")
+    assert outbox("dead-letters", "discard", *given).code == 0
+    assert rows.sql("SELECT resolved_by, resolved_why FROM dead_letter") == "j\ufffdrgen|gepr\ufffdft"
+
+
 def test_discard_closes_without_an_effect(outbox: Outbox, rows: Rows) -> None:
     rows.dead_letter()
     assert outbox("dead-letters", "discard", "1", "--why", "test order").out == "Discarded dead letter 1.\n"

@@ -33,6 +33,11 @@ def test_pause_and_resume(outbox: Outbox, rows: Rows) -> None:
     assert rows.sql(_PAUSED) == ""
 
 
+def test_words_in_bytes_that_are_no_text_are_taken(outbox: Outbox, rows: Rows) -> None:
+    assert outbox("queues", "pause", "email", "--by", "j\udcfcrgen", "--why", "gepr\udcfcft").code == 0
+    assert rows.sql(_PAUSED) == "email|j\ufffdrgen|gepr\ufffdft"
+
+
 def test_pausing_all_does_not_forget_the_queues_paused_by_name(outbox: Outbox, rows: Rows) -> None:
     outbox("queues", "pause", "email", "--by", "ann")
     outbox("queues", "pause", "--all", "--by", "ann")

@@ -263,7 +263,7 @@ async def test_accept_waits_for_a_rival_and_takes_over_when_it_rolls_back(
     assert await count(ledger) == 1
 
 
-@pytest.mark.parametrize("key", ["", "k" * 256])
+@pytest.mark.parametrize("key", ["", "k" * 256, "sender:\x00", "sender:\udcff"])
 async def test_accept_refuses_a_bad_key(sessions: SessionFactory, key: str) -> None:
     async with sessions() as session:
         with pytest.raises(PublishError, match="1 to 255"):

@@ -12,6 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from service.outbox import Fail, Retry
+from service.telemetry import trace_context
 from service.text import storable
 from tests.ledger import domain
 
@@ -105,6 +106,14 @@ async def test_cleaned_text_is_stored_as_it_is(connection: asyncpg.Connection[as
     stored = await connection.fetchrow("SELECT $1::text, $2::jsonb #>> '{}'", clean, json.dumps(clean))
     assert stored is not None
     assert tuple(stored) == (clean, clean)
+
+
+async def test_an_events_ids_never_keep_it_from_being_stored(ledger: Ledger) -> None:
+    with trace_context({"correlation_id": "of\x00a\ud800queue"}):
+        (message_id,) = await ledger.publish()
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert json.loads(row["headers"]) == {"correlation_id": "of\ufffda\ufffdqueue"}
 
 
 def test_text_is_cut_with_an_ellipsis() -> None:
