@@ -19,11 +19,12 @@ from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from service.driver import DRIVER_ERRORS, PreparedBegin, has_transaction_timeout
+from service.driver import DRIVER_ERRORS, ENDED, PreparedBegin, has_transaction_timeout
 from service.errors import DatabaseUnavailableError, TransactionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Self
 
     from sqlalchemy.engine import Connection, ExceptionContext
     from sqlalchemy.orm import SessionTransaction
@@ -34,11 +35,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Base",
     "FlushingSession",
+    "LentSession",
     "OneTransaction",
     "Session",
     "SessionFactory",
     "commit",
+    "confirm",
     "create_engine",
+    "restart",
     "session_factory",
     "transaction",
 ]
@@ -145,8 +149,10 @@ def _drop_useless_connections(engine: AsyncEngine) -> None:
 
     @event.listens_for(engine.sync_engine, "checkout")
     def checkout(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
-        if dbapi_connection.driver_connection.is_closed():
+        driver = dbapi_connection.driver_connection
+        if driver.is_closed():
             raise DisconnectionError
+        driver.take_back()
 
     @event.listens_for(engine.sync_engine, "handle_error")
     def handle_error(context: ExceptionContext) -> None:
@@ -171,31 +177,22 @@ class FlushingSession(SyncSession):
     """A session whose flush also runs statements that need no unit of work, after its objects.
 
     To insert a row whose values are known, the unit of work takes several times as long as the statement does. What
-    must stay true: whatever flushes objects (a query, a savepoint, a commit by whichever way) also runs these; and they
-    are forgotten with the transaction that they belong to, and no sooner.
+    must stay true: whatever flushes objects (a query, a savepoint, a commit by whichever way) also runs these; they are
+    forgotten with the transaction or savepoint that they belong to, and no sooner; and nothing can take them out, as
+    `expunge_all()` does with objects.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._statements: list[Callable[[Connection], object]] = []
-        self._committing = False
 
-    def at_flush(self, statement: Callable[[Connection], object]) -> bool:
-        """Run `statement` with the next flush, at the latest when the transaction commits.
-
-        Returns:
-            False where an object has to be added instead: in a savepoint, which may undo it, and once a commit has
-            begun, even a savepoint's, after which SQLAlchemy flushes again for objects only.
-        """
-        if self._committing or self.in_nested_transaction():
-            return False
+    def at_flush(self, statement: Callable[[Connection], object]) -> None:
+        """Run `statement` with the next flush, at the latest when the transaction commits."""
         self._statements.append(statement)
-        return True
 
-    @property
-    def inserts(self) -> bool:
-        """Whether a flush would insert something."""
-        return bool(self.new or self._statements)
+    def _is_clean(self) -> bool:
+        """Whether a flush has nothing to do: SQLAlchemy goes on flushing until then, before a commit."""
+        return super()._is_clean() and not self._statements
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """As SQLAlchemy's, and then the statements. One that fails stays, so that no commit can succeed without it."""
@@ -205,58 +202,154 @@ class FlushingSession(SyncSession):
             del self._statements[0]
 
 
-@event.listens_for(FlushingSession, "before_commit")
-def _before_commit(session: FlushingSession) -> None:
-    session._committing = True  # noqa: SLF001
-    session.flush()
+@event.listens_for(FlushingSession, "after_rollback")
+def _after_rollback(session: FlushingSession) -> None:
+    session._statements.clear()  # noqa: SLF001  a savepoint begins with a flush, so these are its own
 
 
-@event.listens_for(FlushingSession, "after_transaction_end")
-def _after_transaction_end(session: FlushingSession, ended: SessionTransaction) -> None:
+class LentSession(FlushingSession):
+    """A session whose owner ends its transaction: whoever did so behind its back would split the work in two.
+
+    A handler that committed and then failed would leave half of its work; one that rolled back and went on would answer
+    with success for writes and events that are gone. What can be refused at the call is refused there. What cannot is
+    found at the end: it must still be the transaction that began, by a mark that PostgreSQL keeps for it.
+
+    Attributes:
+        mark: The mark, new for each session.
+        lent: Whether somebody else than its owner has it.
+        ended: Whether a transaction of it has ended.
+        driver: The connection of the transaction that began, as `PreparedBegin` if that is what it is.
+    """
+
+    lent = False
+    ended = False
+    driver: PreparedBegin | None = None
+
+    def __init__(self, *args: Any, mark: str | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.mark = mark or str(uuid4())
+
+    def commit(self) -> None:
+        """Refused while it is lent, as all of these."""
+        self._refuse("the transaction commits when its owner ends it: remove the commit()")
+        super().commit()
+
+    def rollback(self) -> None:
+        """Refused while it is lent."""
+        self._refuse("there is one transaction: use begin_nested() for what may be undone, or raise")
+        super().rollback()
+
+    def close(self) -> None:
+        """Refused while it is lent."""
+        self._refuse("the session is closed by its owner: remove the close()")
+        super().close()
+
+    def reset(self) -> None:
+        """Refused while it is lent."""
+        self._refuse("there is one transaction: remove the reset()")
+        super().reset()
+
+    def invalidate(self) -> None:
+        """Refused while it is lent."""
+        self._refuse("the session is closed by its owner: remove the invalidate()")
+        super().invalidate()
+
+    def _refuse(self, why: str) -> None:
+        if self.lent:
+            raise TransactionError(why)
+
+    def check(self) -> None:
+        """Before the owner commits.
+
+        Raises:
+            TransactionError: when the transaction has been ended.
+        """
+        driver = self.driver
+        if self.ended or (driver is not None and driver.mark != self.mark and not driver.is_closed()):
+            raise TransactionError(ENDED)
+
+
+@event.listens_for(LentSession, "after_begin")
+def _after_begin(session: LentSession, _transaction: SessionTransaction, connection: Connection) -> None:
+    driver = connection.connection.driver_connection
+    # asyncpg answers isinstance() with True for every connection.
+    if session.lent and session.driver is None and type(driver) is PreparedBegin:
+        session.driver = driver
+        driver.lend(session.mark)
+
+
+@event.listens_for(LentSession, "after_transaction_end")
+def _after_transaction_end(session: LentSession, ended: SessionTransaction) -> None:
     if ended.parent is None:
-        session._committing = False  # noqa: SLF001
-        session._statements.clear()  # noqa: SLF001
+        session.ended = True
 
 
 class OneTransaction(AsyncSession):
-    """A session whose owner commits it: a handler or consumer that did so itself would split its work in two.
+    """A session with one transaction, lent by whoever enters it: `async with sessions() as session`."""
 
-    A handler that rolled back and went on would answer with success for writes and events that are gone.
-    """
+    sync_session_class = LentSession
+    sync_session: LentSession
 
-    sync_session_class = FlushingSession
+    async def __aenter__(self) -> Self:
+        if self.sync_session.lent:
+            raise TransactionError("the session has been entered by its owner: use it without `async with`")
+        self.sync_session.lent = True
+        return self
 
-    async def commit(self) -> NoReturn:
+    async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
+        self.sync_session.lent = False
+        await super().__aexit__(type_, value, traceback)
+
+    def begin(self) -> NoReturn:
         """Refused.
 
         Raises:
             TransactionError: always.
         """
-        raise TransactionError("the transaction commits when its owner ends it: remove the commit()")
-
-    async def rollback(self) -> NoReturn:
-        """Refused.
-
-        Raises:
-            TransactionError: always.
-        """
-        raise TransactionError("there is one transaction: use begin_nested() for what may be undone, or raise")
+        raise TransactionError("the transaction begins by itself and commits when its owner ends it: remove begin()")
 
 
 async def commit(session: AsyncSession) -> None:
-    """Commit, and notice an error that the caller swallowed.
+    """Commit what was lent, if it is whole; and notice an error that the caller swallowed.
 
     PostgreSQL answers COMMIT in an aborted transaction with a ROLLBACK and no error; a statement before it raises.
-    What is inserted here, an event for instance, is such a statement.
+
+    Raises:
+        TransactionError: when the transaction has been ended by somebody else.
     """
+    sync = session.sync_session
+    if isinstance(sync, LentSession):
+        sync.check()
     if not session.in_transaction():
         return
-    sync = session.sync_session
-    inserts = sync.inserts if isinstance(sync, FlushingSession) else bool(session.new)
     await session.flush()
-    if not inserts:
+    driver = sync.driver if isinstance(sync, LentSession) else None
+    if driver is None:
         await session.execute(text("SELECT 1"))
-    await AsyncSession.commit(session)
+    else:
+        driver.may_commit = True  # it sends a statement before it
+    if isinstance(sync, LentSession):
+        sync.lent = False
+    await session.commit()
+
+
+async def restart(session: AsyncSession) -> None:
+    """Undo all that was done in the session, and begin again. For its owner."""
+    sync = session.sync_session
+    assert isinstance(sync, LentSession)
+    sync.check()
+    sync.lent = False
+    await session.rollback()
+    sync.lent, sync.ended, sync.driver = True, False, None
+
+
+async def confirm(session: AsyncSession) -> None:
+    """Let the commit of this transaction wait, as for a write, until what it has read is as safe as what it writes.
+
+    A commit whose client did not wait for a synchronous standby is visible and may yet be lost in a failover. Whoever
+    answers with success from what it only read would promise it; a transaction that writes nothing waits for nobody.
+    """
+    await session.execute(text("SELECT pg_logical_emit_message(true, 'outbox', '')"))
 
 
 @asynccontextmanager

@@ -5,9 +5,12 @@ Apart from `database.py`, so that a command need not import a web framework to o
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+
+from service.errors import TransactionError
 
 if TYPE_CHECKING:
     from service.settings import DatabaseSettings
@@ -19,6 +22,7 @@ else:
 __all__ = [
     "CONTENT_ERRORS",
     "DRIVER_ERRORS",
+    "ENDED",
     "PreparedBegin",
     "bound_waits",
     "connect",
@@ -48,19 +52,60 @@ _BEGIN_WITHIN = 10.0
 """Seconds for a server to answer BEGIN, which waits for nothing; one that has vanished would never answer."""
 
 
+_ENDS = re.compile(
+    r"(?:\s|;|--[^\n]*\n|/\*.*?\*/)*(?:(?:COMMIT|END|ABORT|ROLLBACK(?!(?:\s+WORK|\s+TRANSACTION)?\s+TO))\b|PREPARE\s+TRANS)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Statements that end a transaction."""
+
+# A query and not SET in front of COMMIT: in a transaction that failed it raises, where COMMIT alone would be answered
+# with a ROLLBACK and no error. It is no number, so the conversion of the mark tells by its error whose error it is.
+# PostgreSQL reports a COMMIT that `statement_timeout` cut short as a success, though no standby has confirmed it.
+_COMMIT = """
+SELECT set_config('statement_timeout', '0', true),
+       CASE WHEN coalesce(current_setting('outbox.transaction', true), '') <> '{mark}'
+            THEN ('{mark}' || pg_backend_pid())::int END;
+COMMIT
+"""
+
+ENDED = "the transaction was committed or rolled back inside its block: leave that to whoever lent the session"
+
+
 class PreparedBegin(_Connection):
     """A connection that begins a transaction in bounded time, and with a statement of the caller's if there is one.
 
+    A transaction can be lent: then only its owner commits it, and only if it still is the one that began. For that it
+    is marked, by a setting that is gone with the transaction.
+
     Attributes:
         preamble: Sent in one round trip with the next BEGIN, without parameters; empty once that has succeeded.
+        mark: Of the transaction that is lent, from `lend` to its end; else empty.
+        may_commit: Set by the owner, for the COMMIT that follows.
     """
 
     preamble = ""
+    mark = ""
+    may_commit = False
+
+    def lend(self, mark: str) -> None:
+        """Mark the transaction that begins next, and let nobody but its owner commit it."""
+        self.mark, self.may_commit = mark, False
+        self.preamble = f"SET LOCAL outbox.transaction = '{mark}'"
+
+    def take_back(self) -> None:
+        """Nothing is lent any more."""
+        self.mark, self.preamble = "", ""
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109  asyncpg's
-        """As asyncpg's own, which runs BEGIN by it."""
+        """As asyncpg's own, which runs BEGIN, COMMIT and ROLLBACK by it."""
         if args or not query.startswith("BEGIN"):
-            return await super().execute(query, *args, timeout=timeout)
+            if self.mark and not args and _ENDS.match(query):
+                return await self._end(query, timeout)
+            status = await super().execute(query, *args, timeout=timeout)
+            if self.mark and not self.preamble and not self.is_in_transaction():  # the last of several statements
+                self.mark = ""
+                raise TransactionError(ENDED)
+            return status
         try:
             status = await super().execute(query + self.preamble, timeout=timeout or _BEGIN_WITHIN)
         except BaseException as error:
@@ -71,6 +116,31 @@ class PreparedBegin(_Connection):
             raise
         self.preamble = ""
         return status
+
+    async def _end(self, query: str, timeout: float | None) -> str:  # noqa: ASYNC109
+        mark, self.mark = self.mark, ""
+        if query.startswith("ROLLBACK"):
+            return await super().execute(query, timeout=timeout)
+        try:
+            if self.may_commit and query.startswith("COMMIT"):
+                return await super().execute(_COMMIT.format(mark=mark), timeout=timeout)
+            raise TransactionError("the transaction commits when its owner ends it: remove the commit")
+        except (asyncpg.PostgresError, TransactionError) as error:
+            if self.is_in_transaction():  # whoever committed takes it for ended
+                await super().execute("ROLLBACK")
+            if isinstance(error, asyncpg.InvalidTextRepresentationError) and mark in str(error):
+                raise TransactionError(ENDED) from error
+            raise
+
+    def prepare(self, query: str, **options: Any) -> Any:
+        """As asyncpg's own, by which SQLAlchemy runs what it was given.
+
+        Raises:
+            TransactionError: for a statement that would end a transaction that is lent.
+        """
+        if self.mark and _ENDS.match(query):
+            raise TransactionError("SQL may not end the transaction that is lent: remove the statement, or raise")
+        return super().prepare(query, **options)
 
 
 def driver_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:

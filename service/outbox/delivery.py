@@ -15,8 +15,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.database import OneTransaction, commit
 from service.driver import PreparedBegin
 from service.errors import DatabaseUnavailableError, DeliveryError
 from service.outbox import statements
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from uuid import UUID
 
+    from sqlalchemy.ext.asyncio import AsyncSession
+
     from service.database import SessionFactory
     from service.outbox.statements import Claim, Connection
 
 __all__ = ["Delivery", "LeaseLostError"]
 
-# A query and not SET: it takes the snapshot, after which PostgreSQL refuses another isolation level. The token is set
-# for this transaction only, so it tells at the end whether this still is the one that began here.
+# A query and not SET: it takes the snapshot, after which PostgreSQL refuses another isolation level. The mark of the
+# session's transaction is the claim's token here, so that the complete statement can ask for it.
 _START = """
-SELECT set_config('outbox.delivery', '{token}', true), set_config('{timeout}', '{milliseconds}', true),
+SELECT set_config('outbox.transaction', '{token}', true), set_config('{timeout}', '{milliseconds}', true),
        set_config('idle_in_transaction_session_timeout', '{milliseconds}', true),
        current_setting('transaction_isolation') AS isolation
 """
@@ -92,21 +94,22 @@ class Delivery:
 
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncSession]:
-        async with self._sessions() as session:
+        async with self._sessions(mark=str(self._claim.token)) as session:
             self.unreached = True
             driver = await self._start(session)
             self.unreached = False
             try:
                 yield session
+                assert isinstance(session, OneTransaction)
+                session.sync_session.check()
                 await session.flush()
                 if type(driver) is PreparedBegin and driver.preamble:  # without a statement nothing has begun
                     await session.execute(text("SELECT 1"))
                 await self._complete(driver)
-                await AsyncSession.commit(session)
+                await commit(session)
             finally:
                 if type(driver) is PreparedBegin and driver.preamble:
                     self.unreached = driver.is_closed()
-                    driver.preamble = ""
         self.completed = True
 
     @asynccontextmanager

@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.database import FlushingSession
+from service.database import FlushingSession, confirm
 from service.errors import PublishError
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event, delivery_id, new_event_id
@@ -90,6 +90,7 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
     statement = insert(AcceptedEvent).values(key=key, event_id=event_id)
     new = await session.scalar(statement.on_conflict_do_nothing().returning(AcceptedEvent.event_id))
     if new is None:
+        await confirm(session)  # the sender is about to be told that it is here
         return False
     _write(session, event_id, event, payload, None)
     return True
@@ -120,7 +121,9 @@ def _write(
         connection.execute(_INSERT.values(due) if due else _INSERT, rows)
 
     sync = session.sync_session
-    if rows and not (isinstance(sync, FlushingSession) and sync.at_flush(insert_rows)):
+    if rows and isinstance(sync, FlushingSession):
+        sync.at_flush(insert_rows)
+    else:
         session.add_all([OutboxMessage(**row, **due) for row in rows])
 
 

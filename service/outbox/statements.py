@@ -94,9 +94,9 @@ UPDATE outbox_message AS message SET state = 'completed', completed_at = clock_t
 WHERE id = $1 AND claim_token = $2 AND {_STATE} IN ('running', 'dispatched')
 """  # noqa: S608
 
-# What `Delivery` set for its transaction tells whether the effect is still whole: it is gone when a consumer has
-# committed or rolled back behind the session's back.
-_UNBROKEN = "coalesce(current_setting('outbox.delivery', true), '') = $2::uuid::text"
+# The mark of the session's transaction is the claim's token. It tells whether the effect is still whole: it is gone
+# when a consumer has committed or rolled back behind the session's back.
+_UNBROKEN = "coalesce(current_setting('outbox.transaction', true), '') = $2::uuid::text"
 
 # The oldest error stays: it says what went wrong first.
 _ERRORS = f"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Depends, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict
@@ -12,11 +12,16 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
-from service.errors import BusinessError
+from service.errors import BusinessError, PublishError
 from service.idempotency import IdempotentRoute
-from service.outbox import Delivery, Event, consumer, publish
+from service.outbox import Delivery, Event, accept, consumer, publish
 
-__all__ = ["SCHEMA", "ProbeHappened", "router"]
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+__all__ = ["ENDINGS", "SCHEMA", "ProbeHappened", "router"]
 
 SCHEMA = """
 CREATE TABLE probe (id int PRIMARY KEY, name varchar(200), later int);
@@ -70,6 +75,12 @@ async def store(body: Probe, session: Session, response: Response) -> Probe:
     return body
 
 
+@router.post("/accepted", status_code=201)
+async def take_over(body: Probe, session: Session) -> bool:
+    """Take over an event from elsewhere, once."""
+    return await accept(session, f"sender:{body.id}", ProbeHappened(probe=body.id))
+
+
 @router.get("/probes")
 async def count(session: Session) -> int:
     """How many there are."""
@@ -117,12 +128,140 @@ async def break_constraint_at_commit(session: Session) -> None:
     await _store(session, 2, later=1)
 
 
+async def _end_by_block(session: AsyncSession) -> None:
+    async with session.begin():
+        publish(session, ProbeHappened(probe=2))
+
+
+async def _enter_again(session: AsyncSession) -> None:
+    async with session:
+        publish(session, ProbeHappened(probe=2))
+
+
+async def _roll_back_transaction(session: AsyncSession) -> None:
+    transaction = session.get_transaction()
+    assert transaction is not None
+    await transaction.rollback()
+
+
+async def _commit_transaction(session: AsyncSession) -> None:
+    transaction = session.get_transaction()
+    assert transaction is not None
+    await transaction.commit()
+
+
+async def _of_driver(session: AsyncSession, statement: str) -> None:
+    connection = await session.connection()
+    await connection.execute(text("SELECT 1"))  # the transaction begins with a statement
+    raw = await connection.get_raw_connection()
+    assert raw.driver_connection is not None
+    await raw.driver_connection.execute(statement)
+
+
+async def _invalidate_connection(session: AsyncSession) -> None:
+    connection = await session.connection()
+    await connection.invalidate()
+
+
+ENDINGS: dict[str, Callable[[AsyncSession], Awaitable[Any]]] = {
+    "commit": lambda session: session.commit(),
+    "rollback": lambda session: session.rollback(),
+    "close": lambda session: session.close(),
+    "aclose": lambda session: session.aclose(),
+    "reset": lambda session: session.reset(),
+    "invalidate": lambda session: session.invalidate(),
+    "begin": _end_by_block,
+    "async with": _enter_again,
+    "transaction.rollback": _roll_back_transaction,
+    "transaction.commit": _commit_transaction,
+    "run_sync commit": lambda session: session.run_sync(lambda sync: sync.commit()),
+    "run_sync rollback": lambda session: session.run_sync(lambda sync: sync.rollback()),
+    "run_sync close": lambda session: session.run_sync(lambda sync: sync.close()),
+    "connection.commit": lambda session: _of_connection(session, "commit"),
+    "connection.rollback": lambda session: _of_connection(session, "rollback"),
+    "connection.close": lambda session: _of_connection(session, "close"),
+    "connection.invalidate": _invalidate_connection,
+    "COMMIT": lambda session: session.execute(text("COMMIT")),
+    "ROLLBACK": lambda session: session.execute(text("  -- why not?\n/* now */ rollback")),
+    "COMMIT AND CHAIN": lambda session: session.execute(text("COMMIT AND CHAIN")),
+    "END": lambda session: session.execute(text("END")),
+    "driver COMMIT": lambda session: _of_driver(session, "COMMIT"),
+    "driver ROLLBACK": lambda session: _of_driver(session, "ROLLBACK"),
+    "driver several": lambda session: _of_driver(session, "SELECT 1; ROLLBACK"),
+    "another one": lambda session: _of_driver(session, "SELECT 1; ROLLBACK; BEGIN"),
+}
+"""Ways to end a session's transaction, or to try."""
+
+
+async def _of_connection(session: Session, method: str) -> None:
+    await getattr(await session.connection(), method)()
+
+
 @router.post("/ends/{how}", status_code=201)
-async def end_early(session: Session, how: str) -> None:
-    """End the request's transaction, and go on as if nothing had happened."""
-    await _store(session, 1)
+async def end_early(session: Session, how: str, flush: bool = False, late: bool = False, swallow: bool = False) -> None:
+    """End the request's transaction, and go on as if nothing had happened, or fail."""
+    if flush:
+        await _store(session, 1)
+        await session.flush()
     publish(session, ProbeHappened(probe=1))
-    await (session.commit() if how == "commit" else session.rollback())
+    try:
+        await ENDINGS[how](session)
+    except Exception:
+        if not swallow:
+            raise
+    if late:
+        raise RuntimeError("late")
+
+
+@router.post("/forgets/{how}", status_code=201)
+async def forget(session: Session, how: str) -> None:
+    """Publish, and throw the session's objects out."""
+    if how == "after a savepoint":
+        async with session.begin_nested():
+            pass
+    if how == "in a savepoint":
+        async with session.begin_nested():
+            publish(session, ProbeHappened(probe=1))
+            session.expunge_all()
+    else:
+        publish(session, ProbeHappened(probe=1))
+        session.expunge_all()
+
+
+@router.post("/undone", status_code=201)
+async def undo(session: Session) -> None:
+    """Publish something, and more in a savepoint that is rolled back."""
+    publish(session, ProbeHappened(probe=1))
+    try:
+        async with session.begin_nested():
+            await _store(session, 2)
+            raise ValueError
+    except ValueError:
+        pass
+
+
+@router.post("/afterwards", status_code=201)
+async def publish_afterwards(request: Request, session: Session, tasks: BackgroundTasks) -> None:
+    """Keep the session, and publish when the request is over."""
+
+    def later() -> None:
+        try:
+            publish(session, ProbeHappened(probe=1))
+        except PublishError as error:
+            request.app.state.refused = str(error)
+
+    tasks.add_task(later)
+
+
+async def _audit(session: Session) -> None:
+    publish(session, ProbeHappened(probe=0))
+
+
+@router.post("/audited", status_code=201, dependencies=[Depends(_audit)])
+async def store_audited(body: Probe, session: Session) -> Probe:
+    """A dependency writes, too."""
+    await _store(session, body.id)
+    return body
 
 
 @router.post("/swallowed", status_code=201)

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.api.probe import ENDINGS
+from tests.api.serving import serve
+from tests.waiting import until
+
 if TYPE_CHECKING:
     import httpx
 
-    from tests.api.conftest import Sql
+    from tests.api.conftest import MakeApp, Sql
 
 STORED = "SELECT (SELECT count(*) FROM probe) || ' rows, ' || (SELECT count(*) FROM outbox_message) || ' messages'"
 
@@ -28,11 +32,64 @@ async def test_a_failing_commit_is_no_success(client: httpx.AsyncClient, sql: Sq
     assert sql(STORED) == "0 rows, 0 messages"
 
 
-@pytest.mark.parametrize("how", ["commit", "rollback"])
-async def test_a_handler_cannot_end_the_requests_transaction(client: httpx.AsyncClient, sql: Sql, how: str) -> None:
-    """After a rollback it would answer with success for what is gone."""
-    response = await client.post(f"/ends/{how}")
-    assert response.status_code == 500
+@pytest.mark.parametrize("late", [True, False], ids=["fails", "goes on"])
+@pytest.mark.parametrize("flush", [True, False], ids=["flushed", "pending"])
+async def test_a_handler_cannot_end_the_requests_transaction(
+    client: httpx.AsyncClient, sql: Sql, flush: bool, late: bool
+) -> None:
+    """After a rollback it would answer with success for what is gone, after a commit with failure for what is there."""
+    for how in ENDINGS:
+        response = await client.post(f"/ends/{how}", params={"flush": flush, "late": late})
+        assert (response.status_code, sql(STORED)) == (500, "0 rows, 0 messages"), how
+    assert (await client.post("/probes", json={"id": 3})).status_code == 201
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["flushed", "pending"])
+async def test_whoever_swallows_the_refusal_has_a_whole_transaction_or_none(
+    client: httpx.AsyncClient, sql: Sql, flush: bool
+) -> None:
+    kept = set()
+    for how in ENDINGS:
+        response = await client.post(f"/ends/{how}", params={"flush": flush, "swallow": True})
+        if response.status_code == 201:
+            kept.add(how)
+            assert sql(STORED) == ("1 rows, 2 messages" if flush else "0 rows, 1 messages"), how
+            sql("TRUNCATE probe, outbox_message")
+        else:
+            assert (response.status_code, sql(STORED)) == (500, "0 rows, 0 messages"), how
+    assert {"commit", "close", "begin", "COMMIT"} <= kept
+
+
+async def test_whoever_ended_the_transaction_finds_out_why_it_failed(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for how in ("transaction.rollback", "driver several", "another one"):
+        await client.post(f"/ends/{how}", params={"flush": True})
+        said = capsys.readouterr().out + caplog.text
+        assert "TransactionError: the transaction was committed or rolled back inside its block" in said, how
+
+
+@pytest.mark.parametrize("how", ["at once", "in a savepoint", "after a savepoint"])
+async def test_a_published_event_cannot_be_thrown_out_of_the_session(
+    client: httpx.AsyncClient, sql: Sql, how: str
+) -> None:
+    response = await client.post(f"/forgets/{how}")
+    assert response.status_code == 201
+    assert sql(STORED) == "0 rows, 1 messages"
+
+
+async def test_what_a_savepoint_undid_is_gone_and_nothing_else(client: httpx.AsyncClient, sql: Sql) -> None:
+    assert (await client.post("/undone")).status_code == 201
+    assert sql("SELECT payload->>'probe' FROM outbox_message") == "1"
+    assert sql(STORED) == "0 rows, 1 messages"
+
+
+async def test_a_session_that_was_kept_takes_nothing_when_the_request_is_over(make_app: MakeApp, sql: Sql) -> None:
+    app = make_app()
+    async with serve(app) as client:
+        assert (await client.post("/afterwards")).status_code == 201
+        refused = await until(lambda: getattr(app.state, "refused", ""), what="the background task to try")
+    assert "the session is closed" in refused
     assert sql(STORED) == "0 rows, 0 messages"
 
 

@@ -45,11 +45,11 @@ def complete_before_effect() -> None:
 
         @asynccontextmanager
         async def begin_completed(self: Any) -> AsyncIterator[Any]:
-            async with self._sessions() as session:
+            async with self._sessions(mark=str(self._claim.token)) as session:
                 driver = await self._start(session)
                 await session.execute(module.text("SELECT 1"))
                 await self._complete(driver)
-                await module.AsyncSession.commit(session)
+                await module.commit(session)
 
             async def nothing(*_: Any) -> None:
                 """It is completed already."""

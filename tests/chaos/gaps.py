@@ -152,13 +152,7 @@ def _statements(module: Any) -> None:
 
 @when_imported("service.outbox.delivery")
 def _delivery(module: Any) -> None:
-    class Committing(module.AsyncSession):  # type: ignore[misc]
-        """Only for what a delivery commits; the class itself is also the API's."""
-
-        commit = module.AsyncSession.commit
-
-    _around(Committing, "commit", after="worker.after_commit")
-    module.AsyncSession = Committing
+    _around(module, "commit", after="worker.after_commit")
 
 
 @when_imported("tests.chaos.domain")

@@ -241,7 +241,7 @@ class Machine(RuleBasedStateMachine):
         allowed = row.mine(claim.token, "running", "dispatched")
         transaction = self.connection.transaction()
         self.run(transaction.start())
-        self.run(self.connection.execute(f"SET LOCAL outbox.delivery = '{claim.token}'"))
+        self.run(self.connection.execute(f"SET LOCAL outbox.transaction = '{claim.token}'"))
         unbroken, completed = self.run(statements.complete_in_transaction(self.connection, claim))
         assert unbroken
         assert completed == allowed

@@ -9,7 +9,7 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
 from sqlalchemy import text
@@ -17,7 +17,7 @@ from sqlalchemy import text
 from service.outbox import Delivery, Event, Fail, Retry, consumer, publish
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 # No constraint on message_id: an effect that happens twice must show as two rows.
 SCHEMA = "CREATE TABLE IF NOT EXISTS effect (message_id uuid NOT NULL, consumer text NOT NULL, note text)"
@@ -89,10 +89,22 @@ async def misbehave(session: AsyncSession, how: str) -> None:
             await session.execute(text("COMMIT"))
         case "sql_rollback":
             await session.execute(text("ROLLBACK"))
+        case "transaction_rollback":
+            await cast("AsyncSessionTransaction", session.get_transaction()).rollback()
+        case "driver_commit" | "driver_rollback" | "another_transaction":
+            await by_driver(session, how)
         case "kill_backend":
             await session.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
         case "hang_inside":
             await asyncio.sleep(3600)
+
+
+async def by_driver(session: AsyncSession, how: str) -> None:
+    """Past SQLAlchemy, and past whoever looks at how a statement begins."""
+    ends = {"driver_commit": "COMMIT", "driver_rollback": "ROLLBACK", "another_transaction": "ROLLBACK; BEGIN"}
+    raw = await (await session.connection()).get_raw_connection()
+    assert raw.driver_connection is not None
+    await raw.driver_connection.execute(f"SELECT 1; {ends[how]}")
 
 
 @consumer(FannedOut, queue="ledger", name="ledger.first")

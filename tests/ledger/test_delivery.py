@@ -113,7 +113,18 @@ async def test_sql_cannot_end_the_transaction_early(ledger: Ledger, runner: Runn
     await runner.deliver(message_id)
     dead = await ledger.dead_letter(message_id)
     assert dead is not None
+    assert "SQL may not end the transaction" in dead["reason"]
+    assert await ledger.effects(message_id) == 0
+
+
+@pytest.mark.parametrize("how", ["driver_commit", "driver_rollback", "another_transaction", "transaction_rollback"])
+async def test_no_completion_goes_with_half_an_effect(ledger: Ledger, runner: Runner, how: str) -> None:
+    message_id = await ledger.happen(how)
+    await runner.deliver(message_id)
+    dead = await ledger.dead_letter(message_id)
+    assert dead is not None
     assert "committed or rolled back inside its block" in dead["reason"]
+    assert await ledger.effects(message_id) == (how == "driver_commit")
 
 
 @pytest.mark.parametrize(("level", "says"), [("AUTOCOMMIT", "AUTOCOMMIT"), ("REPEATABLE READ", "READ COMMITTED")])

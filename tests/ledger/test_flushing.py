@@ -20,7 +20,7 @@ from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.database import FlushingSession, OneTransaction, create_engine, session_factory, transaction
+from service.database import FlushingSession, create_engine, session_factory, transaction
 from service.errors import PublishError
 from service.outbox import publish
 from service.outbox.publish import READ_ONLY
@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from service.settings import Settings
     from tests.ledger.conftest import Ledger
 
-KINDS = (AsyncSession, OneTransaction)
+
+class Flushing(AsyncSession):
+    """What `OneTransaction` is without an owner."""
+
+    sync_session_class = FlushingSession
+
+
+KINDS = (AsyncSession, Flushing)
 
 
 class Undone(Exception):  # noqa: N818  nothing is wrong
@@ -165,7 +172,7 @@ async def test_an_event_published_at_a_savepoints_end_by_the_whole_commit_is_com
     ledger: Ledger, engine: AsyncEngine
 ) -> None:
     """The commit ends the open savepoint, and SQLAlchemy looks once more for objects only."""
-    async with session_factory(engine, OneTransaction)() as session:
+    async with session_factory(engine, Flushing)() as session:
 
         def hooked(_: Any, ended: SessionTransaction) -> None:
             if ended.nested:
@@ -181,7 +188,7 @@ async def test_an_event_published_at_a_savepoints_end_by_the_whole_commit_is_com
 
 async def test_a_block_of_begin_commits_what_was_published_in_it(ledger: Ledger, engine: AsyncEngine) -> None:
     """It commits by the session's transaction, past its owner."""
-    async with transaction(session_factory(engine, OneTransaction)) as session, session.begin():
+    async with transaction(session_factory(engine, Flushing)) as session, session.begin():
         publish(session, happened())
     assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message") == 1
 
@@ -190,7 +197,7 @@ async def test_no_commit_succeeds_without_an_event_that_could_not_be_written(
     ledger: Ledger, engine: AsyncEngine
 ) -> None:
     """Whoever swallows the error: PostgreSQL would answer the COMMIT with a ROLLBACK, and no error."""
-    async with session_factory(engine, OneTransaction)() as session:
+    async with session_factory(engine, Flushing)() as session:
         session.add(AcceptedEvent(key="business", event_id=uuid4()))
         await session.flush()
         with suppress(DBAPIError):
@@ -203,7 +210,7 @@ async def test_no_commit_succeeds_without_an_event_that_could_not_be_written(
 
 
 async def test_autocommit_is_refused_before_anything_is_written(ledger: Ledger, engine: AsyncEngine) -> None:
-    sessions = session_factory(engine.execution_options(isolation_level="AUTOCOMMIT"), OneTransaction)
+    sessions = session_factory(engine.execution_options(isolation_level="AUTOCOMMIT"), Flushing)
     with pytest.raises(PublishError, match="AUTOCOMMIT"):
         async with transaction(sessions) as session:
             publish(session, happened())
@@ -211,18 +218,18 @@ async def test_autocommit_is_refused_before_anything_is_written(ledger: Ledger, 
 
 
 async def test_a_session_that_is_never_committed_is_refused(engine: AsyncEngine) -> None:
-    async with session_factory(engine, OneTransaction)(info={READ_ONLY: True}) as session:
+    async with session_factory(engine, Flushing)(info={READ_ONLY: True}) as session:
         with pytest.raises(PublishError, match="never committed"):
             publish(session, happened())
 
 
 async def test_it_is_a_statement_that_waits(engine: AsyncEngine) -> None:
     """Or all of the above would compare objects with objects."""
-    async with session_factory(engine, OneTransaction)() as session:
+    async with session_factory(engine, Flushing)() as session:
         for _ in range(2):
             publish(session, happened())
             assert not session.new
             assert isinstance(session.sync_session, FlushingSession)
-            assert session.sync_session.inserts
+            assert session.sync_session._statements
             await session.run_sync(lambda sync: sync.commit())
-            assert not session.sync_session.inserts
+            assert not session.sync_session._statements
