@@ -8,6 +8,10 @@ request left nothing behind and may be repeated, corrected, under the same key.
 
 What must stay true: while a request runs it holds an advisory lock of its transaction. PostgreSQL makes a commit
 visible before it releases the lock, so whoever gets the lock also sees the stored response.
+
+A replay promises what the first response did. So it is given by a transaction that has undone whatever the request's
+dependencies did this time, and whose commit waits for synchronous standbys as the first one should have: that one may
+have been answered 504 while it waited, and be visible, but on this server only. A refusal (409, 422) promises nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from sqlalchemy import Integer, LargeBinary, Text, func, select
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database import Base, Session
+from service.database import Base, Session, confirm, restart
 from service.errors import BusinessError
 from service.problems import problem_responses
 
@@ -106,8 +110,9 @@ class _Claim:
 
 
 class _Replay(Exception):  # noqa: N818  it carries the answer, it reports no error
-    def __init__(self, stored: IdempotencyKey) -> None:
-        self.stored = stored
+    def __init__(self, session: AsyncSession, stored: IdempotencyKey) -> None:
+        self.session = session
+        self.response = _replayed(stored)  # the rollback expires what was read
 
 
 _KEYED: ContextVar[_Keyed | None] = ContextVar("idempotency_key", default=None)
@@ -157,7 +162,7 @@ async def _claim(keyed: _Keyed) -> _Claim:
         return _Claim(session, scope, key, fingerprint)
     if stored.fingerprint != fingerprint:
         raise ReusedKeyError("The key came with another body before: use a new key for a new request.")
-    raise _Replay(stored)
+    raise _Replay(session, stored)
 
 
 def _parsed(values: list[str]) -> str:
@@ -196,7 +201,9 @@ class IdempotentRoute(APIRoute):
             try:
                 response = await handle(request)
             except _Replay as replay:
-                return _replayed(replay.stored)
+                await restart(replay.session)
+                await confirm(replay.session)
+                return replay.response
             claim: _Claim | None = getattr(request.state, "idempotency_claim", None)
             if claim is not None:
                 claim.session.add(_stored(claim, response))

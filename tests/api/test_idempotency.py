@@ -43,6 +43,12 @@ async def test_the_stored_response_is_replayed(client: httpx.AsyncClient, sql: S
     assert (sql(ROWS), sql("SELECT count(*) FROM outbox_message"), sql(KEYS)) == ("1", "1", "1")
 
 
+async def test_a_replay_undoes_what_the_dependencies_did_again(client: httpx.AsyncClient, sql: Sql) -> None:
+    for _ in range(3):
+        assert (await _post(client, "k", path="/audited")).status_code == 201
+    assert sql("SELECT string_agg(payload->>'probe', ',' ORDER BY id) FROM outbox_message") == "0,1"
+
+
 async def test_a_key_is_the_same_with_and_without_quotes(client: httpx.AsyncClient, sql: Sql) -> None:
     await _post(client, '"8e03978e-40d5-43e8-bc93-6894a57f9324"')
     bare = await _post(client, "8e03978e-40d5-43e8-bc93-6894a57f9324")
