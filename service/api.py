@@ -1,4 +1,7 @@
-"""The HTTP API's composition root: `uvicorn service.api:create_app --factory`."""
+"""The HTTP API's composition root.
+
+uvicorn service.api:create_app --factory --http service.http_protocol:BoundedProtocol
+"""
 
 from __future__ import annotations
 

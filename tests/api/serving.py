@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 import uvicorn
 
+from service.http_protocol import BoundedProtocol
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ async def serve(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `app`, which listens on a free loopback port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, ws="none"))
+        server = uvicorn.Server(uvicorn.Config(app, http=BoundedProtocol, lifespan="on", log_config=None, ws="none"))
         running = asyncio.create_task(server.serve(sockets=[listening]))
         await until(lambda: server.started or running.done(), what="the server")
         host, port = listening.getsockname()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import urllib.request
 from typing import TYPE_CHECKING
 
 from service.dev.places import ROOT
+from service.dev.stack import api_command
 from tests.real_servers import outside_environment
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "uvicorn", "service.api:create_app", "--factory", "--port", "0"]
+COMMAND = api_command(0)
 
 
 def test_a_missing_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:

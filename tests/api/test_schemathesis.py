@@ -13,6 +13,7 @@ import pytest
 
 from service.api import create_app
 from service.dev.places import ROOT
+from service.dev.stack import api_command
 from tests.real_servers import outside_environment
 from tests.waiting import until_sync
 
@@ -27,7 +28,7 @@ LISTENING = re.compile(r"running on (http://[0-9.:]+)")
 @pytest.fixture
 def api(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     """The URL of an API process."""
-    command = [sys.executable, "-m", "uvicorn", "service.api:create_app", "--factory", "--port", "0"]
+    command = api_command(0)
     log = tmp_path / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)

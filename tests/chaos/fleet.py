@@ -44,7 +44,8 @@ def command(name: str, port: int, processes: int, grace: float) -> list[str]:
     """
     match name.partition("-")[0]:
         case "api":
-            return ["uvicorn", "tests.chaos.app:create_app", "--factory", "--host", "127.0.0.1", "--port", str(port)]
+            application = ["tests.chaos.app:create_app", "--factory", "--http", "service.http_protocol:BoundedProtocol"]
+            return ["uvicorn", *application, "--host", "127.0.0.1", "--port", str(port)]
         case "relay":
             return ["outbox", "relay"]
         case "worker":

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from dramatiq.cli import make_argument_parser
 from ruamel.yaml import YAML
+from uvicorn.importer import import_from_string
 from uvicorn.main import main as uvicorn_command
 
 import service.domains
 from service.dev.env_example import example
 from service.dev.places import ROOT
+from service.http_protocol import BoundedProtocol
 from service.outbox.consumers import registered_consumers
 from service.settings import ApiSettings, OutboxSettings
 
@@ -88,6 +90,7 @@ def test_a_stopping_api_has_time_for_its_requests(services: dict[str, Any]) -> N
     options = uvicorn_command.make_context("uvicorn", arguments).params
     assert options["app"] == "service.api:create_app"
     assert options["factory"]
+    assert import_from_string(options["http"]) is BoundedProtocol
     assert options["host"] == "0.0.0.0"
     assert "command" not in services["api"]
     assert ApiSettings().request_timeout < options["timeout_graceful_shutdown"]

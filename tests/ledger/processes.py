@@ -86,7 +86,8 @@ class Processes:
 
     async def api(self, application: str, *, port: int = 0, **settings: str) -> Started:
         """An API; its `url` is known once it listens."""
-        command = ("uvicorn", application, "--factory", "--host", "127.0.0.1", "--port", str(port))
+        bounds = ("--http", "service.http_protocol:BoundedProtocol")
+        command = ("uvicorn", application, "--factory", *bounds, "--host", "127.0.0.1", "--port", str(port))
         return await self._start("Uvicorn running on", settings, *command)
 
     async def worker(self, broker: str, *arguments: str, **settings: str) -> Started:
