@@ -58,12 +58,10 @@ _ENDS = re.compile(
 )
 """Statements that end a transaction."""
 
-# A query and not SET in front of COMMIT: in a transaction that failed it raises, where COMMIT alone would be answered
-# with a ROLLBACK and no error. It is no number, so the conversion of the mark tells by its error whose error it is.
-# PostgreSQL reports a COMMIT that `statement_timeout` cut short as a success, though no standby has confirmed it.
+# In a transaction that failed it raises, where COMMIT alone would be answered with a ROLLBACK and no error. The mark is
+# no number: its conversion fails, with an error that has the mark in it.
 _COMMIT = """
-SELECT set_config('statement_timeout', '0', true),
-       CASE WHEN coalesce(current_setting('outbox.transaction', true), '') <> '{mark}'
+SELECT CASE WHEN coalesce(current_setting('outbox.transaction', true), '') <> '{mark}'
             THEN ('{mark}' || pg_backend_pid())::int END;
 COMMIT
 """

@@ -84,7 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def _serving(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return not getattr(self.cycle, "response_complete", True)  # there is none before the first
 
     def _start_clock(self) -> None:
         self._timer = self.loop.call_later(REQUEST_WITHIN, self._out_of_time)

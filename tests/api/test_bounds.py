@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import re
 import subprocess
 from typing import TYPE_CHECKING
@@ -92,7 +91,7 @@ async def _closed(port: int, begins: bytes, goes_on: bytes) -> bytes:
     writer.write(begins)
     received = b""
     try:
-        for _ in itertools.count():
+        while True:
             try:
                 async with asyncio.timeout(1):
                     while more := await reader.read(65_536):

@@ -70,17 +70,6 @@ async def test_a_repeated_request_succeeds_when_the_standby_has_the_first(
     assert standby.sql(STORED, "service") == stored
 
 
-async def test_a_statements_time_limit_makes_no_success_of_a_commit_that_nobody_confirmed(
-    make_app: MakeApp, primary: Postgres, standby: Standby
-) -> None:
-    """PostgreSQL reports one that it gave up as done, with a warning."""
-    limits = {"url": SecretStr(primary.url("service")), "statement_timeout": 1}
-    async with serve(make_app(database=limits, api={"request_timeout": 4})) as client:
-        assert (await client.post("/probes", json={"id": 0})).status_code == 201
-        await asyncio.to_thread(standby.stop)
-        assert (await client.post("/probes", json={"id": 1})).status_code == 504
-
-
 def _stored(primary: Postgres, before: str) -> str:
     now = primary.sql(STORED, "service")
     return "" if now == before else now
