@@ -1,8 +1,11 @@
-"""Ends a worker process that is stuck for good, so that its supervisor starts another.
+"""Ends a worker process that is stuck for good or has lost its main process, so that its supervisor starts another.
 
 A time limit is an exception, and neither a coroutine that blocks the event loop nor a `def` consumer that waits in C
 code comes back to Python to receive it. The process would live on, run nothing and swallow messages, and so would in
 turn each worker that is handed the row. Once the process is gone, attempts are counted as for any lost worker.
+
+Where Dramatiq's main process is killed, nobody stops its children or would start them again: they would go on beside
+those of the next one, with the code of then. So each stops as if it had been told to.
 
 What must stay true: it counts its own looks and not the clock, so that a machine that stood still is not taken for
 stuck; and a run that waits for PostgreSQL to write its outcome down is over, so that an outage is not either.
@@ -10,19 +13,30 @@ stuck; and a run that waits for PostgreSQL to write its outcome down is over, so
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sys
 import threading
 import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from service.telemetry import get_logger
+
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
 
-__all__ = ["StuckError", "Watchdog"]
+__all__ = ["StuckError", "Watchdog", "orphaned"]
+
+_log = get_logger(__name__)
 
 _INTERVAL = 1.0
+
+_ORPHANED_FOR = 3
+"""Looks after which an orphan is told to stop: the signal may have been its main process's last deed, and a second one
+ends a worker without grace."""
 
 
 class StuckError(Exception):
@@ -52,6 +66,16 @@ class _Run:
         self._looks = 0
 
 
+def orphaned() -> bool:
+    """Whether the process that started this one with `multiprocessing`, as Dramatiq does, is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return False
+    # A fork leaves its brothers the end of the pipe that shows it; of a fork server the main process is no parent.
+    forked = multiprocessing.get_start_method() != "forkserver"
+    return not parent.is_alive() or (forked and os.getppid() != parent.pid)
+
+
 class Watchdog(threading.Thread):
     """Dies of a `StuckError`, for `threading.excepthook` to end the process. Make it on the event loop.
 
@@ -65,6 +89,8 @@ class Watchdog(threading.Thread):
         self._loop = loop
         self._loop_run = _Run("the event loop", limit)
         self._runs: dict[int, _Run] = {}
+        self._orphaned_for = 0
+        self._stopping = False
         self._stopped = threading.Event()
 
     @contextmanager
@@ -80,6 +106,10 @@ class Watchdog(threading.Thread):
         """The calling thread's run is over. A time limit may have been raised just where `running` would say so."""
         self._runs.pop(threading.get_ident(), None)
 
+    def stopping(self) -> None:
+        """The worker has been told to stop."""
+        self._stopping = True
+
     def stop(self) -> None:
         """End the thread, before the loop is closed."""
         self._stopped.set()
@@ -91,3 +121,12 @@ class Watchdog(threading.Thread):
             self._loop.call_soon_threadsafe(self._loop_run.answer)
             for each in (self._loop_run, *self._runs.copy().values()):
                 each.look()
+            self._look_at_parent()
+
+    def _look_at_parent(self) -> None:
+        if self._stopping or not orphaned():
+            return
+        self._orphaned_for += 1
+        if self._orphaned_for == _ORPHANED_FOR:
+            _log.critical("worker.orphaned")
+            os.kill(os.getpid(), signal.SIGTERM)
