@@ -19,7 +19,7 @@ from service.errors import ConfigurationError
 from service.middleware import BodyLimit, Deadline, RequestContext
 from service.openapi import install_openapi
 from service.settings import Settings, load_settings
-from service.telemetry import configure_logging
+from service.telemetry import configure_logging, flush_logs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -61,6 +61,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine, app.state.sessions = engine, session_factory(engine, OneTransaction)
     yield
     await engine.dispose()
+    await asyncio.to_thread(flush_logs)  # uvicorn ends by the signal that it got, which runs no exit hooks
 
 
 def _settings_of_process() -> Settings:

@@ -20,7 +20,7 @@ from dramatiq.middleware import CurrentMessage
 
 from service.bodies import OF_LEDGER, can_run, disarm
 from service.doorbell import DoorbellRedisBroker
-from service.telemetry import get_logger
+from service.telemetry import flush_logs, get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,6 +45,10 @@ class _KnowsUnknownActors(Broker):
             if fallback is None:
                 raise
             return fallback
+
+    def close(self) -> None:
+        super().close()
+        flush_logs()  # Dramatiq closes the pipe that they go through next
 
 
 class _RedisBroker(_KnowsUnknownActors, DoorbellRedisBroker):

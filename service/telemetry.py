@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import structlog
 
+from service.log_queue import QueuedHandler
 from service.terminal import visible
 from service.text import storable
 
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import TextIO
 
-__all__ = ["Headers", "configure_logging", "current_headers", "get_logger", "request_headers", "trace_context"]
+__all__ = [
+    "Headers",
+    "configure_logging",
+    "current_headers",
+    "flush_logs",
+    "get_logger",
+    "request_headers",
+    "trace_context",
+]
 
 Headers = dict[str, str]
 """`correlation_id`, and where known `traceparent`, `tracestate` and `causation_id`."""
@@ -71,7 +80,7 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 
 def configure_logging(log_format: str, log_level: str) -> None:
-    """Send structlog and the standard library's loggers to stderr in one format."""
+    """Send structlog, the standard library's loggers and warnings to stderr in one format; nobody waits for that."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -89,7 +98,7 @@ def configure_logging(log_format: str, log_level: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = QueuedHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -99,6 +108,13 @@ def configure_logging(log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level)
+    logging.captureWarnings(True)
+
+
+def flush_logs() -> None:
+    """Wait until what was logged is written, for a second at most: before a process ends that runs no exit hooks."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 def _make_visible(_logger: Any, _method: str, fields: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -37,7 +37,7 @@ from service.errors import ConfigurationError
 from service.outbox.consumers import Consumer, consumer_named, registered_consumers
 from service.outbox.runner import Runner
 from service.settings import Settings, load_settings
-from service.telemetry import configure_logging, get_logger, trace_context
+from service.telemetry import configure_logging, flush_logs, get_logger, trace_context
 from service.watchdog import Watchdog
 
 try:
@@ -122,6 +122,7 @@ class _Outbox(Middleware):
     def before_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
         thread = get_event_loop_thread()
         assert thread is not None
+        self.watchdog.stopping()
         thread.loop.call_soon_threadsafe(self.runner.stop)
 
     def after_worker_shutdown(self, broker: Broker, worker: dramatiq.Worker) -> None:
@@ -149,7 +150,7 @@ def _on_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def _exit_on_dead_thread(args: threading.ExceptHookArgs) -> None:
     """End the process when a thread of it dies: Dramatiq would go on without it, and nobody would notice."""
     _log.critical("worker.thread_died", thread=args.thread and args.thread.name, error=repr(args.exc_value))
-    sys.stderr.flush()
+    flush_logs()
     os._exit(70)
 
 

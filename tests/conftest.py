@@ -54,11 +54,13 @@ _SLOW = (
     "ledger/test_deploys.py",
     "ledger/test_failover.py",
     "ledger/test_lost_database.py",
+    "ledger/test_orphans.py",
     "ledger/test_outages.py",
     "ledger/test_pooler.py",
     "ledger/test_reconnects.py",
     "ledger/test_relay_process.py",
     "ledger/test_shutdown.py",
+    "ledger/test_stalled_logs.py",
     "rabbitmq/",
     "template/",
 )

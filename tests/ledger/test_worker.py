@@ -70,15 +70,24 @@ async def working(
     """A worker and a relay."""
     arguments = arguments or ("-p", "1", "-t", "4")
     worker = Worker(environment, tmp_path / "worker.log", *arguments)
+    try:
+        async with relaying(settings):
+            await until(lambda: worker.says("ready for action"), timeout=60)
+            yield worker
+    finally:
+        await asyncio.to_thread(worker.stop)
+
+
+@asynccontextmanager
+async def relaying(settings: Settings) -> AsyncIterator[None]:
+    """A relay on the test's loop."""
     relay = Relay(settings)
     task = asyncio.create_task(relay.run())
     try:
-        await until(lambda: worker.says("ready for action"), timeout=20)
-        yield worker
+        yield
     finally:
         relay.stop()
         await task
-        await asyncio.to_thread(worker.stop)
 
 
 async def is_state(ledger: Ledger, message_id: UUID, state: str) -> bool:
@@ -387,7 +396,7 @@ async def test_a_dead_thread_ends_the_process(
     environment["PYTHONPATH"] = str(script.parent)
     worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "1")
     try:
-        await until(lambda: worker.says("ready for action"), timeout=20)
+        await until(lambda: worker.says("ready for action"), timeout=60)
         (tmp_path / "now").touch()
         await until(lambda: worker.process.poll() is not None, timeout=20)
     finally:
