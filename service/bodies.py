@@ -2,7 +2,8 @@
 
 What must stay true: a delivery of the ledger runs by its own actor's options, whatever the body says. Dramatiq takes
 an option of the message before the actor's: a time limit of its own cuts a run short, a callback sends another message,
-and an `eta` parks it in the worker's memory, where a few of them leave no room to fetch anything else.
+and an `eta` parks it in the worker's memory, where a few of them leave no room to fetch anything else. And nothing in a
+body ends a thread, also where a plain actor runs it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ OF_LEDGER = "of_ledger"
 
 _WRITTEN_BY_RELAY = {"redis_message_id", "traceparent"}
 
+_DEEPEST = 50
+"""Levels of lists and objects: what could just be decoded may be too deep to be encoded or shown."""
+
 
 def can_run(message: Message[Any] | MessageProxy, queue: str) -> bool:
     """Whether a thread that was handed this message from `queue` would survive it, and log none of it."""
@@ -31,7 +35,22 @@ def can_run(message: Message[Any] | MessageProxy, queue: str) -> bool:
         and isinstance(fields["kwargs"], dict)
         and isinstance(fields["options"], dict)
         and isinstance(fields["message_id"], str)
+        and not _deeper_than(_DEEPEST, [fields["args"], fields["kwargs"], fields["options"]])
+        and _is_priority(fields["options"].get("broker_priority"))
     )
+
+
+def _is_priority(value: Any) -> bool:
+    """Whether RabbitMQ's client can send a delayed message on with it."""
+    return value is None or (type(value) is int and 0 <= value <= 255)
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    return levels < 0 or any(_deeper_than(levels - 1, each) for each in value)
 
 
 def disarm(message: Message[Any] | MessageProxy, broker: Broker) -> None:
@@ -45,5 +64,7 @@ def disarm(message: Message[Any] | MessageProxy, broker: Broker) -> None:
     if of_ledger:
         for name in message.options.keys() - _WRITTEN_BY_RELAY:
             del message.options[name]
-    elif not delayed:
+        return
+    message.options.pop("throws", None)  # no text is a class: Dramatiq's comparison would end the thread
+    if not delayed:
         message.options.pop("eta", None)

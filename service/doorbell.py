@@ -65,9 +65,9 @@ def _as_connection_error() -> Iterator[None]:
 class _Fetched:
     """What this process has of a queue, by id in the queue's list. It outlives the queue's consumers."""
 
-    running: set[str] = field(default_factory=set)
+    running: set[bytes] = field(default_factory=set)
     """Handed to threads."""
-    settled: dict[str, bool] = field(default_factory=dict)
+    settled: dict[bytes, bool] = field(default_factory=dict)
     """Done, and the server does not know yet; whether it went well."""
 
 
@@ -106,6 +106,12 @@ class DoorbellRedisBroker(RedisBroker):
             self.client.publish(doorbell_channel(self.namespace, queue), "")
 
 
+def _place(message: Message[Any] | MessageProxy) -> bytes:
+    """The message's id in the queue's list, as the server has it: it need not be text."""
+    unique: str = message.options["redis_message_id"]
+    return unique.encode()
+
+
 class _DoorbellConsumer(Consumer):
     """Fetches a queue's messages."""
 
@@ -120,7 +126,7 @@ class _DoorbellConsumer(Consumer):
         """Fetch no fewer than this while others are at hand: a call for each would cost as much as its run."""
         self._running = fetched.running
         self._settled = fetched.settled
-        self._delayed: set[str] = set()
+        self._delayed: set[bytes] = set()
         self._bodies: list[bytes] = []
         self._was_full = False
         self._absent = False
@@ -147,11 +153,11 @@ class _DoorbellConsumer(Consumer):
             _log.warning("doorbell.requeued_stranded", queue=self._queue, messages=len(stranded))
             self._give_back(stranded)
 
-    def _unacknowledged(self) -> list[str]:
+    def _unacknowledged(self) -> set[bytes]:
         members: set[bytes] = self._broker.client.smembers(self._acks)  # type: ignore[assignment]
-        return [each.decode() for each in members]
+        return members
 
-    def _give_back(self, ids: list[str]) -> None:
+    def _give_back(self, ids: list[bytes]) -> None:
         self._broker.do_requeue(self._queue, *ids)
         # Whoever pushes onto a queue that is not empty need not ring.
         self._broker.ring(self._queue)
@@ -210,10 +216,8 @@ class _DoorbellConsumer(Consumer):
             message: Message[Any] = Message.decode(data)
             if not can_run(message, self._queue):
                 raise DecodeError("the body is not one that a thread can run", data, ValueError(message.queue_name))
-            unique = message.options["redis_message_id"]
-            if not isinstance(unique, str):
-                raise DecodeError("the body has no place in the list", data, ValueError(unique))
-        except (DecodeError, KeyError) as error:
+            unique = _place(message)
+        except (DecodeError, KeyError, AttributeError, UnicodeEncodeError) as error:
             self._set_aside(data, error)
             return None
         disarm(message, self._broker)
@@ -237,7 +241,7 @@ class _DoorbellConsumer(Consumer):
         self._settle(message, well=False)
 
     def _settle(self, message: MessageProxy, *, well: bool) -> None:
-        unique = message.options["redis_message_id"]
+        unique = _place(message)
         self._settled[unique] = well
         self._forget([unique])
         if self._absent:
@@ -261,7 +265,7 @@ class _DoorbellConsumer(Consumer):
                 self._broker.do_nack(self._queue, unique)
             self._settled.pop(unique, None)
 
-    def _forget(self, ids: list[str]) -> None:
+    def _forget(self, ids: list[bytes]) -> None:
         self._running.difference_update(ids)
         self._delayed.difference_update(ids)
         if self._room():
@@ -269,7 +273,7 @@ class _DoorbellConsumer(Consumer):
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         """Give messages back that no thread has started. What the server refuses goes back as stranded later."""
-        ids = [message.options["redis_message_id"] for message in messages]
+        ids = [_place(message) for message in messages]
         self._forget(ids)
         if ids:
             try:

@@ -44,6 +44,7 @@ _HERE = Path(__file__).parent
 _SLOW = (
     "bench/",
     "chaos/",
+    "contract/test_hostile_bodies.py",
     "contract/test_plain_actors.py",
     "contract/test_stock_worker.py",
     "deploy/",
