@@ -2,21 +2,26 @@
 
 An actor this worker does not know would be dead-lettered in the broker before any code of ours ran; here it reaches
 the ledger, which keeps the row for a worker that does. A body that names another queue would end a thread for good.
-What else a body may not do is in `bodies.py`. What must stay true: nothing of a body that no relay wrote is logged.
+What else a body may not do is in `bodies.py`. What must stay true: nothing of a body that no relay wrote is logged; and
+the ledger's queues are consumed whatever became of those that Dramatiq keeps beside them for delays and dead letters.
 """
 
 from __future__ import annotations
 
 import logging
+import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import dramatiq
+import pika.data
 from dramatiq.broker import Broker, Consumer, MessageProxy
-from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker
+from dramatiq.common import dq_name, q_name, xq_name
 from dramatiq.errors import ActorNotFound, ConnectionClosed, DecodeError
 from dramatiq.middleware import CurrentMessage
+from pika.exceptions import ChannelClosedByBroker
 
 from service.bodies import OF_LEDGER, can_run, disarm
 from service.doorbell import DoorbellRedisBroker
@@ -58,19 +63,34 @@ class _RedisBroker(_KnowsUnknownActors, DoorbellRedisBroker):
 class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
     def __init__(self, settings: BrokerSettings, middleware: list[Any]) -> None:
         super().__init__(url=settings.url.get_secret_value(), confirm_delivery=True, middleware=middleware)
-        self._quorum = settings.quorum_queues
+        self._type = {"x-queue-type": "quorum"} if settings.quorum_queues else {}
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
+        if queue_name == dq_name(queue_name):
+            self.queues_pending.add(q_name(queue_name))  # it may not have been declared the last time
         consumer = super().consume(queue_name, prefetch, timeout)
         # The queue was declared on a connection of this thread's, which nobody would keep alive from here on.
         del self.connection
         return _CarefulConsumer(self, consumer, queue_name)
 
-    def _declare_queue(self, queue_name: str) -> Any:
-        arguments: dict[str, Any] = self._build_queue_arguments(queue_name)  # type: ignore[no-untyped-call]
-        if self._quorum:
-            arguments["x-queue-type"] = "quorum"
-        return self.channel.queue_declare(queue=queue_name, durable=True, arguments=arguments)
+    def _build_queue_arguments(self, queue_name: str) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._build_queue_arguments(queue_name)  # type: ignore[no-untyped-call]
+        return arguments | self._type
+
+    def _declare_dq_queue(self, queue_name: str) -> Any:
+        return self._declare_beside(dq_name(queue_name), self._build_queue_arguments(queue_name))
+
+    def _declare_xq_queue(self, queue_name: str) -> Any:
+        return self._declare_beside(xq_name(queue_name), {"x-message-ttl": DEAD_MESSAGE_TTL} | self._type)
+
+    def _declare_beside(self, name: str, arguments: dict[str, Any]) -> Any:
+        """Declare a queue, or leave it as it is: its node is down, or it was declared with other arguments."""
+        try:
+            return self.channel.queue_declare(queue=name, durable=True, arguments=arguments)
+        except ChannelClosedByBroker as error:
+            del self.channel
+            _log.warning("broker.queue_not_declared", queue=name, error=error.reply_text)
+            return None
 
 
 class _CarefulConsumer(Consumer):
@@ -122,6 +142,27 @@ def _without_exception(record: logging.LogRecord) -> bool:
     if record.exc_info and isinstance(record.exc_info[1], DecodeError):
         record.exc_info = None
     return True
+
+
+def _skip_odd_headers() -> None:
+    """Let pika, which needs none, pass over headers that it cannot decode.
+
+    It would give its connection up, and the message, back at the head of its queue, would end the next one.
+    """
+    decode = pika.data.decode_table
+
+    def decode_table(encoded: bytes, offset: int) -> tuple[dict[str, Any], int]:
+        try:
+            decoded: tuple[dict[str, Any], int] = decode(encoded, offset)
+        except Exception:  # noqa: BLE001  a date that is none, for one
+            (length,) = struct.unpack_from(">I", encoded, offset)
+            return {}, offset + 4 + length
+        return decoded
+
+    pika.data.decode_table = decode_table
+
+
+_skip_odd_headers()
 
 
 def make_broker(settings: BrokerSettings, middleware: list[Any]) -> Broker:

@@ -269,7 +269,27 @@ def test_the_loop_of_its_thread_can_be_replaced_before_it_starts() -> None:
     assert issubclass(dramatiq.middleware.TimeLimitExceeded, Interrupt)
 
 
-def test_rabbitmqs_queues_are_declared_by_one_method_from_one_set_of_arguments() -> None:
+def test_rabbitmqs_queues_are_declared_by_a_method_each() -> None:
+    """And those beside a queue after it, so that what refuses them need not be its end."""
+    declared: list[str] = []
+
+    class Listening(RabbitmqBroker):
+        def _declare_queue(self, queue_name: str) -> None:
+            declared.append(queue_name)
+
+        def _declare_dq_queue(self, queue_name: str) -> None:
+            declared.append(f"{queue_name}.DQ")
+
+        def _declare_xq_queue(self, queue_name: str) -> None:
+            declared.append(f"{queue_name}.XQ")
+
+    broker = Listening(url="amqp://nowhere", middleware=[])
+    broker.declare_queue(QUEUE, ensure=True)
+    assert declared == [QUEUE, f"{QUEUE}.DQ", f"{QUEUE}.XQ"]
+    assert not broker.queues_pending
+
+
+def test_rabbitmqs_queues_are_declared_from_one_set_of_arguments() -> None:
     broker = RabbitmqBroker(url="amqp://nowhere", middleware=[], confirm_delivery=True)
     assert broker._build_queue_arguments(QUEUE) == {
         "x-dead-letter-exchange": "",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import dramatiq
+import pika
 import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from pydantic import SecretStr
@@ -18,6 +20,7 @@ from tests.waiting import until_sync
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import aiormq
     from dramatiq.broker import Broker, Consumer, MessageProxy
 
     from tests.rabbitmq.server import Rabbitmq
@@ -118,3 +121,46 @@ async def test_dramatiqs_own_consumer_quotes_no_body(broker: Broker, caplog: pyt
     consumer.close()
     assert [each.name for each in caplog.records] == ["dramatiq.brokers.rabbitmq._RabbitmqConsumer"]
     assert "hunter2" not in caplog.text
+
+
+@pytest.mark.parametrize("quorum", [False, True], ids=["classic", "quorum"])
+async def test_queues_beside_of_other_making_do_not_keep_a_worker_from_its_queue(
+    rabbitmq: Rabbitmq, amqp: aiormq.Channel, quorum: bool
+) -> None:
+    """They are from before an upgrade, or on a node that is down; those of other making are used as they are."""
+    other = {"x-max-length": 5}
+    for name in ("ledger.DQ", "ledger.XQ"):
+        await amqp.queue_declare(name, durable=True, arguments=other)
+    broker = make_broker(BrokerSettings(url=SecretStr(rabbitmq.url), quorum_queues=quorum), [])
+    broker.declare_queue("ledger")
+    send(broker)
+    message: dramatiq.Message[None] = dramatiq.Message("ledger", "any.actor", ("x",), {}, {})
+    broker.enqueue(message, delay=1)
+    for name in ("ledger", "ledger.DQ"):
+        consumer = broker.consume(name, timeout=200)
+        take(consumer)
+        consumer.close()
+    broker.close()
+
+
+async def test_a_delay_queue_is_declared_by_its_consumer_once_it_can_be(broker: Broker, amqp: aiormq.Channel) -> None:
+    broker.consume("ledger", timeout=200).close()
+    await amqp.queue_delete("ledger.DQ")
+    broker.consume("ledger.DQ", timeout=200).close()
+    assert await amqp.queue_declare("ledger.DQ", passive=True)
+
+
+async def test_headers_that_cannot_be_decoded_end_no_connection(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would get past that message again."""
+    assert isinstance(broker, RabbitmqBroker)
+    sent = send(broker)
+    with monkeypatch.context() as patch:
+        patch.setattr("pika.data.calendar.timegm", lambda _: 2**60)
+        headers = {"when": datetime.now(UTC), "nested": {"when": datetime.now(UTC)}}
+        message: dramatiq.Message[None] = dramatiq.Message("ledger", "any.actor", (), {}, {})
+        broker.channel.basic_publish("", "ledger", message.encode(), pika.BasicProperties(headers=headers))
+    consumer = broker.consume("ledger", prefetch=2, timeout=200)
+    assert [take(consumer).message_id for _ in range(2)] == [sent, message.message_id]
+    consumer.close()

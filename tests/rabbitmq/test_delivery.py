@@ -332,4 +332,4 @@ async def test_quorum_queues(
         await until(lambda: everything_done(ledger), timeout=20)
     listed = await asyncio.to_thread(rabbitmq.control, "list_queues", "name", "type")
     kinds = dict(line.split() for line in listed.splitlines())
-    assert (kinds["ledger"], kinds["ledger.DQ"], kinds["ledger.XQ"]) == ("quorum", "classic", "classic")
+    assert (kinds["ledger"], kinds["ledger.DQ"], kinds["ledger.XQ"]) == ("quorum", "quorum", "quorum")
