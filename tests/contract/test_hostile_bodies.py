@@ -81,7 +81,7 @@ class RedisSender:
         self._namespace = namespace
 
     def send(self, queue: str, body: bytes, unique: bytes) -> None:
-        self._client.hset(f"{self._namespace}:{queue}.msgs", unique, body)  # type: ignore[arg-type]
+        self._client.hset(f"{self._namespace}:{queue}.msgs", unique, body)
         self._client.rpush(f"{self._namespace}:{queue}", unique)
 
 

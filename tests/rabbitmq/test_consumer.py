@@ -128,9 +128,8 @@ async def test_queues_beside_of_other_making_do_not_keep_a_worker_from_its_queue
     rabbitmq: Rabbitmq, amqp: aiormq.Channel, quorum: bool
 ) -> None:
     """They are from before an upgrade, or on a node that is down; those of other making are used as they are."""
-    other = {"x-max-length": 5}
     for name in ("ledger.DQ", "ledger.XQ"):
-        await amqp.queue_declare(name, durable=True, arguments=other)
+        await amqp.queue_declare(name, durable=True, arguments={"x-max-length": 5})
     broker = make_broker(BrokerSettings(url=SecretStr(rabbitmq.url), quorum_queues=quorum), [])
     broker.declare_queue("ledger")
     send(broker)
