@@ -165,12 +165,14 @@ def has_transaction_timeout(connection: asyncpg.Connection[asyncpg.Record]) -> b
 
 
 async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: str) -> None:
-    """Set the session's timeouts, so that defaults of the database role can neither end nor hang a statement of it.
+    """Set what defaults of the database or role could end, hang or fail a statement with: timeouts, isolation, plans.
 
     They are set here and not when connecting, where a pooler would refuse them; behind one in transaction mode they
     would reach other sessions, so there they are the pooler's to set.
     """
     bounds = {
+        # A row that somebody has changed meanwhile is looked at again; above this it is an error.
+        "default_transaction_isolation": "read committed",
         "statement_timeout": "30s",
         "lock_timeout": "0",
         "idle_in_transaction_session_timeout": "10s",
