@@ -44,11 +44,23 @@ __all__ = ["RedisPublisher"]
 
 # The bodies of a group differ only in the rows' ids and traces, so the script is sent those, end to end, and the pieces
 # between them. Only a push onto an empty queue rings: every waiting worker has seen it empty since.
+#
+# Whoever deletes a list leaves its bodies behind, which nobody would ever fetch. While the list is gone and no worker
+# holds anything that was in it, no body is wanted.
 _SCRIPT = """
-local list, bodies, doorbell = KEYS[1], KEYS[2], KEYS[3]
+local list, bodies, doorbell, workers, held, held_of = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local suffix = ':' .. ARGV[1]
 local waiting = redis.call('llen', list)
 local was_empty = waiting == 0
+if was_empty and redis.call('exists', bodies) == 1 then
+    local wanted = 0
+    for _, worker in ipairs(redis.call('zrange', workers, 0, -1)) do
+        wanted = wanted + redis.call('exists', held .. worker .. held_of)
+    end
+    if wanted == 0 then
+        redis.call('unlink', bodies)
+    end
+end
 local new = {}
 for group = 2, #ARGV, 7 do
     local ids, traces = ARGV[group + 5], ARGV[group + 6]
@@ -126,7 +138,8 @@ class RedisPublisher:
         for (consumer, traced), rows in _groups(batch).items():
             arguments += _pieces(queue, consumer, traced=traced)
             arguments += ("".join(row.id for row in rows), "".join(row.trace or "" for row in rows) if traced else "")
-        keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell"]
+        workers = (f"{self._namespace}:__heartbeats__", f"{self._namespace}:__acks__.", f".{queue}")
+        keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell", *workers]
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
     async def depth(self, queue: str) -> int:
