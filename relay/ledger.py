@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from relay.publisher import Handover
+from service.outbox.failures import ERRORS_KEPT, SUSPECT_FROM
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import asyncpg
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["NO_FLOOR", "Batch", "Floor", "QueueHead", "queue_heads", "recover_lost", "take_due"]
+__all__ = ["NO_FLOOR", "Batch", "Floor", "Pauses", "QueueHead", "due_queues", "queue_heads", "take_due"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,45 +42,36 @@ NO_FLOOR = Floor(datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 # Hands out each row that is due. A row handed out again and again without being claimed waits longer each time; the
 # exponent is bounded, because an interval out of range would abort the whole batch for ever. A locked row keeps its
 # place in the table (ctid) until the transaction ends, so the update finds it without an index.
-_TAKE = """
+#
+# A suspect: a worker that died in its second attempt or later may have been killed by this very row, and its neighbours
+# died with it. They wait apart from each other instead of meeting again at once. They are put back where they are met,
+# in the order of hand-over: to look for them would cost as much as all that waits beside them.
+_TAKE = f"""
 WITH due AS MATERIALIZED (
-    SELECT ctid, id, due_at FROM outbox_message
+    SELECT ctid, id, due_at, state = 'running' AND attempts >= {SUSPECT_FROM} AS suspect FROM outbox_message
     WHERE queue = $1 AND state <> 'completed' AND due_at <= now() AND (due_at, id) >= ($2, $3)
-      AND (state <> 'running' OR ($6 AND attempts < 2))
+      AND (state <> 'running' OR $6)
     ORDER BY due_at, id LIMIT $4
     FOR UPDATE SKIP LOCKED
 ),
 last AS (SELECT due_at, id FROM due ORDER BY due_at DESC, id DESC LIMIT 1)
 UPDATE outbox_message AS message
-SET state = 'dispatched',
-    dispatches = message.dispatches + 1,
-    dispatched_at = clock_timestamp(),
-    due_at = clock_timestamp() + $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))
+SET state = CASE WHEN due.suspect THEN 'pending' ELSE 'dispatched' END,
+    dispatches = CASE WHEN due.suspect THEN message.dispatches ELSE message.dispatches + 1 END,
+    dispatched_at = CASE WHEN due.suspect THEN message.dispatched_at ELSE clock_timestamp() END,
+    due_at = clock_timestamp() + CASE
+        WHEN due.suspect THEN (0.5 + random() / 2)
+             * LEAST($7::interval * (2 ^ LEAST(message.attempts - {SUSPECT_FROM}, 16)), $8::interval)
+        ELSE $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3)) END,
+    errors = CASE WHEN NOT due.suspect THEN message.errors ELSE
+        CASE WHEN jsonb_array_length(errors) >= {ERRORS_KEPT} THEN errors - 1 ELSE errors END
+        || jsonb_build_array(jsonb_build_object(
+               'at', clock_timestamp(), 'attempt', attempts, 'type', 'WorkerLost',
+               'message', 'the lease ended without a heartbeat', 'traceback', '')) END
 FROM due WHERE message.ctid = due.ctid
 RETURNING message.id::text, message.consumer, message.headers ->> 'traceparent',
-          (SELECT due_at FROM last), (SELECT id FROM last)
-"""
-
-# A worker that died in its second attempt or later may have been killed by this very row, and its neighbours died
-# with it: they wait apart from each other instead of meeting again at once.
-_RECOVER = """
-WITH expired AS MATERIALIZED (
-    SELECT ctid FROM outbox_message
-    WHERE queue = $1 AND state <> 'completed' AND state = 'running' AND attempts >= 2 AND due_at <= now()
-    ORDER BY due_at, id LIMIT $2
-    FOR UPDATE SKIP LOCKED
-)
-UPDATE outbox_message AS message
-SET state = 'pending',
-    due_at = clock_timestamp() + (0.5 + random() / 2)
-             * LEAST($3::interval * (2 ^ LEAST(message.attempts - 2, 16)), $4::interval),
-    errors = CASE WHEN jsonb_array_length(errors) >= 10 THEN errors - 1 ELSE errors END
-             || jsonb_build_array(jsonb_build_object(
-                    'at', clock_timestamp(), 'attempt', attempts, 'type', 'WorkerLost',
-                    'message', 'the lease ended without a heartbeat', 'traceback', ''))
-FROM expired WHERE message.ctid = expired.ctid
-RETURNING message.id
-"""
+          (SELECT due_at FROM last), (SELECT id FROM last), due.suspect
+"""  # noqa: S608
 
 # One index look-up per queue, however many rows each has.
 _HEADS = """
@@ -96,12 +90,36 @@ FROM heads
 """
 
 
+# The same for queues that are known, above their floors: it crawls over nothing that has been handed over.
+_DUE = """
+SELECT known.queue
+FROM unnest($1::text[], $2::timestamptz[], $3::uuid[]) AS known (queue, due_at, id)
+CROSS JOIN LATERAL (
+    SELECT FROM outbox_message AS message
+    WHERE message.queue = known.queue AND state <> 'completed' AND message.due_at <= now()
+      AND (message.due_at, message.id) >= (known.due_at, known.id)
+    ORDER BY message.due_at, message.id LIMIT 1
+) AS due
+WHERE NOT EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (known.queue, '*'))
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that this transaction handed out, and where the next scan may start."""
+    """Rows that this transaction handed out, and where the next scan may start. `suspects` were put back instead."""
 
     rows: list[Handover]
     floor: Floor
+    suspects: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pauses:
+    """For how long rows are left alone that were handed out, or whose worker was lost again (doubled each time)."""
+
+    redispatch_after: timedelta
+    min_backoff: timedelta
+    max_backoff: timedelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +132,29 @@ class QueueHead:
 
 
 async def take_due(
-    connection: Connection, queue: str, floor: Floor, limit: int, redispatch_after: timedelta, *, expired_leases: bool
+    connection: Connection, queue: str, floor: Floor, limit: int, pauses: Pauses, *, expired_leases: bool
 ) -> Batch | None:
-    """Mark up to `limit` due rows of a queue as dispatched; `None` when none is due above the floor."""
-    rows = await connection.fetch(_TAKE, queue, floor.due_at, floor.id, limit, redispatch_after, expired_leases)
+    """Mark up to `limit` due rows of a queue as dispatched, suspects as pending; `None` if none is due above the floor.
+
+    Args:
+        expired_leases: Whether a row that is `running` may be taken from its worker when its lease has ended.
+    """
+    rows = await connection.fetch(
+        _TAKE, queue, floor.due_at, floor.id, limit, pauses.redispatch_after, expired_leases,
+        pauses.min_backoff, pauses.max_backoff,
+    )  # fmt: skip
     if not rows:
         return None
-    return Batch([Handover(row[0], row[1], row[2]) for row in rows], Floor(rows[0][3], rows[0][4]))
-
-
-async def recover_lost(
-    connection: Connection, queue: str, limit: int, min_backoff: timedelta, max_backoff: timedelta
-) -> int:
-    """Put rows back whose worker was lost again, each with a backoff; how many."""
-    return len(await connection.fetch(_RECOVER, queue, limit, min_backoff, max_backoff))
+    handed_out = [Handover(row[0], row[1], row[2]) for row in rows if not row[5]]
+    return Batch(handed_out, Floor(rows[0][3], rows[0][4]), len(rows) - len(handed_out))
 
 
 async def queue_heads(connection: Connection) -> list[QueueHead]:
     """Every queue with open rows."""
     return [QueueHead(row["queue"], row["due_in"], row["paused"]) for row in await connection.fetch(_HEADS)]
+
+
+async def due_queues(connection: Connection, floors: Mapping[str, Floor]) -> list[str]:
+    """Which of these queues have a row that is due above the floor and are not paused."""
+    columns = (list(floors), [floor.due_at for floor in floors.values()], [floor.id for floor in floors.values()])
+    return [row["queue"] for row in await connection.fetch(_DUE, *columns)]

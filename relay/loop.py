@@ -2,8 +2,9 @@
 
 What must stay true: a row is marked as dispatched and handed over in one transaction, so what the broker did not take
 stays due. A failure of the broker or of PostgreSQL counts against no event; the relay rolls back, waits with backoff
-and goes on by itself. A queue that takes nothing holds no other up: it is tried again apart from them. Any number of
-relays may run: they skip each other's rows.
+and goes on by itself. A queue that takes nothing holds no other up: it is tried again apart from them. Looking for
+work never takes most of the time, whatever it costs: each round serves somebody, the queue first that has waited
+longest. Any number of relays may run: they skip each other's rows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from uuid import uuid4
 import asyncpg
 
 from relay.lane import Lane
-from relay.ledger import NO_FLOOR, Batch, QueueHead, queue_heads, recover_lost, take_due
+from relay.ledger import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
 from relay.purge import purge_regularly
 from relay.session import SESSION, Sessions
@@ -39,8 +40,16 @@ __all__ = ["Relay", "run"]
 _log = get_logger(__name__)
 
 _LOOK_EVERY = 1.0
-"""Seconds between looks at the queues: a pause is honoured within that, as is what committed late below a floor."""
+"""Seconds between looks at all queues: a new one is found within that, as is what committed late below a floor."""
 
+_GLANCE_EVERY = 0.02
+"""Seconds between looks which of the known queues have something due, while there is something to hand over."""
+
+_LOOKING = 4
+"""A look, or a glance, that took long is followed by so many times as long without another."""
+
+_CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
+"""PostgreSQL is well, and asks for another try."""
 
 _PATIENCE = 10.0
 
@@ -63,12 +72,19 @@ class Relay:
     def __init__(self, settings: Settings, publisher: Publisher | None = None) -> None:
         self._sessions = Sessions(settings.database)
         self._outbox = settings.outbox
+        self._pauses = Pauses(
+            timedelta(seconds=settings.outbox.redispatch_after),
+            timedelta(milliseconds=settings.outbox.min_backoff),
+            timedelta(milliseconds=settings.outbox.max_backoff),
+        )
         self._publisher = publisher or make_publisher(settings.broker)
         self._stopping = asyncio.Event()
         self._wakeup: Wakeup | None = None
         self._lanes: dict[str, Lane] = {}
         self._heads: list[QueueHead] = []
-        self._looked_at = 0.0
+        self._due: list[str] = []
+        self._look_at = 0.0
+        self._glance_at = 0.0
         self._serving_since = float("inf")
         self._sparing = Sparing(settings.outbox.lease)
         self._trial: asyncio.Task[None] | None = None
@@ -123,54 +139,67 @@ class Relay:
                 await connection.close(timeout=2)
 
     async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
-        moved = 0
+        moved = vain = 0
         while not self._stopping.is_set():
             looked = not moved or self._must_look()
             if looked:
                 await self._look(connection)
+            elif self._now() >= self._glance_at:
+                await self._glance(connection)
             moved = await self._round(connection)
+            vain = 0 if moved else vain
             if moved or not looked or self._must_look():
                 continue  # what was seen before the last batch or the last wait does not tell what is due now
-            if self._due_in() <= 0:
-                # Due, but locked by somebody, in a full queue, or spared: look again soon.
+            if self._due_in() <= 0 or vain > 1:
+                # Due, but locked by somebody or spared; or those who write into a full or paused queue ring all the
+                # time. Look again soon.
+                vain = 0
                 await self._pause(SHORTEST_SLEEP)
-            else:
-                await wakeup.sleep(lambda: self._look(connection), min(LONGEST_SLEEP, self._outbox.lease / 2))
+            elif await wakeup.sleep(lambda: self._look(connection), min(LONGEST_SLEEP, self._outbox.lease / 2)):
+                vain += 1
 
     def _must_look(self) -> bool:
-        return self._now() - self._looked_at >= _LOOK_EVERY
+        return self._now() >= self._look_at
+
+    def _next(self, began: float, every: float) -> float:
+        """When to look again after a look that began then and is over now."""
+        now = self._now()
+        return now + max(every, _LOOKING * (now - began))
 
     async def _look(self, connection: asyncpg.Connection[asyncpg.Record]) -> float:
-        """See which queues have open rows, recover lost ones, and let the next scans begin without a floor."""
+        """See which queues have open rows, and let the next scans begin without a floor; seconds until one is due."""
+        began = self._now()
         self._heads = [head for head in await queue_heads(connection) if not head.paused]
-        self._looked_at = self._now()
-        self._sparing.heard(self._looked_at)
+        self._sparing.heard(self._now())
+        self._due = [head.queue for head in self._heads if head.due_in <= 0]
         for head in self._heads:
             self._lanes.setdefault(head.queue, Lane()).floor = NO_FLOOR
-            if head.due_in <= 0 and not self._sparing.active(self._now()):
-                await self._recover(connection, head.queue)
+        self._look_at, self._glance_at = self._next(began, _LOOK_EVERY), self._next(began, _GLANCE_EVERY)
         return self._due_in()
 
-    async def _recover(self, connection: asyncpg.Connection[asyncpg.Record], queue: str) -> None:
-        shortest = timedelta(milliseconds=self._outbox.min_backoff)
-        longest = timedelta(milliseconds=self._outbox.max_backoff)
-        recovered = await recover_lost(connection, queue, self._outbox.batch_size, shortest, longest)
-        if recovered:
-            _log.warning("relay.workers_lost", queue=queue, messages=recovered)
+    async def _glance(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        """See which of the known queues have something due: one that was empty must not wait for the next look."""
+        began = self._now()
+        self._due = await due_queues(connection, {name: lane.floor for name, lane in self._lanes.items()})
+        self._glance_at = self._next(began, _GLANCE_EVERY)
 
     async def _round(self, connection: asyncpg.Connection[asyncpg.Record]) -> int:
-        """Give each queue one batch, those first that have waited longest; how many rows were handed over."""
+        """Give each queue one batch, those first that have waited longest; how many rows were settled with.
+
+        A look that is due ends it, but not before it has served somebody.
+        """
         self._end_trial()
-        moved = 0
-        for head in sorted(self._heads, key=lambda head: self._lanes[head.queue].served_at):
-            if self._stopping.is_set() or self._must_look():
+        moved, served = 0, False
+        for name in sorted(self._due, key=lambda name: self._lanes[name].served_at):
+            if self._stopping.is_set() or (served and self._must_look()):
                 break
-            lane = self._lanes[head.queue]
+            lane = self._lanes[name]
             if not lane.refused:
-                moved += await self._give(connection, head.queue, lane)
-            elif head.due_in <= 0 and self._trial is None and lane.rests_for(self._now()) <= 0:
-                self._tried = head.queue
-                self._trial = asyncio.create_task(self._try_apart(head.queue, lane))
+                moved += await self._give(connection, name, lane)
+                served = True
+            elif self._trial is None and lane.rests_for(self._now()) <= 0:
+                self._tried = name
+                self._trial = asyncio.create_task(self._try_apart(name, lane))
         return moved
 
     async def _give(self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane) -> int:
@@ -197,7 +226,7 @@ class Relay:
                 moved = await self._dispatch(connection, name, lane)
             finally:
                 await connection.close(timeout=2)
-            if not moved and lane.depth >= self._outbox.high_water_mark:
+            if not moved and self._is_full(lane):
                 lane.refused = 0  # it is full, and says so
             elif not moved:
                 lane.rest(self._now())  # another relay is trying it
@@ -220,18 +249,25 @@ class Relay:
         limit = await self._room(name, lane)
         if limit <= 0:
             return 0
-        async with connection.transaction():
-            batch = await self._take(connection, name, lane, limit)
-            if batch is None:
-                return 0
-            lane.depth = await self._publisher.publish(name, batch.rows, uuid4().hex[:16])
+        try:
+            async with connection.transaction():
+                batch = await self._take(connection, name, lane, limit)
+                if batch is None:
+                    return 0
+                if batch.rows:
+                    lane.depth = await self._publisher.publish(name, batch.rows, uuid4().hex[:16])
+        except _CONFLICTS as error:
+            _log.warning("relay.conflict", queue=name, error=_reason(error))
+            return 0
         lane.floor, lane.refused = batch.floor, 0
+        if batch.suspects:
+            _log.warning("relay.workers_lost", queue=name, messages=batch.suspects)
         _log.debug("relay.dispatched", queue=name, messages=len(batch.rows), waiting=lane.depth)
-        return len(batch.rows)
+        return len(batch.rows) + batch.suspects
 
     async def _room(self, name: str, lane: Lane) -> int:
         """How many rows the queue may take now: a backlog waits in PostgreSQL, where it cannot fill the broker."""
-        if lane.depth >= self._outbox.high_water_mark:
+        if self._is_full(lane):
             lane.depth = await self._publisher.depth(name)
         return min(self._outbox.batch_size, self._outbox.high_water_mark - lane.depth)
 
@@ -239,11 +275,9 @@ class Relay:
         self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane, limit: int
     ) -> Batch | None:
         floors = (lane.floor, NO_FLOOR) if lane.floor != NO_FLOOR else (NO_FLOOR,)
-        redispatch_after = timedelta(seconds=self._outbox.redispatch_after)
+        expired_leases = not self._sparing.active(self._now())
         for floor in floors:
-            batch = await take_due(
-                connection, name, floor, limit, redispatch_after, expired_leases=not self._sparing.active(self._now())
-            )
+            batch = await take_due(connection, name, floor, limit, self._pauses, expired_leases=expired_leases)
             if batch is not None:
                 return batch
         return None
@@ -272,8 +306,13 @@ class Relay:
         return min((max(head.due_in, self._rests_for(head.queue)) for head in self._heads), default=float("inf"))
 
     def _rests_for(self, name: str) -> float:
-        # The end of its trial ends the sleep.
-        return float("inf") if name == self._tried else self._lanes[name].rests_for(self._now())
+        if name == self._tried:
+            return float("inf")  # the end of its trial ends the sleep
+        lane = self._lanes[name]
+        return max(lane.rests_for(self._now()), SHORTEST_SLEEP if self._is_full(lane) else 0)
+
+    def _is_full(self, lane: Lane) -> bool:
+        return lane.depth >= self._outbox.high_water_mark
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

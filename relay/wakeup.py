@@ -116,8 +116,8 @@ class Wakeup:
         self._closing = True
         self._notified.set()
 
-    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> None:
-        """Return when there may be something to do.
+    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> bool:
+        """Return when there may be something to do; whether somebody rang.
 
         Args:
             look: Seconds until the next row is due, 0 or less if one is; asked after the lock was granted.
@@ -125,14 +125,14 @@ class Wakeup:
         """
         self._notified.clear()
         if self._closing:
-            return
+            return False
         row = await self._connection.fetchrow(_TRY)
         assert row is not None
         if not row["granted"]:
             pause = min(_FIRST_LOOK * 2 ** min(self._kept_awake, 10), SHORTEST_SLEEP)
             self._kept_awake += 1
             await self._wait(_STANDBY if row["standby"] else pause)
-            return
+            return self._notified.is_set()
         self._kept_awake = 0
         try:
             due_in = await look()
@@ -141,6 +141,7 @@ class Wakeup:
         finally:
             if not self._connection.is_closed():
                 await self._connection.execute("SELECT pg_advisory_unlock_all()")
+        return self._notified.is_set()
 
     async def _wait(self, seconds: float) -> None:
         closed = asyncio.get_running_loop().create_future()

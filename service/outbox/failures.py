@@ -23,7 +23,16 @@ from service.text import storable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ERRORS_KEPT", "FORGIVEN_LOSSES", "backoff", "describe", "lost_database", "said", "trace"]
+__all__ = [
+    "ERRORS_KEPT",
+    "FORGIVEN_LOSSES",
+    "SUSPECT_FROM",
+    "backoff",
+    "describe",
+    "lost_database",
+    "said",
+    "trace",
+]
 
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""
@@ -33,6 +42,12 @@ FORGIVEN_LOSSES = 3
 
 An outage hits whatever runs, and the same row again when it is the second one; but a row that crashes its own backend
 looks like one each time, and must run out of attempts.
+"""
+
+SUSPECT_FROM = 2
+"""The attempt from which on a row whose worker was lost is suspected of having killed it.
+
+Such a row goes through the relay, which puts it apart from those that were lost with it, before anybody claims it.
 """
 
 _MESSAGE_LENGTH = 500

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from service.outbox.failures import ERRORS_KEPT, FORGIVEN_LOSSES
+from service.outbox.failures import ERRORS_KEPT, FORGIVEN_LOSSES, SUSPECT_FROM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,13 +43,15 @@ __all__ = [
 _STATE = "(message.state || '')"
 
 # The states a claim may come from must cover what the row looked like before the relay's dispatch commits: a worker
-# can be faster than that commit, and READ COMMITTED waits only for rows whose committed version matches.
+# can be faster than that commit, and READ COMMITTED waits only for rows whose committed version matches. Suspects are
+# left out: the relay never hands them out from `running`, and an old message must not bring them together again.
 #
 # A claim of a first dispatch need not survive a crash of PostgreSQL: it would only run again. From the second on it
 # must, or a message that crashes its backend would never use up its attempts.
 _CLAIMABLE = f"""
 ({_STATE} = 'dispatched'
- OR ({_STATE} IN ('pending', 'running') AND message.due_at <= now())
+ OR ({_STATE} = 'pending' AND message.due_at <= now())
+ OR ({_STATE} = 'running' AND message.attempts < {SUSPECT_FROM} AND message.due_at <= now())
  OR ({_STATE} = 'running' AND message.claim_token = asked.token))
 """
 

@@ -3,7 +3,7 @@
                           claim                        complete, in the effect's own transaction
     publish ─► pending ◄───────────────► running ───────────────────────────────► completed ─► purged
                  │  ▲  fail, release,      ▲ │                                       ▲
-        dispatch │  │  lease expired       │ │ dispatch (its lease expired)          │ complete
+        dispatch │  │  lost again          │ │ dispatch (its lease expired)          │ complete
                  ▼  │                claim │ ▼                                       │
                dispatched ─────────────────┴─────────────────────────────────────────┘
                  │

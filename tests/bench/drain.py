@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 import dramatiq
 
-from relay.ledger import NO_FLOOR, take_due
+from relay.ledger import NO_FLOOR, Pauses, take_due
 from tests.bench.plain import plain_broker
 from tests.bench.stage import INSERT
 from tests.waiting import until
@@ -101,11 +101,12 @@ async def claim_alone(stage: Stage, rows: int) -> float:
         )
         try:
             await connection.execute(INSERT, rows)
-            floor, taken = NO_FLOOR, 0
+            floor, taken, minute = NO_FLOOR, 0, timedelta(seconds=60)
             began = time.perf_counter()
             while taken < rows:
                 async with connection.transaction():
-                    batch = await take_due(connection, "bench", floor, 500, timedelta(seconds=60), expired_leases=True)
+                    pauses = Pauses(minute, minute, minute)
+                    batch = await take_due(connection, "bench", floor, 500, pauses, expired_leases=True)
                 assert batch is not None
                 floor, taken = batch.floor, taken + len(batch.rows)
             return rows / (time.perf_counter() - began)

@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from relay.ledger import NO_FLOOR, recover_lost, take_due
+from relay.ledger import NO_FLOOR, Pauses, take_due
 from relay.resolve import resolve
 from service.outbox import statements
+from service.outbox.failures import SUSPECT_FROM
 from tests.chaos.bugs import BUGS
 from tests.waiting import until
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MINUTE = timedelta(seconds=60)
+PAUSES = Pauses(MINUTE, MINUTE, MINUTE)
 ERROR = {"type": "Error", "message": "", "traceback": ""}
 UNKNOWN = {"type": "Unknown", "message": "", "traceback": ""}
 _INSERT = """
@@ -58,6 +60,11 @@ class Row:
     def outlived(self) -> list[UUID]:
         """Claims of which another has the row now."""
         return [each for each in self.tokens if each != self.token] if self.state in ("running", "dispatched") else []
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may have killed its worker, once its lease has ended."""
+        return self.state == "running" and self.attempts >= SUSPECT_FROM
 
     def mine(self, token: UUID, *states: str) -> bool:
         """Whether a statement of this claim may change the row."""
@@ -116,28 +123,33 @@ class Machine(RuleBasedStateMachine):
 
     @rule(commits=st.booleans(), spares=st.booleans())
     def dispatch(self, commits: bool, spares: bool) -> None:
-        """Hand over what is due; or publish, and die before the commit."""
+        """Hand over what is due, put back what was lost again; or publish, and die before the commit."""
         transaction, taken = self._take(spares=spares)
         self._end(transaction, taken, commits=commits)
 
     def _take(self, *, spares: bool) -> tuple[Transaction, set[UUID]]:
-        expected = {
+        taken = {
             message_id
             for message_id, row in self.rows.items()
-            if row.due
-            and (row.state in ("pending", "dispatched") or (row.state == "running" and not spares and row.attempts < 2))
+            if row.due and (row.state in ("pending", "dispatched") or (row.state == "running" and not spares))
         }
         transaction = self.relay.transaction()
         self.run(transaction.start())
-        batch = self.run(take_due(self.relay, "model", NO_FLOOR, 10, MINUTE, expired_leases=not spares))
-        assert {UUID(each.id) for each in (batch.rows if batch else [])} == expected
-        return transaction, expected
+        batch = self.run(take_due(self.relay, "model", NO_FLOOR, 10, PAUSES, expired_leases=not spares))
+        handed_over = {UUID(each.id) for each in (batch.rows if batch else [])}
+        assert handed_over == {message_id for message_id in taken if not self.rows[message_id].suspect}
+        assert (batch.suspects if batch else 0) == len(taken) - len(handed_over)
+        return transaction, taken
 
     def _end(self, transaction: Transaction, taken: set[UUID], *, commits: bool) -> None:
         self.run(transaction.commit() if commits else transaction.rollback())
         for message_id in taken if commits else ():
             row = self.rows[message_id]
-            row.state, row.due, row.dispatches = "dispatched", False, row.dispatches + 1
+            row.due = False
+            if row.suspect:
+                row.state = "pending"
+            else:
+                row.state, row.dispatches = "dispatched", row.dispatches + 1
 
     @rule(commits=st.booleans())
     def dispatch_slowly(self, commits: bool) -> None:
@@ -145,7 +157,7 @@ class Machine(RuleBasedStateMachine):
         self.time_passes(0)
         transaction, taken = self._take(spares=False)
         claims: list[tuple[UUID, UUID, asyncio.Task[statements.Claim | None]]] = []
-        for message_id in [each for each in self.rows if each in taken][:1]:
+        for message_id in [each for each, row in self.rows.items() if each in taken and not row.suspect][:1]:
             token = uuid4()
             assert self.run(statements.claim_free(self.connection, [(message_id, token)], MINUTE)) == []
             claim = self.loop.create_task(statements.claim(self.connection, message_id, token, MINUTE))
@@ -164,15 +176,6 @@ class Machine(RuleBasedStateMachine):
         for number in (0, 1):
             self.time_passes(number)
         self.dispatch(commits=True, spares=False)
-
-    @rule()
-    def recover(self) -> None:
-        """Put back what was lost in its second attempt or later."""
-        expected = [row for row in self.rows.values() if row.due and row.state == "running" and row.attempts >= 2]
-        recovered = self.run(recover_lost(self.connection, "model", 10, MINUTE, MINUTE))
-        assert recovered == len(expected)
-        for row in expected:
-            row.state, row.due = "pending", False
 
     # -- workers, each of which may be a zombie
 
@@ -214,7 +217,8 @@ class Machine(RuleBasedStateMachine):
     def _check_claim(self, message_id: UUID, token: UUID, claimed: statements.Claim | None) -> None:
         row = self.rows[message_id]
         repeated = row.mine(token, "running")
-        allowed = row.state == "dispatched" or (row.state in ("pending", "running") and row.due) or repeated
+        free = row.state in ("pending", "running") and row.due and not row.suspect
+        allowed = row.state == "dispatched" or free or repeated
         assert (claimed is not None) == allowed
         if claimed is not None:
             row.attempts += not repeated

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from relay.ledger import NO_FLOOR, recover_lost, take_due
+from relay.ledger import NO_FLOOR, Pauses, take_due
 from service.outbox import statements
 from tests.ledger import domain
 from tests.waiting import until
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LEASE = timedelta(seconds=30)
 T = timedelta(seconds=60)
+PAUSES = Pauses(T, timedelta(seconds=10), timedelta(seconds=60))
 
 
 async def blocked(ledger: Ledger) -> bool:
@@ -44,7 +45,7 @@ async def test_a_worker_faster_than_the_relays_commit_still_claims(
     await ledger.expire(message_id)
     relay = await connect()
     async with relay.transaction():
-        batch = await take_due(relay, "ledger", NO_FLOOR, 10, T, expired_leases=True)
+        batch = await take_due(relay, "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
         assert batch is not None
         delivery = asyncio.create_task(runner.deliver(message_id))
         await until(lambda: blocked(ledger))
@@ -289,9 +290,10 @@ async def test_poison_and_its_neighbours_are_put_apart_after_a_second_loss(ledge
     for message_id in ids:
         await ledger.set(message_id, state="running", attempts=2, claim_token=uuid4())
         await ledger.expire(message_id)
-    relay = await connect()
-    assert await take_due(relay, "ledger", NO_FLOOR, 10, T, expired_leases=True) is None
-    assert await recover_lost(relay, "ledger", 100, timedelta(seconds=10), timedelta(seconds=60)) == 4
+    fresh = await ledger.happen()
+    batch = await take_due(await connect(), "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
+    assert batch is not None
+    assert ([row.id for row in batch.rows], batch.suspects) == ([str(fresh)], 4)
     rows = [row for row in [await ledger.row(message_id) for message_id in ids] if row]
     assert {row["state"] for row in rows} == {"pending"}
     assert all(4 < row["due_in"] <= 10 for row in rows)
@@ -299,11 +301,23 @@ async def test_poison_and_its_neighbours_are_put_apart_after_a_second_loss(ledge
     assert json.loads(rows[0]["errors"])[0]["type"] == "WorkerLost"
 
 
+async def test_an_old_message_does_not_bring_a_suspect_back(ledger: Ledger, runner: Runner) -> None:
+    """The broker gives the messages of a killed worker to the next one, all at once, and the relay may be busy."""
+    suspect, lost_once = await ledger.happen(), await ledger.happen()
+    for message_id, attempts in ((suspect, 2), (lost_once, 1)):
+        await ledger.set(message_id, state="running", attempts=attempts, claim_token=uuid4())
+        await ledger.expire(message_id)
+        await runner.deliver(message_id)
+    assert await ledger.state(lost_once) == "completed"
+    assert await ledger.state(suspect) == "running"
+    assert await ledger.effects(suspect) == 0
+
+
 async def test_a_first_loss_goes_straight_out_again(ledger: Ledger, connect: Connect) -> None:
     message_id = await ledger.happen()
     await ledger.set(message_id, state="running", attempts=1, claim_token=uuid4())
     await ledger.expire(message_id)
-    batch = await take_due(await connect(), "ledger", NO_FLOOR, 10, T, expired_leases=True)
+    batch = await take_due(await connect(), "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
     assert batch is not None
     assert [row.id for row in batch.rows] == [str(message_id)]
 

@@ -7,29 +7,34 @@ import json
 import time
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import pytest
 import redis.asyncio
 
-from relay.ledger import NO_FLOOR, take_due
+from relay.ledger import NO_FLOOR, Pauses, queue_heads, take_due
 from relay.loop import Relay
 from relay.publisher import Handover
 from relay.redis_publisher import RedisPublisher
+from service.driver import connect
 from tests.ledger import domain
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    import asyncpg
+
+    from relay.ledger import QueueHead
     from relay.publisher import Publisher
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.settings import BrokerSettings, Settings
     from tests.ledger.conftest import Connect, Ledger
 
-T = timedelta(seconds=60)
+PAUSES = Pauses(timedelta(seconds=60), timedelta(seconds=10), timedelta(seconds=60))
 
 
 @asynccontextmanager
@@ -146,6 +151,26 @@ async def test_what_the_broker_lost_in_part_is_queued_again(
         await until(lambda: has(broker, settings, message_id))
 
 
+async def test_bodies_whose_list_was_deleted_are_removed(
+    ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
+) -> None:
+    """But none that a worker holds."""
+    key = f"{settings.broker.namespace}:ledger"
+    held = f"{settings.broker.namespace}:__acks__.worker.ledger"
+    ids = [str(uuid4()) for _ in range(4)]
+    publisher = RedisPublisher(settings.broker)
+    await publisher.publish("ledger", [Handover(ids[0], "ledger.react", None)], "t1")
+    await broker.zadd(f"{settings.broker.namespace}:__heartbeats__", {"worker": 1})
+    await broker.sadd(held, str(await broker.lpop(key)))
+    await publisher.publish("ledger", [Handover(ids[1], "ledger.react", None)], "t2")
+    assert await broker.hlen(f"{key}.msgs") == 2
+    await broker.delete(key, held)
+    await publisher.publish("ledger", [Handover(ids[2], "ledger.react", None)], "t3")
+    await publisher.publish("ledger", [Handover(ids[3], "ledger.react", None)], "t4")
+    await publisher.close()
+    assert await broker.hkeys(f"{key}.msgs") == [f"{ids[2]}:t3", f"{ids[3]}:t4"]
+
+
 async def test_the_pause_before_another_hand_over_is_bounded(ledger: Ledger, connect: Connect) -> None:
     """An interval out of range would abort the batch for ever."""
     (message_id,) = await ledger.publish()
@@ -153,7 +178,7 @@ async def test_the_pause_before_another_hand_over_is_bounded(ledger: Ledger, con
     for dispatches, expected in ((0, 60), (1, 120), (3, 480), (2_000_000_000, 480)):
         await ledger.set(message_id, dispatches=dispatches, state="dispatched")
         await ledger.expire(message_id)
-        assert await take_due(relay, "ledger", NO_FLOOR, 10, T, expired_leases=True)
+        assert await take_due(relay, "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
         row = await ledger.row(message_id)
         assert row is not None
         assert abs((row["due_at"] - row["dispatched_at"]).total_seconds() - expected) < 1
@@ -164,9 +189,9 @@ async def test_two_relays_skip_each_others_rows(ledger: Ledger, connect: Connect
         await ledger.publish()
     one, two = await connect(), await connect()
     async with one.transaction(), two.transaction():
-        first = await take_due(one, "ledger", NO_FLOOR, 2, T, expired_leases=True)
+        first = await take_due(one, "ledger", NO_FLOOR, 2, PAUSES, expired_leases=True)
         async with asyncio.timeout(2):
-            second = await take_due(two, "ledger", NO_FLOOR, 10, T, expired_leases=True)
+            second = await take_due(two, "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
     assert first is not None
     assert second is not None
     assert len({row.id for row in first.rows} | {row.id for row in second.rows}) == 4
@@ -274,11 +299,13 @@ class Watched(RedisPublisher):
         super().__init__(settings)
         self.asked: list[float] = []
         self.sizes: list[int] = []
+        self.queues: list[str] = []
 
     async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
         self.asked.append(time.monotonic())
         waiting = await super().publish(queue, batch, transaction)
         self.sizes.append(len(batch))
+        self.queues.append(queue)
         return waiting
 
     async def ping(self) -> None:
@@ -473,6 +500,124 @@ async def test_a_restarted_postgres_is_reconnected_and_running_rows_are_spared(
 
         await until(handed_over, timeout=6)
         await connection.close()
+
+
+ONE_EACH = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
+SELECT id, id, 'ledger.happened', 1, 'ledger.react', 'ledger-' || number % $1::int, '{}', '{}'
+FROM (SELECT gen_random_uuid() AS id, number FROM generate_series(0, $2::int - 1) AS number) AS new
+"""
+
+
+async def test_a_round_serves_somebody_however_long_a_look_takes(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look is due again all the time; each queue still has its turn, the one first that has waited longest."""
+    queues, settings.outbox.batch_size = 20, 1
+    monkeypatch.setattr("relay.loop._LOOK_EVERY", 0.0)
+    monkeypatch.setattr("relay.loop._LOOKING", 0)
+    await ledger.connection.execute(ONE_EACH, queues, 3 * queues)
+    publisher = Watched(settings.broker)
+    async with running(settings, publisher):
+        await until(lambda: all_dispatched(ledger, 3 * queues), timeout=30)
+    assert [len(set(publisher.queues[first : first + queues])) for first in (0, queues, 2 * queues)] == [queues] * 3
+
+
+async def test_looks_that_take_long_come_seldom(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two of them the relay hands over for some times as long."""
+    looks: list[tuple[float, float]] = []
+
+    async def slow_heads(connection: asyncpg.Connection[asyncpg.Record]) -> list[QueueHead]:
+        began = time.monotonic()
+        await connection.execute("SELECT pg_sleep(0.2)")
+        heads = await queue_heads(connection)
+        looks.append((began, time.monotonic()))
+        return heads
+
+    settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
+    monkeypatch.setattr("relay.loop.queue_heads", slow_heads)
+    monkeypatch.setattr("relay.loop._LOOK_EVERY", 0.1)
+    await ledger.connection.execute(MANY, 20_000)
+    async with running(settings):
+        await until(lambda: len(looks) > 4, timeout=30)
+        assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
+    for (_, ended), (began, _) in pairwise(looks[1:]):  # the first one proves that the database is migrated
+        assert began - ended >= 0.8
+
+
+async def test_a_queue_that_was_empty_does_not_wait_for_the_next_look(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
+    await ledger.connection.execute(ONE_EACH, 1, 1)
+    async with running(settings):
+        await until(lambda: all_dispatched(ledger, 1))
+        await ledger.connection.execute("DELETE FROM outbox_message")
+        monkeypatch.setattr("relay.loop._LOOK_EVERY", 1_000.0)
+        await ledger.connection.execute(MANY, 20_000)
+        await until(lambda: some_dispatched(ledger))
+        await ledger.connection.execute(ONE_EACH, 1, 1)
+        await until(lambda: cold_is_dispatched(ledger), timeout=30)
+        assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
+
+
+async def cold_is_dispatched(ledger: Ledger) -> bool:
+    state = await ledger.connection.fetchval("SELECT state FROM outbox_message WHERE queue = 'ledger-0'")
+    return bool(state == "dispatched")
+
+
+async def test_a_full_queue_keeps_nobody_awake(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay sleeps beside it, and is woken by what another queue is given."""
+    monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 100.0)
+    settings.outbox.high_water_mark, settings.outbox.batch_size, settings.outbox.lease = 10, 4, 600
+    await ledger.connection.execute(MANY, 30)
+    async with running(settings):
+        await until(lambda: sleeping(ledger))
+        await ledger.connection.execute(ONE_EACH, 1, 1)
+        await until(lambda: cold_is_dispatched(ledger))
+
+
+CONFLICT = """
+CREATE SEQUENCE conflicts;
+CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF nextval('conflicts') <= 2 THEN RAISE EXCEPTION USING ERRCODE = 'serialization_failure'; END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER conflict BEFORE UPDATE ON outbox_message FOR EACH ROW EXECUTE FUNCTION conflict();
+"""
+
+
+async def test_a_conflict_is_tried_again_on_the_same_connection(ledger: Ledger, settings: Settings) -> None:
+    await ledger.connection.execute(CONFLICT)
+    (message_id,) = await ledger.publish()
+    async with running(settings):
+        await until(lambda: relay_session(ledger))
+        session = await relay_session(ledger)
+        await until(lambda: dispatched(ledger, message_id))
+        assert await relay_session(ledger) == session
+
+
+async def test_another_default_isolation_changes_nothing(ledger: Ledger, settings: Settings) -> None:
+    """Statements of the ledger look again at rows that somebody has changed meanwhile, at READ COMMITTED only."""
+    name = await ledger.connection.fetchval("SELECT current_database()")
+    await ledger.connection.execute(f'ALTER DATABASE "{name}" SET default_transaction_isolation = serializable')
+    connection = await connect(settings.database, "outbox-test")
+    assert await connection.fetchval("SHOW transaction_isolation") == "read committed"
+    await connection.close()
+
+
+async def relay_session(ledger: Ledger) -> int | None:
+    """The process that serves the relay, once it is there."""
+    number: int | None = await ledger.connection.fetchval(
+        """SELECT pid FROM pg_stat_activity WHERE application_name = 'outbox-relay' AND query NOT LIKE '%pg_notify%'
+           AND datname = current_database() ORDER BY backend_start LIMIT 1"""
+    )
+    return number
 
 
 async def test_it_stops_in_mid_sleep(ledger: Ledger, settings: Settings) -> None:
