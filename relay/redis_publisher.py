@@ -46,23 +46,25 @@ __all__ = ["RedisPublisher"]
 # between them. Only a push onto an empty queue rings: every waiting worker has seen it empty since.
 #
 # Whoever deletes a list leaves its bodies behind, which nobody would ever fetch. While the list is gone and no worker
-# holds anything that was in it, no body is wanted.
+# holds anything that was in it, no body is wanted. Where the relay may not read what workers hold, bodies stay.
 _SCRIPT = """
-local list, bodies, doorbell, workers, held, held_of = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local list, bodies, doorbell = KEYS[1], KEYS[2], KEYS[3]
+local workers, held, held_of = ARGV[2], ARGV[3], ARGV[4]
 local suffix = ':' .. ARGV[1]
 local waiting = redis.call('llen', list)
 local was_empty = waiting == 0
 if was_empty and redis.call('exists', bodies) == 1 then
-    local wanted = 0
-    for _, worker in ipairs(redis.call('zrange', workers, 0, -1)) do
-        wanted = wanted + redis.call('exists', held .. worker .. held_of)
+    local known = redis.pcall('zrange', workers, 0, -1)
+    local wanted = known.err ~= nil
+    for _, worker in ipairs(known) do
+        wanted = wanted or redis.pcall('exists', held .. worker .. held_of) ~= 0
     end
-    if wanted == 0 then
+    if not wanted then
         redis.call('unlink', bodies)
     end
 end
 local new = {}
-for group = 2, #ARGV, 7 do
+for group = 5, #ARGV, 7 do
     local ids, traces = ARGV[group + 5], ARGV[group + 6]
     for number = 0, #ids / 36 - 1 do
         local id = string.sub(ids, number * 36 + 1, number * 36 + 36)
@@ -134,12 +136,11 @@ class RedisPublisher:
     async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
         """See `Publisher.publish`."""
         list_key = f"{self._namespace}:{queue}"
-        arguments = [transaction]
+        arguments = [transaction, f"{self._namespace}:__heartbeats__", f"{self._namespace}:__acks__.", f".{queue}"]
         for (consumer, traced), rows in _groups(batch).items():
             arguments += _pieces(queue, consumer, traced=traced)
             arguments += ("".join(row.id for row in rows), "".join(row.trace or "" for row in rows) if traced else "")
-        workers = (f"{self._namespace}:__heartbeats__", f"{self._namespace}:__acks__.", f".{queue}")
-        keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell", *workers]
+        keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell"]
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
     async def depth(self, queue: str) -> int:
