@@ -1,5 +1,7 @@
 """Fixtures on real servers, which are this run's own: never the developer's database, whatever the environment says.
 
+Whatever a test starts ends with it (`tests/leftovers.py`); a test that leaves something running has failed.
+
 Two kinds of database: `database_url` is a copy of the migrated template, for whatever needs real commits, processes or
 more than one connection; `rolled_back_session` is a transaction that is rolled back, for tests of a domain's logic.
 """
@@ -23,6 +25,7 @@ from service.database import SessionFactory, create_engine, session_factory
 from service.dev.postgres import Postgres, psql
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
+from tests.leftovers import Leftovers
 from tests.real_servers import TEMPLATE, RealServers, Where, copy_of, outside_environment
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ _SLOW = (
     "contract/test_plain_actors.py",
     "contract/test_stock_worker.py",
     "deploy/",
+    "dev/test_leftovers.py",
     "docs/test_adoption.py",
     "docs/test_guide.py",
     "ledger/test_accept.py",
@@ -80,6 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # In a shell's background; the commands that a test interrupts would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.pluginmanager.register(Leftovers())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -89,6 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Stop what this process started, and give the settings back."""
     _servers.stop()

@@ -7,6 +7,7 @@ of the file means that we are gone, and the guard does what we no longer can. A 
 
 from __future__ import annotations
 
+import os
 import subprocess
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
@@ -31,13 +32,14 @@ class Guard:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
+            env={"PATH": os.defpath},  # whoever looks for our children by what they inherited does not find a guard
             start_new_session=True,
         )
 
     @classmethod
-    def ending(cls, pid: int, signal: str = "TERM", *, group: bool = False) -> Self:
-        """End a process, or its whole group."""
-        return cls(_KILL, signal, f"-{pid}" if group else f"{pid}")
+    def ending(cls, pid: int, signal: str = "TERM") -> Self:
+        """End a process."""
+        return cls(_KILL, signal, f"{pid}")
 
     @classmethod
     def removing(cls, folder: Path) -> Self:

@@ -1,7 +1,6 @@
 """API, workers and relay as production runs them, for tests that kill or replace them.
 
-What must stay true: nothing outlives the test. Each process leads a group of its own, and whatever still runs at the
-end is ended by its group's id.
+Each process leads a group of its own, and whatever still runs at the end is ended by its group's id.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from service.dev.guard import Guard
 from service.dev.places import ROOT
 from tests.waiting import until
 
@@ -41,7 +39,6 @@ class Started:
                 stderr=output,
                 process_group=0,
             )
-        self._guard = Guard.ending(self.process.pid, "KILL", group=True)
 
     @property
     def url(self) -> str:
@@ -56,7 +53,6 @@ class Started:
 
     async def kill(self) -> None:
         """SIGKILL it with its children, as a machine that vanishes does."""
-        self._guard.dismiss()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         await asyncio.to_thread(self.process.wait)
@@ -65,7 +61,7 @@ class Started:
         """SIGTERM to the leader, and its exit status; by force if it takes too long."""
         self.process.terminate()
         try:
-            status = await asyncio.to_thread(self.process.wait, 30)
+            status = await asyncio.to_thread(self.process.wait, 60)
         finally:
             await self.kill()
         return status
@@ -103,7 +99,7 @@ class Processes:
         log = self._folder / f"process-{len(self._started)}.log"
         started = Started({**self._environment, **settings}, log, *command)
         self._started.append(started)
-        await until(lambda: started.says(ready) or started.process.poll() is not None, timeout=40, what=ready)
+        await until(lambda: started.says(ready) or started.process.poll() is not None, what=ready)
         assert started.process.poll() is None, log.read_text()
         return started
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from relay.loop import Relay
-from service.dev.guard import Guard
 from tests.ledger.conftest import Ledger, connection, ledger
 from tests.rabbitmq.node import amqp, node, rabbitmq
 from tests.waiting import until
@@ -50,7 +49,7 @@ def relaying(settings: Settings) -> Running:
             yield relay
         finally:
             relay.stop()
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(60):
                 await task
 
     return running
@@ -68,7 +67,6 @@ class Worker:
                 stdout=output,
                 stderr=output,
             )
-        self._guard = Guard.ending(self.process.pid)
 
     def says(self, text: str) -> bool:
         """Whether the log has it."""
@@ -79,10 +77,9 @@ class Worker:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(60)
         finally:
             self.process.kill()
-            self._guard.dismiss()
 
 
 @pytest.fixture
@@ -90,7 +87,7 @@ async def worker(environment: dict[str, str], tmp_path: Path) -> AsyncIterator[W
     """A worker that consumes every queue of the ledger's test domain."""
     worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "4")
     try:
-        await until(lambda: worker.says("ready for action"), timeout=30)
+        await until(lambda: worker.says("ready for action"))
         yield worker
     finally:
         await asyncio.to_thread(worker.stop)
