@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["until", "until_sync"]
+__all__ = ["InVainError", "until", "until_sync"]
 
 T = TypeVar("T")
+
+
+class InVainError(AssertionError):
+    """What was waited for did not come."""
 
 
 async def until(
     condition: Callable[[], Any],
     *,
-    timeout: float = 10,  # noqa: ASYNC109  an assertion with its own message instead of a TimeoutError
+    timeout: float = 60,  # noqa: ASYNC109  its own message instead of a TimeoutError
     every: float = 0.02,
     what: str = "",
 ) -> Any:
@@ -26,7 +30,8 @@ async def until(
 
     Args:
         condition: A function or coroutine function without arguments; an `AssertionError` in it counts as "not yet".
-        timeout: Seconds until the test fails.
+        timeout: Seconds until the test fails. Only a hang shall reach it, on however busy a machine: a smaller one
+            proves that what was waited for is not something else, which takes longer.
         every: Seconds between two looks.
         what: What is waited for, for the failure's message.
     """
@@ -41,16 +46,16 @@ async def until(
         except AssertionError as error:
             failure = error
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout} s in vain for {what or condition}") from failure
+            raise InVainError(f"waited {timeout} s in vain for {what or condition}") from failure
         await asyncio.sleep(every)
 
 
-def until_sync(condition: Callable[[], T], *, timeout: float = 10, every: float = 0.02, what: str = "") -> T:
+def until_sync(condition: Callable[[], T], *, timeout: float = 60, every: float = 0.02, what: str = "") -> T:
     """The same for a test that is not a coroutine."""
     deadline = time.monotonic() + timeout
     while True:
         if value := condition():
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout} s in vain for {what or condition}")
+            raise InVainError(f"waited {timeout} s in vain for {what or condition}")
         time.sleep(every)

@@ -145,5 +145,6 @@ async def once(*command: str, environment: dict[str, str]) -> list[str]:
         sys.executable, "-m", *command, env=environment, stdout=asyncio.subprocess.PIPE
     )
     output, _ = await process.communicate()
-    assert process.returncode == 0, command
+    if process.returncode:
+        raise ChildProcessError(f"{' '.join(command)} ended with {process.returncode}")
     return output.decode().splitlines()

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Figure", "as_document", "table"]
+__all__ = ["Figure", "as_document", "summary", "table"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,15 @@ class Figure:
         return None
 
     @property
+    def verdict(self) -> str:
+        """ "ok"; "MISSED" where no two runs reach the target; "NOISY" where it depends on which runs one compares."""
+        if self.met is not False:
+            return "ok" if self.met else ""
+        if self.at_least is not None:
+            return "NOISY" if max(self.ours) / min(self.against) >= self.at_least else "MISSED"
+        return "NOISY" if self.at_most is not None and min(self.ours) <= self.at_most else "MISSED"
+
+    @property
     def target(self) -> str:
         """As it is shown."""
         if self.at_least is not None:
@@ -76,15 +85,42 @@ def table(figures: list[Figure]) -> str:
     rows = [("figure", "unit", "median (min..max)", "compared with", "median (min..max)", "ratio", "to reach", "")]
     for each in figures:
         ratio = "" if each.ratio is None else f"{each.ratio:.2f}"
-        verdict = {None: "", True: "ok", False: "MISSED"}[each.met]
         rows.append(
-            (each.name, each.unit, _spread(each.ours), each.versus, _spread(each.against), ratio, each.target, verdict)
+            (
+                each.name,
+                each.unit,
+                _spread(each.ours),
+                each.versus,
+                _spread(each.against),
+                ratio,
+                each.target,
+                each.verdict,
+            )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def summary(figures: list[Figure], unmeasured: list[str], wrong: list[str]) -> list[str]:
+    """What fell short, by name: the last lines of the output."""
+    noisy = [f"{_title(each)} (its runs differ too much)" for each in figures if each.verdict == "NOISY"]
+    kinds = {
+        "does not add up": wrong,
+        "could not be measured": unmeasured + noisy,
+        "slower than the claim": [_title(each) for each in figures if each.verdict == "MISSED"],
+    }
+    lines = [f"{kind}: {name}" for kind, names in kinds.items() for name in names]
+    return lines or ["everything reaches what it has to"]
+
+
+def _title(figure: Figure) -> str:
+    return f"{figure.name}, against {figure.versus}" if figure.versus else figure.name
+
+
 def as_document(figures: list[Figure]) -> list[dict[str, Any]]:
     """The figures for JSON."""
-    return [asdict(each) | {"median": each.value, "ratio": each.ratio, "met": each.met} for each in figures]
+    return [
+        asdict(each) | {"median": each.value, "ratio": each.ratio, "met": each.met, "verdict": each.verdict}
+        for each in figures
+    ]

@@ -27,6 +27,10 @@ class Result:
     figures: list[Figure] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     plots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
+    """Sections that were given up: a process did not come up, or something took too long."""
+    wrong: list[str] = field(default_factory=list)
+    """Sections whose rows, messages or effects did not add up."""
 
     def add(self, *figures: Figure) -> None:
         """Add lines to the table."""

@@ -145,7 +145,8 @@ class Stage:
                 timeout=60,
                 what=f"{command}: {ready}",
             )
-            assert process.exit_code is None, f"{command} ended: {lines[-5:]}"
+            if process.exit_code is not None:
+                raise ChildProcessError(f"{' '.join(command)} ended with {process.exit_code}: {lines[-5:]}")
             yield run
         finally:
             await asyncio.to_thread(process.stop)

@@ -18,6 +18,7 @@ from service.dev.places import scratch
 from tests.chaos.launch import Forge
 from tests.chaos.scenario import SCENARIOS, Result, Scenario, run
 from tests.chaos.world import Ground
+from tests.leftovers import ended
 from tests.real_servers import RealServers
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ def _line(result: Result) -> str:
     rest = f"{verdict.dead:>4} {result.copies:>6} {result.recovered:>8.1f}s"
     outcome = ("accused" if result.scenario.accuses else "ok") if result.passed else "FAILED"
     return f"{name} {counts} {rest}  {outcome}"
+
+
+def _why(result: Result) -> str:
+    """In a few words."""
+    verdict = result.verdict
+    counts = {"lost": len(verdict.lost), "duplicated": len(verdict.duplicated), "still open": verdict.unfinished}
+    counts["dead without reason"] = len(verdict.wrongly_dead)
+    reasons = [f"{count} {kind}" for kind, count in counts.items() if count] if not result.scenario.accuses else []
+    reasons += [" ".join(each.split())[:120] for each in result.wrong[:1]]
+    return ", ".join(reasons) or "its bug was not accused"
 
 
 def _details(result: Result) -> list[str]:
@@ -105,7 +116,7 @@ def main() -> int:
     jobs = options.jobs or (os.cpu_count() or 2) + 1
     began = time.monotonic()
     print(_HEAD, flush=True)
-    with scratch() as folder:
+    with ended(), scratch() as folder:
         results = asyncio.run(_sweep(_chosen(options.scenario, slow=options.slow), seed, jobs, folder, options.keep))
     whole = not options.scenario and not options.slow
     return _summary(results, time.monotonic() - began, _LONGEST_SWEEP if whole else float("inf"))
@@ -116,18 +127,18 @@ def _summary(results: Sequence[Result], took: float, allowed: float) -> int:
     accused = sum(result.passed for result in results if result.scenario.accuses)
     lost = sum(len(result.verdict.lost) for result in honest)
     duplicated = sum(len(result.verdict.duplicated) for result in honest)
-    failed = [result.scenario.name for result in results if not result.passed]
+    failed = [result for result in results if not result.passed]
     print(
         f"{len(honest)} scenarios, {sum(result.verdict.accepted for result in honest):,} requests accepted, "
         f"{sum(result.verdict.effects for result in honest):,} effects in {took:.0f} s, "
         f"{sum(result.verdict.excused for result in honest)} repeated outside after a crash; "
         f"planted bugs accused: {accused} of {len(results) - len(honest)}"
     )
+    print(f"lost={lost} duplicated={duplicated}")
     if took > allowed:
         print(f"FAILED: it took longer than {allowed / 60:.0f} minutes")
-    if failed:
-        print(f"FAILED: {', '.join(failed)}")
-    print(f"lost={lost} duplicated={duplicated}")
+    for result in failed:
+        print(f"FAILED: {result.scenario.name}: {_why(result)}")
     return 1 if failed or took > allowed else 0
 
 
