@@ -122,7 +122,7 @@ class Fleet:
             self._launch(name)
         if self._task is None:
             self._task = asyncio.create_task(self._supervise())
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while any(self._said(name) == before[name] for name in names):
             if time.monotonic() > deadline:
                 raise AssertionError(f"not ready: {[name for name in names if self._said(name) == before[name]]}")

@@ -56,7 +56,7 @@ class Holdings:
         if not self._rabbitmq:
             async with self._valkey() as broker:
                 return {queue: await broker.llen(f"dramatiq:{queue}") for queue in QUEUES}
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             connection = await aiormq.connect(self._url)
             try:
                 counts = {}

@@ -100,7 +100,7 @@ class Forked:
         """How it ended, once it has; negative for a signal."""
         if self._pid is None or _lives(self._pid):
             return None
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 10
         while time.monotonic() < deadline:  # it is collected a moment before that is written down
             with suppress(FileNotFoundError):
                 for line in self._log.with_suffix(".exits").read_text().splitlines():

@@ -57,5 +57,5 @@ class Network:
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             self.cuts = int(await self._answer())

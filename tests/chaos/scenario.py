@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -58,8 +59,10 @@ class Result:
         return self.verdict.clean and not self.wrong
 
 
-_TO_START_AND_STOP = 150.0
+_TO_START_AND_STOP = 300.0
 """Seconds, on a machine with much else to do."""
+
+_MOST_PATIENCE = 3.0
 
 SCENARIOS: dict[str, Scenario] = {}
 
@@ -72,7 +75,7 @@ def scenario(
     slow: bool = False,
     accuses: str = "",
     attempts: int | None = None,
-    lasts: float = 60,
+    lasts: float = 180,
     holds: float = 30,
     needs: Callable[[], bool] = lambda: True,
 ) -> Callable[[Attack], Attack]:
@@ -81,7 +84,8 @@ def scenario(
     Args:
         plan: The system.
         rate: Requests a second while it runs.
-        within: Seconds after it by which everything must have happened; by default T + 15 of a short T.
+        within: Seconds after it by which everything must have happened; by default T + 15 of a short T. On a machine
+            with much else to do it is up to three times that, and the same goes for `holds`.
         slow: Run by `make chaos SLOW=1` alone.
         accuses: The system has a planted bug, and the checker must find this of it.
         attempts: How many a row may have used up at most, where no fault was its own.
@@ -108,7 +112,9 @@ async def run(which: Scenario, seed: int, folder: Path, ground: Ground) -> Resul
     world = World(folder, ground, which.plan, seed)
     try:
         async with (
-            asyncio.timeout(_TO_START_AND_STOP + which.lasts + which.within + world.settling + which.holds),
+            asyncio.timeout(
+                _TO_START_AND_STOP + which.lasts + _MOST_PATIENCE * (which.within + which.holds) + world.settling
+            ),
             world,
         ):
             if which.rate:
@@ -123,31 +129,36 @@ async def run(which: Scenario, seed: int, folder: Path, ground: Ground) -> Resul
     return result
 
 
+def _patience() -> float:
+    """How many times longer than on an idle machine things may take now: as many as wait for each processor."""
+    return min(max(os.getloadavg()[0] / (os.cpu_count() or 1), 1.0), _MOST_PATIENCE)
+
+
 async def _recover(world: World, which: Scenario, result: Result) -> None:
     world.disarm()
     world.resume()
     if world.plan.proxied:
         await world.network.set("*", "clear")
-    healed = time.monotonic()
+    healed, patience = time.monotonic(), _patience()
     await world.ledger.stop_load()
-    left = await world.ledger.find_unanswered(healed + which.within)
+    left = await world.ledger.find_unanswered(healed + which.within * patience)
     if left:
         result.wrong.append(f"{left} requests were never answered")
     while True:
         result.verdict = await world.verdict()
         # A repeated effect stays repeated, so there is nothing more to wait for than the rest.
         done = result.verdict.clean or (result.verdict.duplicated and (which.accuses or result.verdict.complete))
-        if done or time.monotonic() > healed + which.within:
+        if done or time.monotonic() > healed + which.within * patience:
             break
         world.resume()  # a gap may have struck while it was disarmed
         await asyncio.sleep(0.25)
     result.recovered = time.monotonic() - healed
     if which.accuses:
-        await _let_the_broker_empty(world, which.holds)
+        await _let_the_broker_empty(world, which.holds * patience)
         result.verdict = await world.verdict()
     elif result.verdict.clean:
         await asyncio.sleep(max(0.0, healed + world.settling - time.monotonic()))
-        await _let_the_broker_empty(world, which.holds)
+        await _let_the_broker_empty(world, which.holds * patience)
         result.verdict = await world.verdict()
     result.copies, result.found = world.held.most_copies, world.ledger.found
     result.wrong += [f"refused: {each}" for each in world.ledger.refused[:3]]

@@ -71,5 +71,5 @@ async def _noted(folder: Path, ground: Ground, *, rabbitmq: bool) -> Counter[str
         async def done() -> bool:
             return (await world.verdict()).complete
 
-        await until(done, timeout=30)
+        await until(done)
         return world.struck()

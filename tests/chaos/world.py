@@ -107,7 +107,7 @@ class World:
         self.postgres = Postgres(folder / "postgres", durable=False, settings={"synchronous_commit": "on"}, tcp=True)
         self.broker_server = Rabbitmq(folder / "rabbitmq") if plan.rabbitmq else Valkey(folder / "valkey", tcp=True)
         self._urls = (self.postgres.url(), self.broker_server.url)
-        self.fleet = Fleet(folder, ground.forge, self._killed_itself, plan.may_exit, max(15, self._grace * 3))
+        self.fleet = Fleet(folder, ground.forge, self._killed_itself, plan.may_exit, max(45, self._grace * 3))
         self.sink = Sink(folder / "sink.jsonl")
         self.network: Network
         self.ledger: Ledger
@@ -229,7 +229,7 @@ class World:
 
     async def until(self, query: str, number: int) -> None:
         """Wait until the first value of `query` is at least this."""
-        await until(lambda: self._reaches(query, number), timeout=20, what=query)
+        await until(lambda: self._reaches(query, number), what=query)
 
     async def _reaches(self, query: str, number: int) -> bool:
         rows = await self.sql(query)
@@ -240,7 +240,7 @@ class World:
         settings = {"statement_timeout": "0", "idle_session_timeout": "0", "transaction_timeout": "0"}
         settings |= {"lock_timeout": "0", "idle_in_transaction_session_timeout": "0"}
         return await asyncpg.connect(
-            self.postgres.socket_url(TEMPLATE), timeout=10, command_timeout=30, server_settings=settings
+            self.postgres.socket_url(TEMPLATE), timeout=60, command_timeout=60, server_settings=settings
         )
 
     def broker(self) -> redis.asyncio.Redis:
@@ -318,7 +318,7 @@ class World:
     async def place_surely(self, how: str = "") -> Request:
         """Place a request, and repeat it until it is accepted."""
         request = await self.ledger.place(how)
-        await until(lambda: self.ledger.repeat(request), timeout=20, every=0.1, what="an answer of the API")
+        await until(lambda: self.ledger.repeat(request), every=0.1, what="an answer of the API")
         return request
 
     def arm(self, *gaps: str, once: bool = False) -> None:
@@ -350,7 +350,7 @@ class World:
         for gap in gaps:
             before = self.struck()[gap]
             self.arm(gap, once=True)
-            await until(lambda: self.struck()[gap] > before, timeout=20, what=f"a strike at {gap}")  # noqa: B023
+            await until(lambda: self.struck()[gap] > before, what=f"a strike at {gap}")  # noqa: B023
             await self.wait(then)
             self.resume()
             await self.wait(1)  # or the next might strike the same run, and it would have to end
@@ -368,7 +368,7 @@ class World:
             waiting = await self.held.waiting()
             return all(waiting.get(queue, 0) >= least for queue in queues)
 
-        await until(full, timeout=30, every=0.1, what=f"{least} messages in each of {queues}")
+        await until(full, every=0.1, what=f"{least} messages in each of {queues}")
         before = (await self.sql(REDISPATCHED))[0][0]
         yield
         if loses:

@@ -135,16 +135,14 @@ async def _stand_still(world: World) -> None:
     """Make a process of worker-1 stop in mid-effect."""
     before = world.struck()["worker.mid_effect"]
     world.arm("worker.mid_effect", once=True)
-    await until(lambda: world.struck()["worker.mid_effect"] > before, timeout=20, what="a zombie")
+    await until(lambda: world.struck()["worker.mid_effect"] > before, what="a zombie")
 
 
 async def _go_on(world: World) -> None:
     """Let it go on, and see that it finds its row to be somebody else's."""
     before = world.fleet.log("worker-1").count("outbox.lease_lost")
     world.resume()
-    await until(
-        lambda: world.fleet.log("worker-1").count("outbox.lease_lost") > before, timeout=20, what="a lost lease"
-    )
+    await until(lambda: world.fleet.log("worker-1").count("outbox.lease_lost") > before, what="a lost lease")
 
 
 @scenario(_ZOMBIE)

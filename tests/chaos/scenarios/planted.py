@@ -13,7 +13,7 @@ from tests.chaos.scenario import scenario
 from tests.chaos.world import LONGER_THAN_A_LEASE, SHORT, Plan, World
 
 WITHIN = 15
-_LONG_T = {**SHORT, "OUTBOX__REDISPATCH_AFTER": "25"}
+_LONG_T = {**SHORT, "OUTBOX__REDISPATCH_AFTER": "60"}  # longer than the time to recover, however busy the machine
 _TIME_TO_LINGER = {**SHORT, "OUTBOX__TIME_LIMIT": "30000"}
 _ZOMBIES = Plan(gaps="worker.mid_effect=stop:1", struck="worker-1")
 _DEATHS = Plan(gaps="worker.mid_effect=kill:0.15")

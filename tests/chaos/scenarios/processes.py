@@ -32,7 +32,7 @@ async def kill_children(world: World) -> None:
     """SIGKILL of one of a worker's processes, again and again; its siblings end in good order."""
     for _ in range(6):
         name = world.dice.choice(world.fleet.names("worker"))
-        children = await until(partial(world.fleet.children, name), timeout=20, what=f"a process of {name}")
+        children = await until(partial(world.fleet.children, name), what=f"a process of {name}")
         world.fleet.kill(name, frozenset([world.dice.choice(sorted(children))]))
         await world.wait(world.dice.uniform(0.5, 2))
 

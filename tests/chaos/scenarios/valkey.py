@@ -44,7 +44,7 @@ async def valkey_acks_deleted(world: World) -> None:
     world.hold()
     for _ in range(24):
         await world.place_surely("held")
-    await until(world.held.in_flight, timeout=15, what="messages in flight")
+    await until(world.held.in_flight, what="messages in flight")
     async with world.broker() as broker:
         keys = [key async for key in broker.scan_iter("dramatiq:__acks__*")]
         assert keys, "nobody has taken a message"
