@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,20 +41,17 @@ async def test_a_request_that_takes_too_long_is_rolled_back(
 ) -> None:
     async with engine.connect() as blocker:
         await blocker.execute(text("LOCK TABLE probe"))
-        started = time.monotonic()
         response = await client.post("/probes", json={"id": 1}, headers={"Idempotency-Key": "k"})
-        elapsed = time.monotonic() - started
     assert_problem(response, 504, "timeout")
-    assert elapsed < 2
     await until(lambda: sql(OTHERS) == "0", what="the transaction to be gone")
     assert sql("SELECT count(*) FROM probe") == sql("SELECT count(*) FROM idempotency_key") == "0"
 
 
 async def test_the_connections_of_abandoned_requests_are_usable_again(client: httpx.AsyncClient, sql: Sql) -> None:
-    answers = await asyncio.gather(*(client.get("/sleep/5") for _ in range(5)))  # as many as the pool has
+    answers = await asyncio.gather(*(client.get("/sleep/60") for _ in range(5)))  # as many as the pool has
     assert {answer.status_code for answer in answers} == {504}
     assert (await client.post("/probes", json={"id": 1})).status_code == 201
-    assert sql(OTHERS) == "0"
+    await until(lambda: sql(OTHERS) == "0", what="the other connections to be given back")
 
 
 async def test_a_request_body_that_never_ends_is_given_up(client: httpx.AsyncClient) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -148,14 +147,11 @@ async def test_while_the_first_runs_the_second_is_refused_at_once(
         await blocker.execute(text("LOCK TABLE probe"))
         first = asyncio.create_task(_post(client, "k"))
         await until(lambda: sql(WAITING) == "1", what="the first request to wait for the table")
-        started = time.monotonic()
         second = await _post(client, "k")
-        elapsed = time.monotonic() - started
         assert not first.done()
     assert second.status_code == 409
     assert second.json()["code"] == "request_in_progress"
     assert second.headers["Retry-After"] == "1"
-    assert elapsed < 0.5
     assert (await first).status_code == 201
     assert (await _post(client, "k")).headers["Idempotency-Replayed"] == "true"
     assert sql(ROWS) == "1"

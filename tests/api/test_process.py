@@ -35,7 +35,7 @@ def test_the_process_serves_logs_json_and_stops(environment: dict[str, str], tmp
     with log.open("wb") as stderr:
         process = subprocess.Popen(COMMAND, cwd=ROOT, env=environment, stderr=stderr)
     try:
-        until_sync(lambda: "running on" in log.read_text(), timeout=40, what="the API")
+        until_sync(lambda: "running on" in log.read_text(), what="the API")
         line = next(each for each in _lines(log) if "running on" in each)
         url = next(word for word in json.loads(line)["event"].split() if word.startswith("http://"))
         with urllib.request.urlopen(f"{url}/openapi.json") as response:

@@ -33,7 +33,7 @@ def api(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)
     try:
-        listening = until_sync(lambda: LISTENING.search(log.read_text()), timeout=40, what="the API")
+        listening = until_sync(lambda: LISTENING.search(log.read_text()), what="the API")
         assert listening is not None
         yield listening[1]
     finally:
@@ -51,7 +51,7 @@ def test_the_document_is_true(api: str, tmp_path: Path) -> None:
         env=outside_environment() | hooks,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     # Without a domain no operation links to another one.

@@ -146,7 +146,7 @@ def test_a_reader_that_had_enough_is_no_error(
     assert process.stderr is not None
     assert process.stderr.read() == ""
     process.stderr.close()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_an_interrupt_is_quiet(start: Start, rows: Rows, database_url: str) -> None:
@@ -154,5 +154,5 @@ def test_an_interrupt_is_quiet(start: Start, rows: Rows, database_url: str) -> N
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(2)
-    assert process.communicate(timeout=10)[1] == ""
+    assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 130

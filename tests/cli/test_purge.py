@@ -121,7 +121,7 @@ async def test_a_locked_row_is_passed_over_and_its_owner_not_disturbed(
         await owner.execute(
             "UPDATE outbox_message SET errors = '[1]' WHERE id = (SELECT max(id::text)::uuid FROM outbox_message)"
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await purge(connection, _WEEK) == 4
         # Were they locked in different orders, this would be a deadlock.
         await owner.execute("UPDATE outbox_message SET errors = '[2]'")
@@ -145,7 +145,7 @@ async def test_the_purge_and_writers_do_not_deadlock(
 
     writing = asyncio.create_task(write_backwards())
     removed = 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while removed < 150:
             purged = await purge_step_by_step(connection, _WEEK, page=7)
             assert purged is not None

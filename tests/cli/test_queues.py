@@ -98,6 +98,6 @@ async def test_a_change_wakes_a_sleeping_relay(start: Start, database_url: str) 
             process = start(["queues", verb, "email"])
             await until(woken.is_set)
             woken.clear()
-            assert process.communicate(timeout=20)[1] == ""
+            assert process.communicate(timeout=60)[1] == ""
     finally:
         await sleeping.close()

@@ -98,7 +98,7 @@ def test_a_delay_is_kept(broker: Broker) -> None:
     with working(broker):
         sent = time.monotonic()
         actor.send_with_options(delay=1_500)
-        until_sync(lambda: ran, timeout=15)
+        until_sync(lambda: ran)
     assert ran[0] - sent >= 1.5
 
 
@@ -112,7 +112,7 @@ def test_a_retry_is_kept(broker: Broker) -> None:
     actor = declare(broker, fail)
     with working(broker):
         actor.send_with_options(max_retries=1, min_backoff=100)
-        until_sync(lambda: len(ran) == 2, timeout=15)
+        until_sync(lambda: len(ran) == 2)
     assert ran == [0, 1]
 
 
@@ -135,7 +135,7 @@ def test_a_message_has_its_own_time_limit_and_callback(broker: Broker) -> None:
     )  # fmt: skip
     with working(broker):
         actor.send_with_options(time_limit=100, on_failure="plain.callback")
-        until_sync(lambda: len(ended) == 2, timeout=15)
+        until_sync(lambda: len(ended) == 2)
     assert ended == ["limited", "called back"]
 
 
@@ -147,4 +147,4 @@ def test_an_eta_outside_the_delay_queue_takes_no_place(broker: Broker, push: Pus
         push("plain.actor", eta=99_999_999_999_999)
     with working(broker):
         actor.send()
-        until_sync(lambda: len(ran) == 7, timeout=15)
+        until_sync(lambda: len(ran) == 7)

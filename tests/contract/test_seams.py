@@ -184,7 +184,7 @@ def work(broker: ScriptedBroker, done: Callable[[dramatiq.Worker], Any]) -> None
     worker = dramatiq.Worker(broker, worker_timeout=50, worker_threads=1)
     worker.start()
     try:
-        until_sync(lambda: done(worker), timeout=20)
+        until_sync(lambda: done(worker))
     finally:
         worker.stop()
 

@@ -151,7 +151,7 @@ async def test_a_stock_worker_runs_each_message_once_and_nothing_remains(
     try:
         if first == "the worker":
             await publisher.publish("ledger", rows, "t")
-        await until(lambda: len(ran) >= len(rows), timeout=20)
+        await until(lambda: len(ran) >= len(rows))
     finally:
         # What is not acknowledged by then goes back into its queue.
         worker.stop()
@@ -169,7 +169,7 @@ async def test_relay_and_worker_declare_the_same_queues(rabbitmq: Rabbitmq, quor
             broker.consume("ledger", timeout=100).close()
         await publisher.publish("ledger", batch(1), "t")
         consumer = broker.consume("ledger", timeout=100)
-        await until(lambda: next(consumer), timeout=10)
+        await until(lambda: next(consumer))
         consumer.close()
     finally:
         await publisher.close()

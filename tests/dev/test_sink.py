@@ -84,7 +84,7 @@ async def test_it_runs_as_a_process_and_stops_on_sigterm(mails: Path) -> None:
         return True
 
     try:
-        await until(sent, timeout=20)
+        await until(sent)
     finally:
         process.terminate()
         status = await asyncio.wait_for(process.wait(), 10)

@@ -80,7 +80,7 @@ class Clone:
     def run(self, *command: str) -> str:
         """Run a command in the copy; what it printed."""
         done = subprocess.run(
-            command, cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=110
+            command, cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=280
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -106,7 +106,7 @@ def clone(server_folder: Path, servers: Where, environment: dict[str, str]) -> I
     psql(servers.postgres, f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_guide_works_as_it_stands(clone: Clone) -> None:
     ran = ""
     for block in blocks(GUIDE):

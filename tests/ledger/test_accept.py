@@ -95,7 +95,7 @@ async def test_what_one_service_forwards_another_accepts_once(
         await ledger.publish(Ordered(subject_id=subject_id))
 
     async def killed(process: Started, place: str) -> None:
-        await until(lambda: crash.reached(tmp_path, place), timeout=30, what=place)
+        await until(lambda: crash.reached(tmp_path, place), what=place)
         await process.kill()
 
     await killed(api, "receiver-before-commit")
@@ -103,8 +103,8 @@ async def test_what_one_service_forwards_another_accepts_once(
     await killed(sending, "sender-before-completion")
     await killed(receiving, "receiver-in-effect")
     await asyncio.gather(processes.worker(_SENDER), other_processes.worker(_RECEIVER))
-    await until(lambda: all_completed(ledger), timeout=40)
-    await until(lambda: all_completed(receiver), timeout=40)
+    await until(lambda: all_completed(ledger))
+    await until(lambda: all_completed(receiver))
 
     effects = await receiver.connection.fetch("SELECT note FROM effect")
     assert sorted(row["note"] for row in effects) == sorted(map(str, subjects))

@@ -96,7 +96,7 @@ async def test_slow_queues_take_turns(ledger: Ledger, settings: Settings, own_va
     async with behind_a_proxy(settings, own_valkey) as between:
         between.reply = slowly
         async with running(settings):
-            await until(lambda: any_dispatched(ledger, "c"), timeout=15)
+            await until(lambda: any_dispatched(ledger, "c"))
 
 
 async def any_dispatched(ledger: Ledger, queue: str) -> bool:
@@ -120,16 +120,16 @@ async def test_a_queue_that_hangs_holds_no_other_up(ledger: Ledger, settings: Se
 
     async with behind_a_proxy(settings, own_valkey) as between:
         between.request = hang_at_ledger
-        settings.broker.publish_timeout = 4
+        settings.broker.publish_timeout = 10
         async with running(settings):
             (stuck,) = await ledger.publish()
-            await until(lambda: hanging == 2, timeout=20)
+            await until(lambda: hanging == 2)
             fine = uuid4()
             await ledger.connection.execute(INTO, fine, "other")
-            await until(lambda: dispatched(ledger, fine), timeout=2)
+            await until(lambda: dispatched(ledger, fine), timeout=8)
             assert hanging == 2
             between.allow_all()
-            await until(lambda: dispatched(ledger, stuck), timeout=20)
+            await until(lambda: dispatched(ledger, stuck))
 
 
 async def test_a_pause_during_a_long_hand_over_is_honoured_after_it(
@@ -155,5 +155,5 @@ async def test_a_pause_during_a_long_hand_over_is_honoured_after_it(
             await until(lambda: hanging == 1)
             await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('other', 'test')")
             await ledger.expire(paused)
-            await until(lambda: hanging == 2, timeout=20)
+            await until(lambda: hanging == 2)
             assert await ledger.state(paused) == "pending"

@@ -67,11 +67,11 @@ async def test_a_locked_row_holds_up_only_its_own_claim(ledger: Ledger, lender: 
     await other.execute("SELECT FROM outbox_message WHERE id = $1 FOR UPDATE", locked)
     claims = Claims(lender, LEASE)
     waits = asyncio.create_task(claims.claim(locked, uuid4()))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await claims.claim(free, uuid4())
     assert not waits.done()
     await transaction.commit()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await waits
 
 
@@ -130,7 +130,7 @@ async def test_more_locked_rows_than_connections_hold_up_nobody_else(
         await ledger.connection.execute("SELECT FROM outbox_message WHERE id = ANY($1) FOR UPDATE", locked)
         waiting = [asyncio.create_task(runner.deliver(each)) for each in locked]
         await until(lambda: somebody_waits(ledger))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await asyncio.gather(*[runner.deliver(each) for each in free])
         assert [await ledger.state(each) for each in free] == ["completed"] * 4
     await asyncio.gather(*waiting)
@@ -159,7 +159,7 @@ async def test_whoever_asks_while_another_meets_an_odd_error_is_served(ledger: L
     lender.lending.set()
     with pytest.raises(ValueError, match="odd"):
         await first
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await second
 
 

@@ -53,10 +53,10 @@ def talkative(servers: Where, server_folder: Path) -> Iterator[Postgres]:
 
 @pytest.fixture
 def told(settings: Settings, talkative: Postgres, own_valkey: Valkey) -> Settings:
-    """The test's settings, with servers that nobody else uses."""
+    """The test's settings, with servers that nobody else uses, and no hand-over that is repeated for its time-out."""
     database = settings.database.model_copy(update={"url": SecretStr(talkative.url(TEMPLATE))})
     roomy = settings.outbox.model_copy(update={"high_water_mark": 10 * ROWS})
-    broker = settings.broker.model_copy(update={"url": SecretStr(own_valkey.url)})
+    broker = settings.broker.model_copy(update={"url": SecretStr(own_valkey.url), "publish_timeout": 60.0})
     return settings.model_copy(update={"database": database, "broker": broker, "outbox": roomy})
 
 
@@ -108,7 +108,7 @@ async def test_the_relay_costs_three_statements_and_one_call_a_batch(
     await watched.connection.execute(MANY, "pending")
     before, called = statements(talkative)["outbox-relay"], await commands(told)
     async with running(told):
-        await until(lambda: all_dispatched(watched), timeout=30)
+        await until(lambda: all_dispatched(watched))
     spent = statements(talkative)["outbox-relay"] - before
     assert spent <= 3 * BATCHES + CONNECTING
     # A body and a place in the list for each, and for a batch the call, the length, the push and the doorbell.
@@ -144,7 +144,7 @@ async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
     addresses = {"DATABASE__URL": told.database.dsn, "BROKER__URL": told.broker.redis_url}
     worker = Worker(environment | addresses, tmp_path / "worker.log", "-p", "1", "-t", "4")
     try:
-        await until(lambda: all_completed(watched), timeout=30)
+        await until(lambda: all_completed(watched))
     finally:
         await asyncio.to_thread(worker.stop)
     spent = statements(talkative) - before

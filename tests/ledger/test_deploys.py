@@ -38,7 +38,7 @@ async def test_a_rolling_restart_under_load_uses_up_no_attempts(ledger: Ledger, 
         next_one = await processes.worker(_LEDGER)
         assert await running.stop() == 0
         running = next_one
-    await until(lambda: all_completed(ledger), timeout=30)
+    await until(lambda: all_completed(ledger))
     await effects_once(ledger)
     assert await attempts_at_most(ledger) == 1
 
@@ -49,14 +49,14 @@ async def test_a_second_signal_does_not_wait_for_what_runs(ledger: Ledger, proce
     (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang"))
     await until(lambda: is_state(ledger, message_id, "running"))
     worker.process.terminate()
-    await until(lambda: worker.says("Stopping worker process"), timeout=10)
+    await until(lambda: worker.says("Stopping worker process"))
     worker.process.terminate()
-    await until(lambda: worker.process.poll() is not None, timeout=5)
+    await until(lambda: worker.process.poll() is not None, timeout=40)
 
 
 async def test_the_relay_process_stops_at_once_with_status_0(ledger: Ledger, processes: Processes) -> None:
     relay = await processes.relay()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(25):
         assert await relay.stop() == 0
 
 
@@ -75,10 +75,10 @@ async def test_queues_have_worker_pools_of_their_own(
     before = cpu_seconds(cpu)
     await until(lambda: cpu_seconds(cpu) - before > settings.outbox.lease, timeout=60)
     light = [(await ledger.publish())[0] for _ in range(20)]
-    await until(lambda: all_completed_of(ledger, "ledger"), timeout=20)
+    await until(lambda: all_completed_of(ledger, "ledger"))
     assert [await ledger.state(each) for each in (heavy, waiting)] == ["running", "dispatched"]
     (tmp_path / "enough").touch()
-    await until(lambda: all_completed(ledger), timeout=20)
+    await until(lambda: all_completed(ledger))
     # Its lease was kept meanwhile, though its process calculated all the time.
     assert await attempts_at_most(ledger) == 1
     assert [(tmp_path / str(each)).exists() for each in (heavy, waiting)] == [True, True]
@@ -93,9 +93,9 @@ async def test_in_a_pool_for_all_queues_they_wait_for_each_other(
     (heavy,) = await ledger.publish(domain.Crunched(subject_id=uuid4(), until=str(tmp_path / "enough")))
     await until(lambda: is_state(ledger, heavy, "running"))
     (light,) = await ledger.publish()
-    await until(lambda: handed_over_again(ledger, light), timeout=20)
+    await until(lambda: handed_over_again(ledger, light))
     (tmp_path / "enough").touch()
-    await until(lambda: all_completed(ledger), timeout=20)
+    await until(lambda: all_completed(ledger))
     first, second = await ledger.row(heavy), await ledger.row(light)
     assert first is not None
     assert second is not None
@@ -168,10 +168,10 @@ async def test_newer_workers_beside_an_older_api(ledger: Ledger, processes: Proc
     async def all_but_the_removed_one() -> bool:
         return await effects_by_each(ledger) == expected and await postponed(ledger) == {"release.goes": _NOW_AND_THEN}
 
-    await until(all_but_the_removed_one, timeout=30)
+    await until(all_but_the_removed_one)
     await processes.worker(_WORKER, RELEASE="older")
     assert await worker.stop() == 0
-    await until(lambda: all_completed(ledger), timeout=30)
+    await until(lambda: all_completed(ledger))
     assert await effects_by_each(ledger) == expected | {("release.goes", "older"): _NOW_AND_THEN}
     assert await attempts_at_most(ledger) == 1
 
@@ -180,7 +180,7 @@ async def test_what_a_removed_consumer_left_behind_is_dead_in_the_end(ledger: Le
     await processes.relay()
     await processes.worker(_WORKER, RELEASE="newer", OUTBOX__UNKNOWN_CONSUMER_AFTER="1")
     await release_all(await processes.api(_API, RELEASE="older"))
-    await until(lambda: all_completed(ledger), timeout=30)
+    await until(lambda: all_completed(ledger))
     letters = await ledger.connection.fetch("SELECT consumer, reason, attempts FROM dead_letter")
     assert {tuple(row) for row in letters} == {("release.goes", "no consumer named release.goes is deployed", 0)}
     assert len(letters) == _NOW_AND_THEN
@@ -199,7 +199,7 @@ async def unknown_rows_wait_for_a_worker_that_knows_them(ledger: Ledger, process
             ("release.stays", "older"): _NOW_AND_THEN,
         }
 
-    await until(what_an_older_one_can, timeout=30)
+    await until(what_an_older_one_can)
     await processes.worker(_WORKER, RELEASE="newer")
     await release_all(api)
     assert await older.stop() == 0

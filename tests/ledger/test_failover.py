@@ -92,11 +92,11 @@ async def test_all_follow_to_the_host_that_takes_writes(
     )
     clients = Clients(api)
     posting = asyncio.create_task(clients.run())
-    await until(lambda: clients.answered >= 20, timeout=20)
+    await until(lambda: clients.answered >= 20)
     await asyncio.to_thread(primary.kill)
     await asyncio.to_thread(standby.promote)
     enough = clients.answered + 20
-    await until(lambda: clients.answered >= enough, timeout=30)
+    await until(lambda: clients.answered >= enough)
     clients.stop()
     await posting
 
@@ -105,7 +105,7 @@ async def test_all_follow_to_the_host_that_takes_writes(
     engine = create_engine(settings.database, application_name="tests")
     ledger = Ledger(connection, session_factory(engine))
     try:
-        await until(lambda: all_completed(ledger), timeout=40)
+        await until(lambda: all_completed(ledger))
         await effects_once(ledger)
         rows = await connection.fetchval("SELECT count(*) FROM outbox_message")
     finally:

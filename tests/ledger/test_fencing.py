@@ -244,7 +244,7 @@ async def test_a_heartbeat_does_not_wait_for_a_complete(ledger: Ledger, connect:
         assert await statements.claim(worker, message_id, token, timedelta(seconds=1))
     async with completing.transaction():
         await completing.execute("SELECT FROM outbox_message WHERE id = $1 FOR UPDATE", first)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             await statements.heartbeat(worker, [(first, token, T), (second, token, T)], LEASE)
     row = await ledger.row(second)
     assert row is not None

@@ -100,7 +100,7 @@ async def test_an_outage_longer_than_a_lease_uses_up_no_attempt(
         ids = await mortal.ledger.publish(domain.Endured(subject_id=uuid4(), seconds=1.5))
         await until(lambda: all_running(mortal.ledger))
         ledger = await mortal.restart(away=3 * settings.outbox.lease)
-        await until(lambda: all_completed(ledger), timeout=40)
+        await until(lambda: all_completed(ledger))
     assert await attempts(ledger) == 1
     assert await ledger.effects(ids[0]) == 1
     assert [worker.log.read_text().count(f"sent {each}") for each in ids[1:]] == [1, 1]
@@ -120,11 +120,11 @@ async def test_a_claim_that_waited_leaves_the_consumer_its_whole_time_limit(
     await asyncio.to_thread(mortal.postgres.stop, mode="immediate")
     worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "4")
     try:
-        await until(lambda: worker.log.read_text().count("claim_waits") >= len(ids), timeout=20)
+        await until(lambda: worker.log.read_text().count("claim_waits") >= len(ids))
         await asyncio.sleep(4)  # the fault itself: of the limit and the grace, less than the consumers need is left
         await asyncio.to_thread(mortal.postgres.start)
         ledger = await mortal.look()
-        await until(lambda: all_completed(ledger), timeout=40)
+        await until(lambda: all_completed(ledger))
     finally:
         relay.stop()
         await relaying

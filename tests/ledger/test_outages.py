@@ -105,7 +105,7 @@ async def test_a_flushed_broker_loses_nothing(
         assert await client.llen(waiting) > 30
         flushed_at = await clock(ledger)
         await client.flushall()
-        await until(lambda: all_completed(ledger), timeout=40)
+        await until(lambda: all_completed(ledger))
     await effects_once(ledger)
     lost = await ledger.connection.fetch(
         "SELECT attempts, started_at - $1 AS after FROM outbox_message WHERE dispatches > 1",
@@ -132,7 +132,7 @@ async def test_an_outage_of_the_broker_uses_up_nothing(
             state = "SELECT count(*) FROM outbox_message WHERE state <> 'completed' AND due_at > clock_timestamp()"
             return await clock(ledger) - killed_at > longest and not await ledger.connection.fetchval(state)
 
-        await until(all_due_for_long, timeout=30)
+        await until(all_due_for_long)
         found = await ledger.connection.fetch(
             "SELECT state, max(dispatches) AS dispatches, max(attempts) AS attempts FROM outbox_message GROUP BY state"
         )
@@ -143,7 +143,7 @@ async def test_an_outage_of_the_broker_uses_up_nothing(
         }
         await asyncio.to_thread(own_broker.start)
         back_at = await clock(ledger)
-        await until(lambda: all_completed(ledger), timeout=40)
+        await until(lambda: all_completed(ledger))
     await effects_once(ledger)
     found = await ledger.connection.fetch("SELECT attempts, dispatches, started_at FROM outbox_message")
     assert {row["attempts"] for row in found} == {1}
@@ -169,7 +169,7 @@ async def test_a_stall_of_seven_seconds_strands_nothing(
         finally:
             os.kill(pid, signal.SIGCONT)
         for (message_id,) in ids:
-            await until(lambda each=message_id: is_state(ledger, each, "completed"), timeout=20)  # type: ignore[misc]
+            await until(lambda each=message_id: is_state(ledger, each, "completed"))  # type: ignore[misc]
 
         async def nothing_left() -> bool:
             keys = [key async for key in client.scan_iter(match="*__acks__*")]
@@ -192,7 +192,7 @@ async def test_an_immediate_restart_of_postgres_uses_up_no_attempts(
         await asyncio.to_thread(own_postgres.restart, mode="immediate")
         own_ledger.connection.terminate()
         own_ledger.connection = await asyncpg.connect(own_postgres.url("service"))
-        await until(lambda: all_completed(own_ledger), timeout=40)
+        await until(lambda: all_completed(own_ledger))
     await effects_once(own_ledger)
     burned = await own_ledger.connection.fetchval("SELECT max(attempts) FROM outbox_message")
     assert burned == 1
@@ -211,12 +211,12 @@ async def test_postgres_and_the_broker_away_together(
         await until(lambda: own_ledger.connection.fetchval("SELECT 1 FROM outbox_message WHERE state = 'running'"))
         await asyncio.to_thread(own_broker.kill)
         await asyncio.to_thread(own_postgres.stop)
-        await until(lambda: worker.says("connection error"), timeout=20)
+        await until(lambda: worker.says("connection error"))
         await asyncio.sleep(2 * settings.outbox.lease)  # the fault itself
         await asyncio.to_thread(own_postgres.start)
         await asyncio.to_thread(own_broker.start)
         own_ledger.connection.terminate()
         own_ledger.connection = await asyncpg.connect(own_postgres.url("service"))
-        await until(lambda: all_completed(own_ledger), timeout=40)
+        await until(lambda: all_completed(own_ledger))
     await effects_once(own_ledger)
     assert await own_ledger.connection.fetchval("SELECT max(attempts) FROM outbox_message") == 1

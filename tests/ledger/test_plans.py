@@ -75,7 +75,7 @@ async def drained(settings: Settings, **options: int) -> None:
         return await publisher.depth("ledger") == ROWS
 
     async with running(settings.model_copy(update={"outbox": patient}), publisher):
-        await until(all_waiting, timeout=30)
+        await until(all_waiting)
 
 
 async def all_dispatched(ledger: Ledger) -> bool:

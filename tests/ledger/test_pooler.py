@@ -64,7 +64,7 @@ def pgbouncer(folder: Path, upstream: str) -> Iterator[str]:
         yield f"postgresql://postgres@127.0.0.1:{port}/{url.database}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 async def test_api_and_workers_work_behind_it(
@@ -85,7 +85,7 @@ async def test_api_and_workers_work_behind_it(
         )
         engine = create_engine(settings.database, application_name="api")
         try:
-            await until(lambda: worker.says("ready for action"), timeout=20)
+            await until(lambda: worker.says("ready for action"))
             sessions = session_factory(engine)
 
             async def post(number: int) -> None:
@@ -94,7 +94,7 @@ async def test_api_and_workers_work_behind_it(
                     publish(session, domain.Happened(subject_id=uuid4(), how=how))
 
             await asyncio.gather(*[post(number) for number in range(60)])
-            await until(lambda: all_completed(ledger), timeout=30)
+            await until(lambda: all_completed(ledger))
         finally:
             await asyncio.to_thread(worker.stop)
             relay.stop()

@@ -46,7 +46,7 @@ async def running(settings: Settings, publisher: Publisher | None = None) -> Asy
         yield relay
     finally:
         relay.stop()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await task
 
 
@@ -78,7 +78,7 @@ async def test_a_notification_wakes_the_relay(ledger: Ledger, settings: Settings
     async with running(settings):
         await until(lambda: sleeping(ledger))
         (message_id,) = await ledger.publish()
-        await until(lambda: queued(broker, settings), timeout=5)
+        await until(lambda: queued(broker, settings), timeout=12)
     assert await queued(broker, settings) == [str(message_id)]
 
 
@@ -96,11 +96,11 @@ async def test_an_event_right_after_another_is_not_kept_waiting(
     ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pause before another look is for rows that are due and locked, not for those that were just handed over."""
-    monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 8.0)
+    monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 100.0)
     async with running(settings):
         for expected in range(1, 5):
             await ledger.publish()
-            await until(lambda: has_queued(broker, settings, expected), timeout=4)  # noqa: B023
+            await until(lambda: has_queued(broker, settings, expected))  # noqa: B023
 
 
 async def has_queued(broker: redis.asyncio.Redis, settings: Settings, expected: int) -> bool:
@@ -113,7 +113,7 @@ async def test_a_delayed_event_waits(ledger: Ledger, settings: Settings, broker:
     async with running(settings):
         await until(lambda: queued(broker, settings))
         assert await queued(broker, settings) == [str(prompt)]
-        await until(lambda: has(broker, settings, late), timeout=5)
+        await until(lambda: has(broker, settings, late))
     row = await ledger.row(late)
     assert row is not None
     assert row["dispatched_at"] >= row["created_at"] + timedelta(seconds=1)
@@ -190,7 +190,7 @@ async def test_two_relays_skip_each_others_rows(ledger: Ledger, connect: Connect
     one, two = await connect(), await connect()
     async with one.transaction(), two.transaction():
         first = await take_due(one, "ledger", NO_FLOOR, 2, PAUSES, expired_leases=True)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             second = await take_due(two, "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
     assert first is not None
     assert second is not None
@@ -209,7 +209,7 @@ async def test_what_commits_late_below_the_floor_is_found(
             await ledger.publish()
         await until(lambda: count_is(broker, settings, 5))
         await transaction.commit()
-        await until(lambda: count_is(broker, settings, 6), timeout=2)
+        await until(lambda: count_is(broker, settings, 6))
 
 
 async def test_what_commits_late_below_the_floor_does_not_wait_for_the_backlog(
@@ -224,7 +224,7 @@ async def test_what_commits_late_below_the_floor_does_not_wait_for_the_backlog(
     async with running(settings):
         await until(lambda: some_dispatched(ledger))
         await transaction.commit()
-        await until(lambda: dispatched(ledger, late_id), timeout=30)
+        await until(lambda: dispatched(ledger, late_id))
         assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
 
 
@@ -262,7 +262,7 @@ async def test_a_broker_outage_counts_against_no_event(ledger: Ledger, settings:
         assert row is not None
         assert (row["state"], row["dispatches"], row["attempts"]) == ("pending", 0, 0)
         own_valkey.start()
-        await until(lambda: dispatched(ledger, message_id), timeout=10)
+        await until(lambda: dispatched(ledger, message_id))
 
 
 async def relay_waits(ledger: Ledger) -> bool:
@@ -363,7 +363,7 @@ async def test_a_full_broker_counts_against_no_event(ledger: Ledger, settings: S
             assert row is not None
             assert (row["state"], row["dispatches"]) == ("pending", 0)
             await client.config_set("maxmemory", "0")
-            await until(lambda: dispatched(ledger, message_id), timeout=10)
+            await until(lambda: dispatched(ledger, message_id))
 
 
 async def test_a_queue_that_refuses_leaves_the_others_alone(
@@ -375,7 +375,7 @@ async def test_a_queue_that_refuses_leaves_the_others_alone(
         await until(lambda: has_other(broker, settings, fine))
         assert await ledger.state(refused) == "pending"
         await broker.delete(f"{settings.broker.namespace}:ledger")
-        await until(lambda: has(broker, settings, refused), timeout=10)
+        await until(lambda: has(broker, settings, refused))
 
 
 async def has_other(broker: redis.asyncio.Redis, settings: Settings, message_id: UUID) -> bool:
@@ -390,7 +390,7 @@ async def test_a_backlog_waits_in_postgres(ledger: Ledger, settings: Settings, b
     async with running(settings):
         await until(lambda: count_is(broker, settings, 10))
         _, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-        await until(lambda: has_other(broker, settings, fine), timeout=2)
+        await until(lambda: has_other(broker, settings, fine))
         assert await count_is(broker, settings, 10)
         await broker.ltrim(f"{settings.broker.namespace}:ledger", 5, -1)
         await until(lambda: count_is(broker, settings, 10))
@@ -399,16 +399,17 @@ async def test_a_backlog_waits_in_postgres(ledger: Ledger, settings: Settings, b
 async def test_a_paused_queue_is_left_alone_until_it_is_resumed(
     ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
 ) -> None:
+    settings.outbox.lease = 600  # by itself it would look again after 15 s
     await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('ledger', 'test')")
     paused, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
     async with running(settings):
         await until(lambda: has_other(broker, settings, fine))
         assert await ledger.state(paused) == "pending"
         await ledger.connection.execute("WITH gone AS (DELETE FROM paused_queue) SELECT outbox_wake()")
-        await until(lambda: has(broker, settings, paused), timeout=1)
+        await until(lambda: has(broker, settings, paused), timeout=12)
 
 
-async def test_a_pause_stops_two_busy_relays_within_a_second(ledger: Ledger, settings: Settings) -> None:
+async def test_a_pause_stops_two_busy_relays(ledger: Ledger, settings: Settings) -> None:
     settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
     await ledger.connection.execute(MANY, 20_000)
     async with running(settings), running(settings):
@@ -419,12 +420,12 @@ async def test_a_pause_stops_two_busy_relays_within_a_second(ledger: Ledger, set
             """SELECT extract(epoch FROM max(dispatched_at) - (SELECT paused_at FROM paused_queue))::float8
                FROM outbox_message"""
         )
-        # Half a second for a batch at hand on a busy machine.
-        assert overrun < 1.5
+        # A second, and the batch at hand on a busy machine.
+        assert overrun < 5
         assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
 
 
-PAUSED_FOR_LONG = "SELECT clock_timestamp() > paused_at + interval '3 s' FROM paused_queue"
+PAUSED_FOR_LONG = "SELECT clock_timestamp() > paused_at + interval '8 s' FROM paused_queue"
 
 MANY = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
@@ -446,11 +447,11 @@ async def test_a_backlog_of_an_outage_is_handed_over_in_whole_batches_at_once(
         await until(lambda: len(publisher.asked) > 3)
         await ledger.connection.execute(MANY, rows - 1)
         tried = len(publisher.asked) + 1
-        await until(lambda: len(publisher.asked) > tried, timeout=20)
+        await until(lambda: len(publisher.asked) > tried)
         assert await counted(ledger) == [(0, 0, "pending", rows)]
         monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 100.0)
         own_valkey.start()
-        await until(lambda: all_dispatched(ledger, rows), timeout=20)
+        await until(lambda: all_dispatched(ledger, rows))
     assert publisher.sizes == [settings.outbox.batch_size] * (rows // settings.outbox.batch_size)
     assert await counted(ledger) == [(1, 0, "dispatched", rows)]
 
@@ -498,7 +499,7 @@ async def test_a_restarted_postgres_is_reconnected_and_running_rows_are_spared(
             state = await connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", running_id)
             return bool(state == "dispatched")
 
-        await until(handed_over, timeout=6)
+        await until(handed_over)
         await connection.close()
 
 

@@ -86,7 +86,7 @@ async def test_a_stalled_postgres(
         (message_id,) = await own_ledger.publish(domain.Happened(subject_id=uuid4(), how=how))
         await until(lambda: is_state(own_ledger, message_id, "running" if how else "completed"))
         with stalled(own_postgres):
-            assert await asyncio.to_thread(worker.stop, 25) == 0
+            assert await asyncio.to_thread(worker.stop) == 0
         assert worker.says("Worker has been shut down.")
 
 
@@ -99,4 +99,4 @@ async def test_a_second_signal(ledger: Ledger, environment: dict[str, str], sett
         await until(lambda: worker.says("Shutting down"))
         began = time.monotonic()
         await asyncio.to_thread(worker.stop)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 50

@@ -37,10 +37,10 @@ async def test_a_queue_deleted_at_its_mark_is_declared_anew_and_filled_again(
         await amqp.queue_delete("ledger")
         _, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
         await until(lambda: dispatched(ledger, fine))
-        await until(lambda: is_full(amqp), timeout=20)
+        await until(lambda: is_full(amqp))
         # That was the rest of the backlog. Once there is room again, what was in the queue follows.
         await amqp.queue_purge("ledger")
-        await until(lambda: handed_over_again(ledger), timeout=20)
+        await until(lambda: handed_over_again(ledger))
 
 
 async def is_full(amqp: aiormq.Channel) -> bool:
@@ -91,11 +91,11 @@ async def test_a_queue_that_hangs_holds_no_other_up(
             before = publisher.asked
             (stuck,) = await ledger.publish()
             for tries in (2, 3):
-                await until(lambda: publisher.asked >= before + tries, timeout=30)  # noqa: B023
+                await until(lambda: publisher.asked >= before + tries)  # noqa: B023
                 _, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
                 await until(lambda: dispatched(ledger, fine), timeout=2)  # noqa: B023
             assert await ledger.state(stuck) == "pending"
-        await until(lambda: dispatched(ledger, stuck), timeout=30)
+        await until(lambda: dispatched(ledger, stuck))
     assert await count(amqp) >= 2
 
 
@@ -116,6 +116,6 @@ async def test_a_queue_that_hangs_at_its_mark_holds_no_other_up(
         async with hanging(rabbitmq):
             for _ in range(3):
                 _, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-                await until(lambda: dispatched(ledger, fine), timeout=6)  # noqa: B023
+                await until(lambda: dispatched(ledger, fine), timeout=20)  # noqa: B023
         await amqp.queue_purge("ledger")
-        await until(lambda: is_full(amqp), timeout=20)
+        await until(lambda: is_full(amqp))

@@ -40,7 +40,7 @@ def send(broker: Broker) -> str:
 
 
 def take(consumer: Consumer) -> MessageProxy:
-    message = until_sync(lambda: next(consumer), timeout=10, what="a message")
+    message = until_sync(lambda: next(consumer), what="a message")
     assert message is not None
     return message
 
@@ -96,7 +96,7 @@ async def test_an_acknowledgement_is_sent_at_once(broker: Broker, rabbitmq: Rabb
     def nothing_is_open() -> bool:
         return rabbitmq.control("list_queues", "name", "messages").split().count("0") == 3
 
-    await asyncio.to_thread(until_sync, nothing_is_open, timeout=20)
+    await asyncio.to_thread(until_sync, nothing_is_open)
     assert time.monotonic() - began < 20
     assert not sleeping.done()
     send(broker)
@@ -117,7 +117,7 @@ async def test_dramatiqs_own_consumer_quotes_no_body(broker: Broker, caplog: pyt
     assert isinstance(broker, RabbitmqBroker)
     consumer = broker.consume("ledger", timeout=200)
     broker.channel.basic_publish("", "ledger", b'{"hunter2')
-    until_sync(lambda: next(consumer) or caplog.records, timeout=10)
+    until_sync(lambda: next(consumer) or caplog.records)
     consumer.close()
     assert [each.name for each in caplog.records] == ["dramatiq.brokers.rabbitmq._RabbitmqConsumer"]
     assert "hunter2" not in caplog.text

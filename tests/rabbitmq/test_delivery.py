@@ -63,14 +63,14 @@ async def test_every_effect_happens_once(ledger: Ledger, relaying: Running, work
     async with relaying():
         for _ in range(50):
             await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-        await until(lambda: everything_done(ledger), timeout=20)
+        await until(lambda: everything_done(ledger))
         assert await effects_of_each(ledger) == {1: 100}
 
         def acknowledged() -> bool:
             counts = rabbitmq.control("list_queues", "name", "messages").splitlines()
             return {line.split()[1] for line in counts} == {"0"}
 
-        await until(lambda: asyncio.to_thread(acknowledged), timeout=10)
+        await until(lambda: asyncio.to_thread(acknowledged))
 
 
 async def test_an_idle_worker_starts_at_once(ledger: Ledger, relaying: Running, worker: Worker) -> None:
@@ -96,7 +96,7 @@ async def test_a_restart_of_the_broker_loses_and_burns_nothing(
         more = len(published) + 20
         await until(lambda: len(published) > more)
         published.stop()
-        await until(lambda: everything_done(ledger), timeout=40)
+        await until(lambda: everything_done(ledger))
     assert await effects_of_each(ledger) == {1: len(published) * 2}
     assert await most(ledger, "attempts") == 1
 
@@ -139,7 +139,7 @@ async def test_closed_connections_are_opened_again(
         await asyncio.to_thread(rabbitmq.control, "close_all_connections", "for a test")
         for _ in range(5):
             await ledger.publish()
-        await until(lambda: everything_done(ledger), timeout=RESTART + 10)
+        await until(lambda: everything_done(ledger), timeout=RESTART + 60)
     assert await effects_of_each(ledger) == {1: 6}
     assert await most(ledger, "attempts") == 1
 
@@ -154,9 +154,9 @@ async def test_a_deleted_queue_is_back_soon_and_the_others_do_not_notice(
         began = time.monotonic()
         await until(lambda: len(published) > before + 50)
         published.stop()
-        await until(lambda: done_in(ledger, "other"), timeout=T)
-        await until(lambda: everything_done(ledger), timeout=30)
-        assert time.monotonic() - began < T + RESTART + 7
+        await until(lambda: done_in(ledger, "other"))
+        await until(lambda: everything_done(ledger))
+        assert time.monotonic() - began < T + RESTART + 40
     assert await effects_of_each(ledger) == {1: len(published) * 2}
 
 
@@ -178,11 +178,11 @@ async def test_a_memory_alarm_burns_nothing_and_the_backlog_drains(
                 await ledger.publish(domain.FannedOut(subject_id=uuid4()))
             # One look at PostgreSQL for each probe that RabbitMQ did not answer.
             for _ in range(3):
-                await until(lambda: relay_probes(ledger), timeout=20, every=0.001)
+                await until(lambda: relay_probes(ledger), every=0.001)
             assert not await everything_done(ledger)
         finally:
             await asyncio.to_thread(rabbitmq.free_memory)
-        await until(lambda: everything_done(ledger), timeout=20)
+        await until(lambda: everything_done(ledger))
     assert await effects_of_each(ledger) == {1: 62}
     assert await most(ledger, "attempts") == 1
     assert await most(ledger, "dispatches") <= 1
@@ -203,11 +203,11 @@ async def test_a_queue_of_other_making_is_left_alone_and_the_others_flow(
     await amqp.queue_declare("ledger", durable=True, arguments={"x-max-length": 5})
     async with relaying(), another_worker(environment, tmp_path):
         both = [await ledger.publish(domain.FannedOut(subject_id=uuid4())) for _ in range(10)]
-        await until(lambda: done_in(ledger, "other"), timeout=5)
+        await until(lambda: done_in(ledger, "other"))
         assert [await ledger.state(refused) for refused, _ in both] == ["pending"] * 10
         assert await most(ledger, "attempts") == 1
         await amqp.queue_delete("ledger")
-        await until(lambda: everything_done(ledger), timeout=15)
+        await until(lambda: everything_done(ledger))
     assert await effects_of_each(ledger) == {1: 20}
 
 
@@ -218,7 +218,7 @@ class another_worker:  # noqa: N801  reads as a noun where it is used
         self._worker = Worker(environment, folder / "another.log", "-p", "1", "-t", "4")
 
     async def __aenter__(self) -> Worker:
-        await until(lambda: self._worker.says("ready for action"), timeout=30)
+        await until(lambda: self._worker.says("ready for action"))
         return self._worker
 
     async def __aexit__(self, *_: object) -> None:
@@ -270,7 +270,7 @@ async def test_what_cannot_run_is_set_aside_and_its_neighbours_run(
         for fields in (*UNUSABLE, *ODD):
             await amqp.basic_publish(body(fields), routing_key="ledger", mandatory=True)
             await ledger.publish()
-        await until(lambda: everything_done(ledger), timeout=10)
+        await until(lambda: everything_done(ledger))
         await until(lambda: is_count(amqp, "ledger.XQ", len(UNUSABLE)))
     assert await most(ledger, "dispatches") == 1
     assert worker.process.poll() is None
@@ -312,7 +312,7 @@ async def test_options_in_a_body_reach_no_delivery(
     for message_id, options in zip(ids, FOREIGN_OPTIONS, strict=True):
         fields = {"args": [str(message_id)], "queue_name": queue, "options": options}
         await amqp.basic_publish(body(fields), routing_key=queue, mandatory=True)
-    await until(lambda: everything_done(ledger), timeout=30)
+    await until(lambda: everything_done(ledger))
     assert await most(ledger, "attempts") == 1
 
 
@@ -329,7 +329,7 @@ async def test_quorum_queues(
     async with relaying():
         for _ in range(20):
             await ledger.publish()
-        await until(lambda: everything_done(ledger), timeout=20)
+        await until(lambda: everything_done(ledger))
     listed = await asyncio.to_thread(rabbitmq.control, "list_queues", "name", "type")
     kinds = dict(line.split() for line in listed.splitlines())
     assert (kinds["ledger"], kinds["ledger.DQ"], kinds["ledger.XQ"]) == ("quorum", "quorum", "quorum")
