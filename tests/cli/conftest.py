@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +17,7 @@ from service.dev.postgres import psql
 from service.outbox.events import delivery_id, new_event_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
 COMMAND = [sys.executable, "-c", "from relay.cli import main; main()"]
@@ -61,20 +62,24 @@ def outbox(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.fixture
-def start(environment: dict[str, str]) -> Callable[[Sequence[str]], subprocess.Popen[str]]:
+def start(environment: dict[str, str]) -> Iterator[Callable[[Sequence[str]], subprocess.Popen[str]]]:
     """The command as a process of its own."""
+    with ExitStack() as stack:
 
-    def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*COMMAND, *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        def start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [*COMMAND, *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
 
-    return start
+        yield start
 
 
 class Rows:

@@ -120,13 +120,13 @@ async def test_a_queue_that_hangs_holds_no_other_up(ledger: Ledger, settings: Se
 
     async with behind_a_proxy(settings, own_valkey) as between:
         between.request = hang_at_ledger
-        settings.broker.publish_timeout = 10
+        settings.broker.publish_timeout = 8
         async with running(settings):
             (stuck,) = await ledger.publish()
             await until(lambda: hanging == 2)
             fine = uuid4()
             await ledger.connection.execute(INTO, fine, "other")
-            await until(lambda: dispatched(ledger, fine), timeout=8)
+            await until(lambda: dispatched(ledger, fine), timeout=7)
             assert hanging == 2
             between.allow_all()
             await until(lambda: dispatched(ledger, stuck))

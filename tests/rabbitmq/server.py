@@ -50,6 +50,7 @@ class _NameServer(Server):
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 ["epmd", "-port", str(self.port), "-address", "127.0.0.1"],
+                env={"PATH": _PATH},  # it outlives the test that restarts a node
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
