@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 from alembic import context
 from alembic.runtime.migration import RevisionStep
 from alembic.util import CommandError
@@ -23,6 +23,7 @@ import service.domains
 import service.idempotency
 import service.outbox.tables
 from service.database import Base
+from service.driver import DRIVER_ERRORS, open_connection
 from service.errors import ConfigurationError
 from service.settings import load_settings
 
@@ -104,16 +105,16 @@ async def _migrate() -> None:
         settings = load_settings().database
     except ConfigurationError as error:
         raise CommandError(str(error)) from None
-    engine = create_async_engine(settings.sqlalchemy_url, connect_args={"timeout": settings.connect_timeout})
+    arguments = {"async_creator_fn": partial(open_connection, settings, "alembic"), "command_timeout": None}
+    engine = create_async_engine("postgresql+asyncpg://", connect_args=arguments)
     try:
         connection = engine.connect()
         try:
             await connection.start()
-        except (OSError, DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            where = settings.sqlalchemy_url.set(drivername="postgresql").render_as_string()
+        except (*DRIVER_ERRORS, DBAPIError) as error:
             reason = str(getattr(error, "orig", error)).partition("\n")[0] or type(error).__name__
             raise CommandError(
-                f"cannot use {where}: {reason}. Is PostgreSQL running, and is DATABASE__URL right?"
+                f"cannot use {settings.address.where}: {reason}. Is PostgreSQL running, and is DATABASE__URL right?"
             ) from None
         try:
             await connection.run_sync(_run)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy.engine import make_url
 
-from service.driver import driver_arguments
+from service.driver import open_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -75,7 +74,7 @@ async def connect(settings: DatabaseSettings) -> AsyncIterator[Connection]:
     """A connection for one command; what goes wrong on it is raised as a `CommandError`."""
     connection: Connection | None = None
     try:
-        connection = await asyncpg.connect(**driver_arguments(settings, "outbox-cli"))
+        connection = await open_connection(settings, "outbox-cli")
         await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
         yield connection
         await connection.close(timeout=settings.connect_timeout)
@@ -91,8 +90,8 @@ async def connect(settings: DatabaseSettings) -> AsyncIterator[Connection]:
 
 def database_problem(error: BaseException, settings: DatabaseSettings) -> CommandError:
     """One line for an error of the database: what it is and what to do about it."""
-    url = make_url(settings.url.get_secret_value())
-    where = f"{url.host or url.query.get('host', 'localhost')}:{url.port or url.query.get('port', 5432)}/{url.database}"
+    address = settings.address
+    where, user = address.where, address.parameters.get("user", "")
     match error:
         case asyncpg.UndefinedTableError() | asyncpg.UndefinedColumnError() | asyncpg.UndefinedFunctionError():
             message = (
@@ -101,9 +100,9 @@ def database_problem(error: BaseException, settings: DatabaseSettings) -> Comman
         case asyncpg.InvalidCatalogNameError():
             message = f"PostgreSQL has no database {where}: create it, or correct DATABASE__URL"
         case asyncpg.InvalidAuthorizationSpecificationError():
-            message = f"PostgreSQL at {where} refuses user {url.username!r}: check user and password in DATABASE__URL"
+            message = f"PostgreSQL at {where} refuses user {user!r}: check user and password in DATABASE__URL"
         case asyncpg.InsufficientPrivilegeError():
-            message = f"the role {url.username!r} may not do this ({error}): use the relay's or an operator's role"
+            message = f"the role {user!r} may not do this ({error}): use the relay's or an operator's role"
         case _ if isinstance(error, _UNREACHABLE):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             message = f"cannot reach PostgreSQL at {where} ({reason}): is it running, and is DATABASE__URL right?"

@@ -15,9 +15,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-import asyncpg
-
-from service.driver import DRIVER_ERRORS, driver_arguments
+from service.driver import DRIVER_ERRORS, open_connection
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -159,7 +157,7 @@ async def purge_regularly(settings: Settings) -> None:
     while True:
         await asyncio.sleep(EVERY)
         try:
-            connection = await asyncpg.connect(**driver_arguments(settings.database, "outbox-purge"))
+            connection = await open_connection(settings.database, "outbox-purge")
             try:
                 removed = await purge(connection, keep, keep_http_keys)
             finally:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiormq import Channel, Connection, TransportFactory
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from yarl import URL
+
+from service.sockets import notice_silence, tls_context
+
+if TYPE_CHECKING:
+    from service.settings import BrokerSettings
 
 __all__ = ["Line"]
 
@@ -26,12 +31,14 @@ _GOODBYE = 2.0
 class _Transport(TransportFactory):
     """Makes the transport and keeps hold of it."""
 
-    def __init__(self, *, secure: bool) -> None:
+    def __init__(self, *, secure: bool, silence_timeout: int) -> None:
         self._factory = TLSTransportFactory() if secure else TCPTransportFactory()
+        self._silence_timeout = silence_timeout
         self._writer: asyncio.StreamWriter | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, self._writer = await self._factory.create(url, **kwargs)
+        notice_silence(self._writer.get_extra_info("socket"), self._silence_timeout)
         return reader, self._writer
 
     def abort(self) -> None:
@@ -42,10 +49,12 @@ class _Transport(TransportFactory):
 class Line:
     """A connection and a channel with publisher confirms. It is opened once and never mended."""
 
-    def __init__(self, url: str) -> None:
-        address = URL(url)
+    def __init__(self, settings: BrokerSettings) -> None:
+        address = URL(settings.url.get_secret_value())
         self._url = address.update_query(heartbeat=address.query.get("heartbeat", _HEARTBEAT))
-        self._transport = _Transport(secure=address.scheme == "amqps")
+        secure = address.scheme == "amqps"
+        self._tls = tls_context(settings.tls_ca_file) if secure else None
+        self._transport = _Transport(secure=secure, silence_timeout=settings.silence_timeout)
         self._connection: Connection | None = None
         self._channel: Channel | None = None
 
@@ -56,7 +65,7 @@ class Line:
 
     async def open(self) -> Channel:
         """Connect."""
-        self._connection = Connection(self._url, transport_factory=self._transport)
+        self._connection = Connection(self._url, context=self._tls, transport_factory=self._transport)
         await self._connection.connect()
         channel = await self._connection.channel()
         assert isinstance(channel, Channel)

@@ -54,7 +54,7 @@ class RabbitmqPublisher:
     """The publisher for `amqp://` and `amqps://`."""
 
     def __init__(self, settings: BrokerSettings) -> None:
-        self._url = settings.url.get_secret_value()
+        self._settings = settings
         self._quorum = settings.quorum_queues
         self._timeout = settings.publish_timeout
         self._lines: dict[str, Line] = {}
@@ -131,7 +131,7 @@ class RabbitmqPublisher:
         """Ask on a line, which is given up after any failure: the next question opens another."""
         line = self._lines.get(name)
         if line is None or line.ended:
-            line = self._lines[name] = Line(self._url)
+            line = self._lines[name] = Line(self._settings)
         # A task of its own, because aiormq cancels who waits on a connection that ends.
         task = asyncio.ensure_future(self._talk(line, name, question, declare=declare))
         try:

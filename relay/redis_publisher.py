@@ -125,6 +125,7 @@ class RedisPublisher:
         self._timeout = settings.publish_timeout
         self._client = redis.asyncio.Redis.from_url(
             settings.redis_url,
+            **settings.redis_options,
             socket_timeout=settings.publish_timeout,
             socket_connect_timeout=settings.publish_timeout,
             # The relay's own loop decides about trying again, in a transaction of its own.

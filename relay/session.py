@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import asyncpg
-
 from relay.wakeup import LONGEST_SLEEP
-from service.driver import driver_arguments
+from service.driver import open_connection
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    import asyncpg
+
     from relay.wakeup import Wakeup
     from service.settings import DatabaseSettings
 
@@ -44,8 +44,7 @@ class Sessions:
 
     async def connect(self, name: str = "outbox-relay") -> Connection:
         """A new session, shown in `pg_stat_activity` under this name."""
-        connection: Connection = await asyncpg.connect(**driver_arguments(self._settings, name))
-        return connection
+        return await open_connection(self._settings, name)
 
     async def prove(self, wakeup: Wakeup) -> None:
         """Make sure that notifications arrive.

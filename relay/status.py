@@ -60,7 +60,8 @@ _PAUSED = (
     "SELECT queue, paused_at, clock_timestamp() - paused_at AS age, paused_by, why FROM paused_queue ORDER BY queue"
 )
 _RELAYS = """
-SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'outbox-relay'
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND split_part(application_name, ' ', 1) = 'outbox-relay'
 """
 
 

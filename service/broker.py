@@ -9,12 +9,14 @@ the ledger's queues are consumed whatever became of those that Dramatiq keeps be
 from __future__ import annotations
 
 import logging
+import socket
 import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import dramatiq
+import pika
 import pika.data
 from dramatiq.broker import Broker, Consumer, MessageProxy
 from dramatiq.brokers.rabbitmq import DEAD_MESSAGE_TTL, RabbitmqBroker
@@ -25,6 +27,7 @@ from pika.exceptions import ChannelClosedByBroker
 
 from service.bodies import OF_LEDGER, can_run, disarm
 from service.doorbell import DoorbellRedisBroker
+from service.sockets import silence_options, tls_context
 from service.telemetry import flush_logs, get_logger
 
 if TYPE_CHECKING:
@@ -62,7 +65,13 @@ class _RedisBroker(_KnowsUnknownActors, DoorbellRedisBroker):
 
 class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
     def __init__(self, settings: BrokerSettings, middleware: list[Any]) -> None:
-        super().__init__(url=settings.url.get_secret_value(), confirm_delivery=True, middleware=middleware)
+        # In a list, for of a string Dramatiq makes several at each semicolon, even one in the password.
+        super().__init__(url=[settings.url.get_secret_value()], confirm_delivery=True, middleware=middleware)
+        (parameters,) = self.parameters
+        if hasattr(socket, "TCP_KEEPIDLE"):  # elsewhere pika knows none of the options
+            parameters.tcp_options = silence_options(settings.silence_timeout)
+        if parameters.ssl_options is not None:
+            parameters.ssl_options = pika.SSLOptions(tls_context(settings.tls_ca_file), parameters.host)
         self._type = {"x-queue-type": "quorum"} if settings.quorum_queues else {}
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
@@ -170,7 +179,9 @@ def make_broker(settings: BrokerSettings, middleware: list[Any]) -> Broker:
     if settings.is_rabbitmq:
         logging.getLogger("dramatiq.brokers.rabbitmq._RabbitmqConsumer").addFilter(_without_exception)
         return _RabbitmqBroker(settings, middleware)
-    return _RedisBroker(settings.redis_url, namespace=settings.namespace, middleware=middleware)
+    return _RedisBroker(
+        settings.redis_url, namespace=settings.namespace, middleware=middleware, **settings.redis_options
+    )
 
 
 def declare_unknown(broker: Broker, run: Callable[[UUID], None], queue: str) -> None:

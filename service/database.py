@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator  # noqa: TC003  FastAPI resolves the dependency's annotations at run time
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from uuid import uuid4
 
@@ -19,7 +20,7 @@ from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from service.driver import DRIVER_ERRORS, ENDED, PreparedBegin, has_transaction_timeout
+from service.driver import DRIVER_ERRORS, ENDED, PreparedBegin, has_transaction_timeout, open_connection
 from service.errors import DatabaseUnavailableError, TransactionError
 
 if TYPE_CHECKING:
@@ -74,19 +75,21 @@ def create_engine(
         application_name: Shown in `pg_stat_activity`.
         statement_timeout: Seconds; `None` where something else bounds the transaction.
     """
-    connect_args: dict[str, Any] = {"timeout": settings.connect_timeout, "connection_class": PreparedBegin}
+    connect_args: dict[str, Any] = {
+        "async_creator_fn": partial(open_connection, settings, application_name),
+        "connection_class": PreparedBegin,
+        "command_timeout": None,
+    }
     if settings.pooler:
         # A pooler in transaction mode hands out another server connection for every transaction: no prepared
         # statement and no session setting may outlive one, and statement names must not collide.
         connect_args |= {
-            "statement_cache_size": 0,
             "prepared_statement_cache_size": 0,
             "prepared_statement_name_func": lambda: f"__asyncpg_{uuid4()}__",
         }
     else:
         # A plan kept since a table was small would read all of it when it is large.
         server_settings = {
-            "application_name": application_name,
             "plan_cache_mode": "force_custom_plan",
             "idle_session_timeout": "0",
         }
@@ -95,7 +98,7 @@ def create_engine(
             server_settings["idle_in_transaction_session_timeout"] = f"{int(statement_timeout * 1000)}"
         connect_args["server_settings"] = server_settings
     engine = create_async_engine(
-        settings.sqlalchemy_url,
+        "postgresql+asyncpg://",
         isolation_level="READ COMMITTED",
         pool_size=settings.pool_size,
         max_overflow=0,

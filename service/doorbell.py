@@ -74,9 +74,10 @@ class _Fetched:
 class DoorbellRedisBroker(RedisBroker):
     """A `RedisBroker` whose consumers wait for a doorbell; bodies, keys and scripts are Dramatiq's own."""
 
-    def __init__(self, url: str, *, namespace: str, middleware: list[Any]) -> None:
+    def __init__(self, url: str, *, namespace: str, middleware: list[Any], **options: Any) -> None:
         client = redis.Redis.from_url(
             url,
+            **options,
             socket_timeout=_SOCKET_TIMEOUT,
             socket_connect_timeout=5,
             # A command repeated by the client would fetch twice, and nobody would see the first reply.

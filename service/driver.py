@@ -1,18 +1,22 @@
-"""Connections of the asyncpg driver itself, for the ledger's own statements and the command line.
+"""Connections of the asyncpg driver itself: for the engine, for the ledger's own statements and the command line.
 
-Apart from `database.py`, so that a command need not import a web framework to open a connection.
+Apart from `database.py`, so that a command need not import a web framework to open a connection. What must stay true:
+`open_connection` opens all of them, so that TLS, time-outs and hosts are the same for every process.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
 from service.errors import TransactionError
+from service.sockets import notice_silence
 
 if TYPE_CHECKING:
+    from service.postgres_url import Host, PostgresAddress
     from service.settings import DatabaseSettings
 
     _Connection = asyncpg.Connection[asyncpg.Record]
@@ -26,8 +30,8 @@ __all__ = [
     "PreparedBegin",
     "bound_waits",
     "connect",
-    "driver_arguments",
     "has_transaction_timeout",
+    "open_connection",
 ]
 
 # asyncpg raises an InternalClientError, which is none of its other errors, when a connection breaks while it is used.
@@ -141,19 +145,66 @@ class PreparedBegin(_Connection):
         return super().prepare(query, **options)
 
 
-def driver_arguments(settings: DatabaseSettings, application_name: str) -> dict[str, Any]:
-    """Arguments for `asyncpg.connect` and `asyncpg.create_pool`, for the ledger's own statements."""
-    arguments: dict[str, Any] = {"dsn": settings.dsn, "timeout": settings.connect_timeout, "command_timeout": 30}
+_ANOTHER_MAY_DO = (
+    OSError,  # includes TimeoutError, and a certificate that is not to be trusted
+    asyncpg.CannotConnectNowError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.TargetServerAttributeNotMatched,
+)
+
+_first: dict[tuple[Host, ...], int] = {}
+"""Of several hosts, which one to begin with: one that did not do is the last to be asked again."""
+
+
+async def open_connection(settings: DatabaseSettings, application_name: str, **more: Any) -> _Connection:
+    """A connection to the first host that will do. Every connection of every process is opened here.
+
+    Each host has its share of `connect_timeout`: one that does not answer leaves the others theirs.
+
+    Args:
+        settings: Where PostgreSQL is.
+        application_name: Shown in `pg_stat_activity`, before what the URL has of it.
+        more: Further arguments of `asyncpg.connect`; its `server_settings` only where no pooler would refuse them.
+
+    Raises:
+        OSError: or another of `DRIVER_ERRORS`, that of the host which was asked last.
+    """
+    address = settings.address
+    arguments = _arguments(settings, address, application_name, more)
+    loop = asyncio.get_running_loop()
+    deadline, count = loop.time() + settings.connect_timeout, len(address.hosts)
+    first = _first.get(address.hosts, 0)
+    for left in range(count, 0, -1):
+        number = (first + count - left) % count
+        host, port = address.hosts[number]
+        share = (deadline - loop.time()) / left
+        try:
+            connection: Any = await asyncpg.connect(**arguments, host=host, port=port, timeout=share)
+        except (*_ANOTHER_MAY_DO, asyncio.CancelledError) as error:
+            _first[address.hosts] = (number + 1) % count
+            if left == 1 or isinstance(error, asyncio.CancelledError):
+                raise
+        else:
+            # asyncpg has no option for it, and a connection that is being made has a timeout.
+            notice_silence(connection._transport.get_extra_info("socket"), settings.silence_timeout)  # noqa: SLF001
+            opened: _Connection = connection
+            return opened
+    raise AssertionError("an address has a host")
+
+
+def _arguments(
+    settings: DatabaseSettings, address: PostgresAddress, application_name: str, more: dict[str, Any]
+) -> dict[str, Any]:
+    name = f"{application_name} {address.application_name}".rstrip()
+    arguments = {"dsn": address.dsn, "command_timeout": 30} | more
     if settings.pooler:
         arguments["statement_cache_size"] = 0
-    return arguments | {"server_settings": {"application_name": application_name}}
+    return arguments | {"server_settings": {"application_name": name} | more.get("server_settings", {})}
 
 
 async def connect(settings: DatabaseSettings, application_name: str) -> asyncpg.Connection[asyncpg.Record]:
     """A connection for the ledger's own statements, its waits bounded."""
-    connection: asyncpg.Connection[asyncpg.Record] = await asyncpg.connect(
-        **driver_arguments(settings, application_name)
-    )
+    connection = await open_connection(settings, application_name)
     if not settings.pooler:
         await bound_waits(connection)
     return connection

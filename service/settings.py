@@ -6,16 +6,19 @@ process before it does anything and says which variable is wrong and what it sho
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+import socket
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
 
 from service.errors import ConfigurationError
+from service.postgres_url import PostgresAddress, read_postgres
+from service.sockets import check_ca_file, silence_options
+from service.urls import check_broker, check_smtp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "ApiSettings",
@@ -31,88 +34,57 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 """A duration in seconds."""
 
 
-# postgresql://user:password@host1:5432,host2:5432/database, as libpq takes it; SQLAlchemy does not.
-_SEVERAL_HOSTS = re.compile(r"([\w+]+://(?:[^@]*@)?)([^@/?]*,[^@/?]*)(/[^?]*)?(?:\?(.*))?")
+def _checked(check: Callable[[str], object]) -> AfterValidator:
+    """Refuse what `check` refuses, and leave the rest as it is."""
+
+    def validate(value: SecretStr) -> SecretStr:
+        check(value.get_secret_value())
+        return value
+
+    return AfterValidator(validate)
 
 
-def _hosts_in_query(url: str) -> str:
-    """Several hosts where SQLAlchemy and asyncpg both look for them, and of them the one that takes writes."""
-    found = _SEVERAL_HOSTS.fullmatch(url)
-    if found is None:
-        return url
-    start, hosts, database, rest = found.groups()
-    pairs = [re.fullmatch(r"(\[.+\]|[^:]+)(?::(\d+))?", each) for each in hosts.split(",")]
-    if not all(pairs):
-        raise ValueError("expected postgresql://user:password@host1:5432,host2:5432/database")
-    names, ports = zip(*((pair[1].strip("[]"), pair[2] or "5432") for pair in pairs if pair), strict=True)
-    query = f"host={','.join(names)}&port={','.join(ports)}" + (f"&{rest}" if rest else "")
-    if "target_session_attrs=" not in query:
-        query += "&target_session_attrs=read-write"
-    return f"{start}{database or ''}?{query}"
-
-
-def _postgres_url(value: SecretStr) -> SecretStr:
-    text = _hosts_in_query(value.get_secret_value())
-    try:
-        url = make_url(text)
-    except (ValueError, ArgumentError):
-        raise ValueError("expected postgresql://user:password@host:5432/database") from None
-    if url.drivername not in ("postgresql", "postgres", "postgresql+asyncpg"):
-        raise ValueError("expected a postgresql:// URL, such as postgresql://user:password@host:5432/database")
-    if not url.database:
-        raise ValueError("the URL names no database: expected postgresql://user:password@host:5432/database")
-    return SecretStr(text)
-
-
-def _broker_url(value: SecretStr) -> SecretStr:
-    scheme = urlsplit(value.get_secret_value()).scheme
-    if scheme not in ("redis", "rediss", "valkey", "valkeys", "unix", "amqp", "amqps"):
-        raise ValueError("expected redis://host:6379/0, valkey://host:6379/0 or amqp://user:password@host:5672/")
-    return value
-
-
-def _smtp_url(value: SecretStr) -> SecretStr:
-    expected = "expected smtp://host:1025, smtp+starttls://user:password@host:587 or smtps://user:password@host:465"
-    try:
-        url = urlsplit(value.get_secret_value())
-        valid = url.scheme in ("smtp", "smtp+starttls", "smtps") and url.hostname and (url.port is None or url.port > 0)
-    except ValueError:  # a port that is no port; the message would quote the URL
-        valid = False
-    if not valid:
-        raise ValueError(expected)
-    return value
+Silence = Annotated[int, Field(ge=2, le=3_600)]
+CaFile = Annotated[str, AfterValidator(check_ca_file)]
 
 
 class DatabaseSettings(BaseModel):
     """How to reach PostgreSQL (15 or newer)."""
 
-    url: Annotated[SecretStr, AfterValidator(_postgres_url)] = Field(
+    url: Annotated[SecretStr, _checked(read_postgres)] = Field(
         description="PostgreSQL, as postgresql://user:password@host:5432/database"
     )
     pool_size: int = Field(10, ge=1, le=500, description="Connections an API or worker process keeps")
     pool_timeout: Seconds = Field(5, description="Seconds to wait for a free connection before answering 503")
-    connect_timeout: Seconds = Field(5, description="Seconds to wait for PostgreSQL to accept a connection")
+    connect_timeout: Seconds = Field(
+        5, description="Seconds to wait for PostgreSQL to accept a connection; several hosts share them"
+    )
+    silence_timeout: Silence = Field(10, description="Seconds without a sign of PostgreSQL that end a connection")
     statement_timeout: Seconds = Field(30, description="Seconds a statement of the API may run")
     pooler: bool = Field(
         False, description="Set when API and workers connect through a pooler in transaction mode (PgBouncer)"
     )
 
     @property
-    def sqlalchemy_url(self) -> URL:
-        """The URL with the asyncpg driver, for SQLAlchemy and Alembic."""
-        return make_url(self.url.get_secret_value()).set(drivername="postgresql+asyncpg")
+    def address(self) -> PostgresAddress:
+        """What the URL says."""
+        return read_postgres(self.url.get_secret_value())
 
     @property
     def dsn(self) -> str:
         """The URL as asyncpg itself takes it."""
-        url = make_url(self.url.get_secret_value()).set(drivername="postgresql")
-        return url.render_as_string(hide_password=False)
+        return self.address.dsn
+
+    @model_validator(mode="after")
+    def _prefer_the_url(self) -> Self:
+        self.connect_timeout = self.address.connect_timeout or self.connect_timeout
+        return self
 
 
 class BrokerSettings(BaseModel):
     """How to reach the broker: Redis, Valkey or RabbitMQ, chosen by the URL's scheme."""
 
-    url: Annotated[SecretStr, AfterValidator(_broker_url)] = Field(
+    url: Annotated[SecretStr, _checked(check_broker)] = Field(
         description="redis://, rediss://, valkey://, unix:// or amqp(s)://"
     )
     namespace: str = Field("dramatiq", pattern=r"^[\w.-]{1,64}$", description="Prefix of every key in Redis or Valkey")
@@ -120,6 +92,10 @@ class BrokerSettings(BaseModel):
         False, description="RabbitMQ: declare quorum queues (replicated) instead of classic ones"
     )
     publish_timeout: Seconds = Field(5, le=8, description="Seconds the relay waits for the broker to confirm a batch")
+    silence_timeout: Silence = Field(10, description="Seconds without a sign of the broker that end a connection")
+    tls_ca_file: CaFile = Field(
+        "", description="PEM file of a private CA to trust, beside the system's, for rediss://, valkeys:// and amqps://"
+    )
 
     @property
     def is_rabbitmq(self) -> bool:
@@ -131,6 +107,15 @@ class BrokerSettings(BaseModel):
         """The URL with a scheme that redis-py knows."""
         url = self.url.get_secret_value()
         return "redis" + url.removeprefix("valkey") if url.startswith("valkey") else url
+
+    @property
+    def redis_options(self) -> dict[str, Any]:
+        """What redis-py is told beside the URL."""
+        if self.redis_url.startswith("unix"):
+            return {}
+        options = {getattr(socket, name): value for name, value in silence_options(self.silence_timeout).items()}
+        trusted = {"ssl_ca_certs": self.tls_ca_file} if self.tls_ca_file and self.redis_url.startswith("rediss") else {}
+        return {"socket_keepalive": True, "socket_keepalive_options": options} | trusted
 
 
 class OutboxSettings(BaseModel):
@@ -183,14 +168,15 @@ class ApiSettings(BaseModel):
 class SmtpSettings(BaseModel):
     """Where e-mail goes out."""
 
-    url: Annotated[SecretStr, AfterValidator(_smtp_url)] = Field(
+    url: Annotated[SecretStr, _checked(check_smtp)] = Field(
         SecretStr("smtp://127.0.0.1:1025"),
-        description="smtp://, smtp+starttls:// (TLS required) or smtps://user:password@host:port",
+        description="smtp://, smtp+starttls:// (TLS required, as with any password) or smtps://user:password@host:port",
     )
     sender: str = Field(
         "orders@example.com", pattern=r"^[^@\s<>]+@[A-Za-z0-9.-]+$", description="Address that e-mails come from"
     )
     timeout: Seconds = Field(10, description="Seconds the mail server may take for one e-mail")
+    tls_ca_file: CaFile = Field("", description="PEM file of a private CA to trust beside the system's")
 
 
 class Settings(BaseSettings):

@@ -47,6 +47,9 @@ _HERE = Path(__file__).parent
 _SLOW = (
     "bench/",
     "chaos/",
+    "connections/test_silence.py",
+    "connections/test_silent_death.py",
+    "connections/test_tls_broker.py",
     "contract/test_hostile_bodies.py",
     "contract/test_plain_actors.py",
     "contract/test_stock_worker.py",

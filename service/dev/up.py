@@ -7,9 +7,7 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 import httpx
 
@@ -18,6 +16,7 @@ from service.dev.places import ServerError, clone_data
 from service.dev.postgres import Postgres
 from service.dev.processes import Process, Supervisor, stop_all, to_terminal
 from service.dev.servers import free_port
+from service.postgres_url import read_postgres
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,7 +112,8 @@ def _wait_until_ready(port: int, supervisor: Supervisor) -> None:
 def _say_where(port: int, environment: Mapping[str, str]) -> None:
     url = f"http://127.0.0.1:{port}"
     lines = ["", f"API        {url}   (try it in a browser: {url}/docs)"]
-    lines += [f"database   {_shown(environment['DATABASE__URL'])}", f"broker     {_shown(environment['BROKER__URL'])}"]
+    lines += [f"database   {read_postgres(environment['DATABASE__URL']).where}"]
+    lines += [f"broker     {_shown(environment['BROKER__URL'])}"]
     lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
     lines += ['settings   eval "$(.venv/bin/python -m service.dev env)", then for example: .venv/bin/outbox status']
     if stack.has_example():
@@ -122,12 +122,9 @@ def _say_where(port: int, environment: Mapping[str, str]) -> None:
 
 
 def _shown(url: str) -> str:
-    """A URL without its password."""
-    from sqlalchemy.engine import make_url
-
-    with suppress(Exception):
-        return unquote(make_url(url).render_as_string())
-    return url.rpartition("@")[2]
+    """A URL without user, password and parameters."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def reset() -> int:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from service.driver import bound_waits, driver_arguments
+from service.driver import bound_waits, open_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,8 +32,18 @@ class LedgerPool:
         # The server's limit comes first: what the client gives up may go on behind its back.
         longest = max(settings.outbox.lease / 3, 2)
         prepare = None if settings.database.pooler else partial(bound_waits, statement_timeout=f"{longest * 750:.0f}ms")
-        arguments = driver_arguments(settings.database, "outbox-worker-ledger") | {"command_timeout": longest}
-        self._pool = asyncpg.create_pool(min_size=0, max_size=_CONNECTIONS, init=prepare, reset=_keep, **arguments)
+
+        async def connect(dsn: str | None = None, **arguments: Any) -> asyncpg.Connection[asyncpg.Record]:  # noqa: ARG001  asyncpg gives it
+            return await open_connection(settings.database, "outbox-worker-ledger", **arguments)
+
+        self._pool = asyncpg.create_pool(
+            min_size=0,
+            max_size=_CONNECTIONS,
+            connect=connect,
+            init=prepare,
+            reset=_keep,
+            command_timeout=longest,
+        )
         # A pooler in transaction mode may give a statement's second half another server outside a transaction.
         self._transactions = settings.database.pooler
 

@@ -41,6 +41,8 @@ def _text(default: Any) -> str:
             return default.get_secret_value()
         case bool():
             return str(default).lower()
+        case "":
+            return "none"
         case float() if default.is_integer():
             return str(int(default))
         case _:

@@ -86,7 +86,7 @@ async def test_a_deleted_queue_is_refused_once_and_then_declared_again(
 
 async def test_what_no_queue_takes_is_returned(rabbitmq: Rabbitmq) -> None:
     """A queue that is deleted and declared again around the batch would answer with its depth as if it had taken it."""
-    line = Line(rabbitmq.url)
+    line = Line(BrokerSettings(url=SecretStr(rabbitmq.url)))
     channel = await line.open()
     with pytest.raises(DeliveryError):
         await publish_batch(channel, "missing", [(str(uuid4()), b"{}")])

@@ -29,7 +29,7 @@ JOIN unnest($1::uuid[], $2::uuid[]) AS seen (id, claim_token) USING (id, claim_t
 # The relay has marked rows as dispatched and not committed yet: it waits for the broker.
 _OPEN_BATCHES = """
 SELECT pid, xact_start FROM pg_stat_activity
-WHERE application_name = 'outbox-relay' AND datname = current_database()
+WHERE split_part(application_name, ' ', 1) = 'outbox-relay' AND datname = current_database()
   AND state = 'idle in transaction' AND backend_xid IS NOT NULL
 """
 

@@ -11,19 +11,19 @@ import os
 import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import asyncpg
 import httpx
 from redis.asyncio import Redis
-from sqlalchemy.engine import make_url
 
 from service.dev import stack
 from service.dev.places import ServerError
 from service.dev.processes import Process, stop_all
 from service.dev.servers import free_port
+from service.postgres_url import read_postgres
 from service.settings import BrokerSettings, OutboxSettings
 
 if TYPE_CHECKING:
@@ -132,9 +132,10 @@ async def stage(folder: Path, say: Callable[[str], None]) -> AsyncIterator[Stage
         }
         say("the servers run; migrating")
         await asyncio.to_thread(stack.migrate, environment)
-        pool = asyncpg.create_pool(_dsn(environment["DATABASE__URL"]), min_size=1, max_size=4)
+        pool = asyncpg.create_pool(read_postgres(environment["DATABASE__URL"]).dsn, min_size=1, max_size=4)
         database = await cleanup.enter_async_context(pool)
-        broker = Redis.from_url(BrokerSettings.model_validate({"url": environment["BROKER__URL"]}).redis_url)
+        told = BrokerSettings.model_validate({"url": environment["BROKER__URL"]})
+        broker = Redis.from_url(told.redis_url, **told.redis_options)
         cleanup.push_async_callback(broker.aclose)
         if "BROKER__URL" in wanted:
             cleanup.push_async_callback(wipe_namespace, broker, namespace)
@@ -158,18 +159,18 @@ async def stage(folder: Path, say: Callable[[str], None]) -> AsyncIterator[Stage
         yield made
 
 
-def _dsn(url: str) -> str:
-    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-
-
 @asynccontextmanager
 async def _database_of_our_own(url: str) -> AsyncIterator[str]:
     name = f"outbox_demo_{uuid4().hex[:8]}"
-    connection = await asyncpg.connect(_dsn(url))
+    try:
+        address = read_postgres(url)
+    except ValueError as error:
+        raise ServerError(f"DATABASE__URL: {error}") from None
+    connection = await asyncpg.connect(address.dsn)
     try:
         await connection.execute(f'CREATE DATABASE "{name}"')
         try:
-            yield make_url(url).set(database=name).render_as_string(hide_password=False)
+            yield replace(address, database=name).dsn
         finally:
             await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
     finally:
@@ -220,7 +221,8 @@ async def _workers_wait(made: Stage) -> bool:
     logs = [made.folder / f"worker-{number}.log" for number in (1, 2)]
     booted = all(log.exists() and "ready for action" in log.read_text() for log in logs)
     relays = (
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'outbox-relay' AND datname = current_database()"
+        "SELECT count(*) FROM pg_stat_activity "
+        "WHERE split_part(application_name, ' ', 1) = 'outbox-relay' AND datname = current_database()"
     )
     return booted and await made.count(relays) >= 2
 

@@ -1,0 +1,93 @@
+"""Relay and workers trust the same brokers, by one setting, and send nothing to another."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pika.exceptions
+import pytest
+import redis
+from pydantic import SecretStr
+
+from relay.publisher import BrokerUnavailableError, make_publisher
+from service.broker import make_broker
+from service.settings import BrokerSettings
+from tests.connections.gate import gate
+from tests.ledger.proxy import socket_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.connections.certificates import Certificates
+    from tests.connections.gate import Streams
+    from tests.rabbitmq.server import Rabbitmq
+
+CASES = [
+    # certificate, whether the CA is trusted, whether it connects
+    ("right", True, True),
+    ("right", False, False),
+    ("self-signed", True, False),
+    ("other-host", True, False),
+]
+
+
+async def _relay(settings: BrokerSettings) -> None:
+    publisher = make_publisher(settings)
+    try:
+        await publisher.ping()
+    finally:
+        await publisher.close()
+
+
+async def _worker(settings: BrokerSettings) -> None:
+    broker = make_broker(settings, [])
+    await asyncio.to_thread(lambda: broker.connection if settings.is_rabbitmq else broker.client.ping())  # type: ignore[attr-defined]
+    await asyncio.to_thread(broker.close)  # whose farewell goes through the gate, which this thread serves
+
+
+WAYS = pytest.mark.parametrize("way", [pytest.param(_relay, id="relay"), pytest.param(_worker, id="worker")])
+
+
+async def _outcomes(
+    url: str,
+    upstream: Callable[[], Awaitable[Streams]],
+    certificates: Certificates,
+    way: Callable[[BrokerSettings], Awaitable[None]],
+) -> list[tuple[str, bool, bool]]:
+    """What became of each case, after a look that a server which is not trusted was told nothing."""
+    found = []
+    for certificate, trusted, _ in CASES:
+        async with gate(upstream, certificates.server(certificate)) as between:
+            told = BrokerSettings(
+                url=SecretStr(url.format(between.port)),
+                tls_ca_file=str(certificates.ca) if trusted else "",
+                publish_timeout=8,
+            )
+            try:
+                await way(told)
+                connects = True
+            except (BrokerUnavailableError, redis.ConnectionError, pika.exceptions.AMQPConnectionError):
+                connects = False
+            assert bool(between.encrypted) == connects
+            found.append((certificate, trusted, connects))
+    return found
+
+
+@WAYS
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+async def test_redis(
+    broker_url: str, certificates: Certificates, scheme: str, way: Callable[[BrokerSettings], Awaitable[None]]
+) -> None:
+    path = socket_of(broker_url)
+    url = f"{scheme}://127.0.0.1:{{}}/0"
+    assert await _outcomes(url, lambda: asyncio.open_unix_connection(path), certificates, way) == CASES
+
+
+@WAYS
+async def test_rabbitmq(
+    rabbitmq: Rabbitmq, certificates: Certificates, way: Callable[[BrokerSettings], Awaitable[None]]
+) -> None:
+    url = rabbitmq.url.replace("amqp://", "amqps://").replace(f":{rabbitmq.port}/", ":{}/")
+    found = await _outcomes(url, lambda: asyncio.open_connection("127.0.0.1", rabbitmq.port), certificates, way)
+    assert found == CASES
