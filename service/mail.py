@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 import aiosmtplib
 
 from service.settings import load_settings
+from service.sockets import tls_context
 
 if TYPE_CHECKING:
     from service.settings import SmtpSettings
@@ -66,8 +67,10 @@ def _connection(settings: SmtpSettings) -> dict[str, Any]:
         "username": unquote(url.username) if url.username else None,
         "password": unquote(url.password) if url.password else None,
         "use_tls": implicit_tls,
-        # None: encrypt where the server offers it, as between mail servers; a scheme of its own insists.
-        "start_tls": True if url.scheme == "smtp+starttls" else False if implicit_tls else None,
+        # None: encrypt where the server offers it, as between mail servers. That offer can be taken away on the way, so
+        # no password depends on it.
+        "start_tls": False if implicit_tls else True if url.scheme == "smtp+starttls" or url.username else None,
+        "tls_context": tls_context(settings.tls_ca_file),
         "timeout": settings.timeout,
     }
 
