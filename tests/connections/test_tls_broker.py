@@ -67,7 +67,7 @@ async def _outcomes(
             try:
                 await way(told)
                 connects = True
-            except (BrokerUnavailableError, redis.ConnectionError, pika.exceptions.AMQPConnectionError):
+            except (BrokerUnavailableError, redis.ConnectionError, pika.exceptions.AMQPConnectionError, OSError):
                 connects = False
             assert bool(between.encrypted) == connects
             found.append((certificate, trusted, connects))
