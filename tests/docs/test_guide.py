@@ -119,6 +119,10 @@ def test_the_guide_works_as_it_stands(clone: Clone) -> None:
     clone.run(sys.executable, "-m", "ruff", "check", "service/domains", "tests/domains", "migrations")
     clone.run(sys.executable, "-m", "ruff", "format", "--check", "service/domains", "tests/domains", "migrations")
     clone.run(str(Path(sys.executable).with_name("lint-imports")))
+    for block in _of_the_guide():
+        if block.title.startswith("add to "):
+            clone.write(block)
+    assert "3 passed" in clone.sh("make test ARGS=tests/api/test_schemathesis.py")
 
 
 def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
