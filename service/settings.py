@@ -6,6 +6,7 @@ process before it does anything and says which variable is wrong and what it sho
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -183,7 +184,11 @@ class Settings(BaseSettings):
     """All settings of a process."""
 
     model_config = SettingsConfigDict(
-        env_nested_delimiter="__", env_file=".env", extra="ignore", hide_input_in_errors=True
+        env_nested_delimiter="__",
+        # An empty ENV_FILE means none: the tests and all that they start read no developer's settings.
+        env_file=os.environ.get("ENV_FILE", ".env"),
+        extra="ignore",
+        hide_input_in_errors=True,
     )
 
     database: DatabaseSettings

@@ -84,6 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for key in os.environ.keys() - outside_environment().keys():
         _patch.delenv(key)
     _patch.setitem(Settings.model_config, "env_file", None)
+    _patch.setenv("ENV_FILE", "")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # In a shell's background; the commands that a test interrupts would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)

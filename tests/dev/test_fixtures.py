@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,8 @@ from service.outbox.tables import PausedQueue
 from service.settings import load_settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from service.database import SessionFactory
@@ -55,6 +59,17 @@ def test_the_environment_gives_a_process_the_same_settings(
     assert given.outbox == settings.outbox
     assert given.broker == settings.broker
     assert given.database.url == settings.database.url
+
+
+def test_a_developers_env_file_reaches_no_process_of_a_test(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("OUTBOX__BATCH_SIZE=7\n")
+    show = [
+        sys.executable,
+        "-c",
+        "from service.settings import load_settings; print(load_settings().outbox.batch_size)",
+    ]
+    for given, size in ((environment, "500"), (environment | {"ENV_FILE": ".env"}, "7")):
+        assert subprocess.run(show, cwd=tmp_path, env=given, capture_output=True, text=True).stdout.strip() == size
 
 
 def test_own_servers_are_private_and_migrated(own_postgres: Postgres, own_valkey: Valkey, broker_url: str) -> None:
