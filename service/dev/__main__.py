@@ -69,7 +69,8 @@ def _env() -> int:
         if not ours:
             given |= running_environment()
     if missing := [name for name in URLS if name not in given]:
-        print(f"`make dev` does not run, and {' and '.join(missing)} is not set", file=sys.stderr)
+        verb = "are" if missing[1:] else "is"
+        print(f"`make dev` does not run, and {' and '.join(missing)} {verb} not set", file=sys.stderr)
         return 1
     for name in (*URLS, "SMTP__URL"):
         if name in given:

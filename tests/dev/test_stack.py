@@ -113,7 +113,7 @@ def test_reset_does_not_delete_without_being_told(clone: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["env"], "is not set"), (["migration", " "], "say what it does")],
+    [(["env"], "DATABASE__URL and BROKER__URL are not set"), (["migration", " "], "say what it does")],
 )
 def test_commands_say_what_is_missing(server_folder: Path, arguments: list[str], says: str) -> None:
     code = f"places.ROOT = stack.ROOT = Path({str(server_folder)!r})\nsys.exit(main())"
