@@ -8,6 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # One stamp per place: a virtual environment that was moved or copied is made anew.
 STAMP := $(VENV)/.installed-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
+# What is installed as the lock says. `STAMP` is later: with it the project itself is installed too.
+PACKAGES := $(STAMP)-packages
 # The first of these that is new enough; say PYTHON=/path/to/python3.13 to choose.
 PYTHON ?=
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
@@ -16,7 +18,7 @@ JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 # The slow tests take minutes: restarts, outages, RabbitMQ, copies of the project.
 MARK ?= not slow
 
-.PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock install
+.PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock upgrade install
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -62,15 +64,18 @@ fmt: $(STAMP) ## Format and mend what can be mended
 
 UV_COMPILE := uv pip compile pyproject.toml --universal --generate-hashes --no-annotate \
 	--python-version 3.11 --custom-compile-command "make lock" --quiet
-lock: ## Pin the newest versions that pyproject.toml allows (needs uv)
+lock: ## Pin what is new in pyproject.toml, and move no other version (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv" >&2; exit 1; }
-	$(UV_COMPILE) --upgrade -o requirements.lock
-	$(UV_COMPILE) --upgrade --group dev -o requirements-dev.lock
-	$(UV_COMPILE) --upgrade --group dev --group bench -c requirements-dev.lock -o requirements-bench.lock
+	$(UV_COMPILE) $(UPGRADE) -o requirements.lock
+	$(UV_COMPILE) $(UPGRADE) --group dev -o requirements-dev.lock
+	$(UV_COMPILE) $(UPGRADE) --group dev --group bench -c requirements-dev.lock -o requirements-bench.lock
+
+upgrade: UPGRADE := --upgrade
+upgrade: lock ## Move every version to the newest that pyproject.toml allows (needs uv)
 
 install: $(STAMP) ## Only set up the virtual environment
 
-$(STAMP): pyproject.toml requirements-dev.lock
+$(PACKAGES): requirements-dev.lock
 	@found=; for python in $(PYTHONS); do \
 		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			found=$$python; $$python -c 'import ensurepip, venv' 2>/dev/null && break; \
@@ -86,10 +91,13 @@ $(STAMP): pyproject.toml requirements-dev.lock
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade >/dev/null
 	@echo "installing the pinned dependencies (the first time takes a minute)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(STAMP): pyproject.toml $(PACKAGES)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The libraries that the benchmark compares with.
-$(VENV)/.bench: requirements-bench.lock $(STAMP)
+$(VENV)/.bench: requirements-bench.lock $(PACKAGES)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@touch $@

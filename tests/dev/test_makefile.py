@@ -56,3 +56,21 @@ def test_a_python_without_venv_is_one_line_of_advice(fresh: Path) -> None:
     done = _make(fresh, "test", _python(fresh, 'case "$2" in *ensurepip*) exit 1;; esac'))
     assert done.returncode != 0
     assert "apt install python3-venv" in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(("edited", "packages"), [("pyproject.toml", False), ("requirements-dev.lock", True)])
+def test_only_a_changed_lock_installs_the_packages_again(fresh: Path, edited: str, packages: bool) -> None:
+    for age, name in enumerate((edited, "stamp", "stamp-packages", "pyproject.toml", "requirements-dev.lock")):
+        if age == 0 or name != edited:
+            (fresh / name).touch()
+            os.utime(fresh / name, (10**9 - age, 10**9 - age))
+    done = _make(fresh, "-n", "install", "STAMP=stamp")
+    assert "--no-build-isolation -e ." in done.stdout
+    assert ("--require-hashes" in done.stdout) == packages
+
+
+@pytest.mark.parametrize("target", ["lock", "upgrade"])
+def test_only_upgrade_moves_versions(fresh: Path, target: str) -> None:
+    done = _make(fresh, "-n", target)
+    assert done.stdout.count("uv pip compile") == 3
+    assert done.stdout.count("--upgrade") == (3 if target == "upgrade" else 0)

@@ -73,7 +73,8 @@ class Clone:
             if not migration.stem.endswith("_start"):
                 migration.unlink()
         self._installed = folder / "installed"
-        self._installed.touch()
+        for stamp in ("installed-packages", "installed"):  # in the order in which make makes them
+            (folder / stamp).touch()
         # The nested run is no part of ours.
         self._environment = {key: value for key, value in environment.items() if not key.startswith(_OUTER_RUN)}
 
