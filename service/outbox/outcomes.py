@@ -6,6 +6,7 @@ it comes from, so where the row is somebody else's by then, nothing is written.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ __all__ = [
     "Returned",
     "Suspected",
     "Unknown",
+    "log_completed",
     "log_lost",
     "unstorable",
     "write",
@@ -135,7 +137,9 @@ async def write(connection: Connection, claim: Claim, outcome: Outcome, patience
     """
     match outcome:
         case Returned():
-            if not await statements.complete(connection, claim):
+            if await statements.complete(connection, claim):
+                log_completed(claim)
+            else:
                 log_lost(claim)
         case Failed() | Dead():
             await _write_failure(connection, claim, outcome)
@@ -177,6 +181,17 @@ async def _write_failure(connection: Connection, claim: Claim, failure: Failed |
         _log.error("outbox.dead_lettered", dead_letter=number, reason=reason, **shown)
     else:
         log_lost(claim)
+
+
+def log_completed(claim: Claim) -> None:
+    """Tell that the effect has happened, and how long it took from the claim."""
+    _log.info(
+        "outbox.completed",
+        consumer=claim.consumer,
+        message_id=str(claim.id),
+        attempt=claim.attempts,
+        duration_ms=round((time.perf_counter() - claim.began) * 1000, 1),
+    )
 
 
 def log_lost(claim: Claim) -> None:

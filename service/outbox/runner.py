@@ -37,6 +37,7 @@ from service.outbox.outcomes import (
     Returned,
     Suspected,
     Unknown,
+    log_completed,
     log_lost,
     unstorable,
     write,
@@ -325,7 +326,9 @@ class Runner:
     async def _write(self, claim: Claim, outcome: Outcome) -> None:
         if isinstance(outcome, Lost):
             log_lost(claim)
-        elif not isinstance(outcome, Completed):
+        elif isinstance(outcome, Completed):
+            log_completed(claim)
+        else:
             try:
                 await self._store(claim, outcome)
             except Exception as error:  # what a consumer raised may do anything when it is asked what it says

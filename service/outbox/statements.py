@@ -8,7 +8,8 @@ COMMIT whose reply was lost, or in a worker that comes back to life after its ro
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,8 @@ class Claim:
     headers: dict[str, str]
     attempts: int
     dispatches: int
+    began: float = field(default_factory=time.perf_counter, compare=False)
+    """By this process's clock, for its log alone."""
 
     @property
     def payload(self) -> dict[str, Any]:

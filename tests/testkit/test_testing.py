@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import text
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from service.database import transaction
 from service.outbox import new_id, publish, testing
@@ -16,6 +18,7 @@ from service.outbox.testing import (
     inline_worker,
     published,
 )
+from service.telemetry import trace_context
 from tests.testkit.shop import DONE, Announced, Arrived, Echoed, Failing, Forgotten, Weighed
 
 if TYPE_CHECKING:
@@ -85,6 +88,17 @@ async def test_everything_due_is_run_with_what_follows_from_it(worker: InlineWor
     assert await worker.deliver_all() == ["testkit.store", "testkit.count", "testkit.announce"]
     assert ["store", "count 1", f"announce {event.parcel_id}"] == DONE
     assert await worker.deliver_all() == []
+
+
+async def test_what_succeeds_is_one_line_in_the_log(worker: InlineWorker) -> None:
+    with capture_logs(processors=[merge_contextvars]) as logs, trace_context({"correlation_id": "abc"}):
+        await worker.deliver(Arrived(parcel_id=new_id()))
+    lines = [each for each in logs if each["event"] == "outbox.completed"]
+    assert [each["consumer"] for each in lines] == ["testkit.store", "testkit.count"]  # within begin(), and outside
+    for each in lines:
+        assert (each["log_level"], each["attempt"], each["correlation_id"]) == ("info", 1, "abc")
+        assert each["duration_ms"] > 0
+        assert each["message_id"]
 
 
 async def test_one_consumer_alone(worker: InlineWorker, sessions: SessionFactory) -> None:
