@@ -21,7 +21,7 @@ MARK ?= not slow
 .PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock upgrade install
 
 help: ## List what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '$(if $(wildcard service/dev/demo/*.py),,!/make demo /){ printf "%-18s %s\n", $$1, $$2 }'
 
 demo: $(STAMP) ## Kill workers, relays and the broker under load, and count what was lost (under 90 s)
 	@$(PY) -m service.dev demo
