@@ -17,10 +17,11 @@ __all__ = ["main"]
 
 
 class _Polling(Wakeup):
-    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> None:
+    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> bool:
         """Wait 50 ms, told of nothing."""
         if not self._closing:
             await asyncio.sleep(0.05)
+        return False
 
 
 def main() -> int:

@@ -14,7 +14,6 @@ from uuid import uuid4
 import httpx
 import psutil
 
-from service.dev.guard import Guard
 from service.dev.places import ROOT
 from service.dev.servers import free_port
 from tests.ledger import domain
@@ -51,11 +50,9 @@ def unread(environment: dict[str, str], *command: str) -> Iterator[subprocess.Po
         process_group=0,
     )
     os.close(writer)
-    guard = Guard.ending(process.pid, "KILL", group=True)
     try:
         yield process
     finally:
-        guard.dismiss()
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
