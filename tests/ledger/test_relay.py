@@ -345,7 +345,7 @@ async def test_a_postgres_that_is_away_is_asked_less_and_less_often(settings: Se
 
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    settings.database.url = type(settings.database.url)(f"postgresql://nobody@127.0.0.1:{port}/none?ssl=disable")
+    settings.database.url = type(settings.database.url)(f"postgresql://nobody@127.0.0.1:{port}/none?sslmode=disable")
     async with server, running(settings):
         await until(lambda: len(asked) > 4)
     assert asked[4] - asked[0] > 0.05 + 0.1 + 0.2 + 0.4
