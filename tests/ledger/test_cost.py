@@ -76,6 +76,11 @@ def statements(postgres: Postgres) -> Counter[str]:
     return Counter(_STATEMENT.findall(postgres.log.read_text()))
 
 
+def glances(postgres: Postgres) -> int:
+    """Statements of those by which a relay asked what is due now: as many as time went by, whatever it handed over."""
+    return postgres.log.read_text().count("FROM unnest($1::text[], $2::timestamptz[], $3::uuid[])")
+
+
 async def commands(settings: Settings) -> int:
     """Commands that the broker has executed for its clients and in scripts."""
     client = redis.asyncio.Redis.from_url(settings.broker.redis_url)
@@ -109,7 +114,7 @@ async def test_the_relay_costs_three_statements_and_one_call_a_batch(
     before, called = statements(talkative)["outbox-relay"], await commands(told)
     async with running(told):
         await until(lambda: all_dispatched(watched))
-    spent = statements(talkative)["outbox-relay"] - before
+    spent = statements(talkative)["outbox-relay"] - before - glances(talkative)
     assert spent <= 3 * BATCHES + CONNECTING
     # A body and a place in the list for each, and for a batch the call, the length, the push and the doorbell.
     assert ROWS <= await commands(told) - called <= ROWS + 4 * BATCHES + CONNECTING
