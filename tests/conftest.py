@@ -45,6 +45,7 @@ CLOCK = {
 _HERE = Path(__file__).parent
 
 _SLOW = (
+    "api/test_standby.py",
     "bench/",
     "chaos/",
     "connections/test_silence.py",

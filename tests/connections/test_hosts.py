@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from service.settings import Settings
 
-_TIMEOUT = 20
+_TIMEOUT = 8
 
 
 class Silent:
