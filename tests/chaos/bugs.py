@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUGS"]
 
-_DUE_AGAIN = "clock_timestamp() + $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))"
+_DUE_AGAIN = "$5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))"
 
 
 def _replace(module: Any, name: str, old: str, new: str) -> None:
@@ -66,7 +66,7 @@ def commit_before_publish() -> None:
 
     @when_imported("relay.ledger")
     def forget(module: Any) -> None:
-        _replace(module, "_TAKE", _DUE_AGAIN, "clock_timestamp() + $5::interval * 100000")
+        _replace(module, "_TAKE", _DUE_AGAIN, "$5::interval * 100000")
 
     @when_imported("relay.loop")
     def patch(module: Any) -> None:
