@@ -36,7 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = _settings_of_process()
     domains.discover()
-    app = FastAPI(title="Outbox service", version="1", lifespan=_lifespan, redirect_slashes=False)
+    app = FastAPI(title=settings.api.title, version="1", lifespan=_lifespan, redirect_slashes=False)
     app.state.settings = settings
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)

@@ -155,8 +155,9 @@ class OutboxSettings(BaseModel):
 
 
 class ApiSettings(BaseModel):
-    """What bounds a request."""
+    """The API's name, and what bounds a request."""
 
+    title: str = Field("Outbox service", min_length=1, description="Title of the API's documentation")
     max_body_bytes: int = Field(65_536, ge=1, le=100_000_000, description="Largest request body; a larger one gets 413")
     request_timeout: Seconds = Field(
         10, description="Seconds until a request without a response is rolled back and gets 504"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from asyncpg.connect_utils import _parse_connect_dsn_and_args  # type: ignore[attr-defined]
 
+from service.api import create_app
 from service.errors import ConfigurationError
 from service.postgres_url import read_postgres
 from service.settings import load_settings
@@ -18,6 +19,11 @@ def right_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has no default."""
     monkeypatch.setenv("DATABASE__URL", "postgresql://user@host/service")
     monkeypatch.setenv("BROKER__URL", "redis://host")
+
+
+def test_the_documentation_has_the_title_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API__TITLE", "My shop")
+    assert create_app(load_settings()).openapi()["info"]["title"] == "My shop"
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _process(command: list[str], cwd: Path, environment: dict[str, str], log: Pa
 
 def _commands(port: int) -> dict[str, list[str]]:
     """What the containers run, with the API on a loopback port."""
-    ours = {name: each for name, each in parsed().items() if each["image"] == "outbox-service"}
+    ours = {name: each for name, each in parsed().items() if "build" in each}
     found = re.search(r"^CMD \[(.*)\]$", DOCKERFILE, re.MULTILINE)
     assert found is not None
     default = [{"0.0.0.0": "127.0.0.1", "8000": f"{port}"}.get(word, word) for word in re.findall(r'"(.*?)"', found[1])]
