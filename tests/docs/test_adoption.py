@@ -65,7 +65,7 @@ def test_the_ledger_moves_into_an_existing_service(existing: Existing) -> None:
     existing.run("alembic", "upgrade", "head")
     [configuration] = blocks(GUIDE, "ini")
     [metadata] = [block for block in blocks(GUIDE, "python") if block.title == "in migrations/env.py"]
-    copy, upgrade = blocks(GUIDE, "bash")
+    copy, upgrade = blocks(GUIDE, "bash")[-2:]
     existing.run("sh", "-eu", "-c", copy.text)
     [deletable] = re.findall(r"you can delete: ([^.]+\.py`.*?)\.\n", GUIDE.read_text(), re.DOTALL)
     for name in re.findall(r"`(\w+\.py)`", deletable):

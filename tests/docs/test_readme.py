@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 import pytest
 
 from service.dev.places import ROOT
 from tests.docs.pages import GUIDE, OPERATIONS, README, blocks
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 _HEAD = """\
 from uuid import UUID
@@ -48,7 +43,7 @@ print(consumers_of(OrderPlaced)[0].queue, router.routes[0].path)
 """
 
 
-def _stripped() -> str:
+def stripped() -> str:
     """What the strip line removes."""
     [line] = blocks(README, "sh")
     return line.text
@@ -71,10 +66,10 @@ def test_it_lists_what_make_help_lists() -> None:
 
 
 def test_what_it_names_is_there() -> None:
-    removed = _stripped()
+    removed = stripped()
     for page in (README, GUIDE, OPERATIONS):
         named = set(re.findall(r"`((?:service|relay|migrations|tests)/[\w./]*\w)`", page.read_text()))
-        links = set(re.findall(r"\]\(([\w./]+)\)", page.read_text()))
+        links = set(re.findall(r"\]\(([\w./]+)(?:#[\w-]+)?\)", page.read_text()))
         assert named, page
         for path in named | links:
             parent = next((each for each in removed.split() if path.startswith(each)), None)
@@ -104,57 +99,3 @@ def test_the_headings_that_are_linked_exist() -> None:
     linked = set(re.findall(r"\]\(#([\w-]+)\)", page))
     assert linked
     assert linked <= anchors
-
-
-class _Git:
-    """A repository."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def sh(self, script: str) -> str:
-        parts = [f"GIT_{role}_{what}" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
-        who = dict.fromkeys(parts, "somebody@example.com")
-        outside = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-        done = subprocess.run(["sh", "-ec", script], cwd=self.folder, env=outside | who, capture_output=True, text=True)
-        self.failed = done.returncode != 0
-        return done.stdout + done.stderr
-
-    def write(self, name: str, text: str) -> None:
-        file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_a_clone_takes_the_next_version(tmp_path: Path) -> None:
-    template, mine = _Git(tmp_path / "template"), _Git(tmp_path / "mine")
-    for name in ("service", "relay", "migrations", "tests"):
-        shutil.copytree(ROOT / name, template.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(README, template.folder)
-    template.sh("git init -q -b main && git add -A && git commit -qm One")
-    mine.sh("git clone -q ../template . && git remote rename origin template")
-    mine.sh(_stripped())
-    mine.write("README.md", "# Mine\n")
-    mine.write("service/domains/mine/models.py", "\n")
-    mine.sh("git add -A && git commit -qm Mine")
-
-    template.write("README.md", "# The next version\n")
-    template.write("service/domains/orders/consumers.py", "# changed\n")
-    template.write("service/domains/orders/more.py", "# new\n")
-    template.write("relay/purge.py", "# mended\n")
-    template.write("migrations/ledger/2027_01_01_next.py", "# next\n")
-    template.sh("git add -A && git commit -qm Two")
-
-    fetch, merge, *settle = blocks(README, "bash")[0].text.splitlines()
-    mine.sh(fetch)
-    assert "CONFLICT" in mine.sh(merge)
-    mine.sh(_stripped())
-    said = mine.sh("\n".join(settle))
-    assert not mine.failed, said
-    assert mine.sh("git status --short") == ""
-    assert (mine.folder / "README.md").read_text() == "# Mine\n"
-    assert (mine.folder / "relay/purge.py").read_text() == "# mended\n"
-    assert (mine.folder / "migrations/ledger/2027_01_01_next.py").exists()
-    assert [folder.name for folder in (mine.folder / "service/domains").iterdir() if folder.is_dir()] == ["mine"]
