@@ -48,6 +48,10 @@ _GLANCE_EVERY = 0.02
 _LOOKING = 4
 """A look, or a glance, that took long is followed by so many times as long without another."""
 
+_SLOW_LOOK = 1.0
+_WARN_EVERY = 60.0
+"""A look, or a glance, that takes longer than so many seconds is warned of, so often at most."""
+
 _CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
 """PostgreSQL is well, and asks for another try."""
 
@@ -85,6 +89,7 @@ class Relay:
         self._due: list[str] = []
         self._look_at = 0.0
         self._glance_at = 0.0
+        self._warn_at = 0.0
         self._serving_since = float("inf")
         self._sparing = Sparing(settings.outbox.lease)
         self._trial: asyncio.Task[None] | None = None
@@ -162,8 +167,11 @@ class Relay:
         return self._now() >= self._look_at
 
     def _next(self, began: float, every: float) -> float:
-        """When to look again after a look that began then and is over now."""
+        """When to look again after a look that began then and is over now; one that took long is told of."""
         now = self._now()
+        if now - began > _SLOW_LOOK and now >= self._warn_at:
+            self._warn_at = now + _WARN_EVERY
+            _log.warning("relay.slow_look", seconds=round(now - began, 1), queues=len(self._lanes))
         return now + max(every, _LOOKING * (now - began))
 
     async def _look(self, connection: asyncpg.Connection[asyncpg.Record]) -> float:

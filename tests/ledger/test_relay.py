@@ -548,6 +548,27 @@ async def test_looks_that_take_long_come_seldom(
         assert began - ended >= 0.8
 
 
+async def test_a_look_that_takes_too_long_is_told_of_but_not_each_time(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[float] = []
+
+    async def counted_heads(connection: asyncpg.Connection[asyncpg.Record]) -> list[QueueHead]:
+        looks.append(time.monotonic())
+        await connection.execute("SELECT pg_sleep(0.02)")
+        return await queue_heads(connection)
+
+    monkeypatch.setattr("relay.loop.queue_heads", counted_heads)
+    monkeypatch.setattr("relay.loop._SLOW_LOOK", 0.01)
+    monkeypatch.setattr("relay.loop._LOOK_EVERY", 0.0)
+    settings.outbox.batch_size = 1
+    async with running(settings):
+        await ledger.connection.execute(ONE_EACH, 3, 30)
+        await until(lambda: all_dispatched(ledger, 30))
+        await until(lambda: len(looks) > 4)
+    assert capsys.readouterr().out.count("relay.slow_look") == 1
+
+
 async def test_a_queue_that_was_empty_does_not_wait_for_the_next_look(
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
