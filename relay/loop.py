@@ -182,7 +182,7 @@ class Relay:
         self._due = [head.queue for head in self._heads if head.due_in <= 0]
         for head in self._heads:
             self._lanes.setdefault(head.queue, Lane()).floor = NO_FLOOR
-        self._look_at, self._glance_at = self._next(began, _LOOK_EVERY), self._next(began, _GLANCE_EVERY)
+        self._look_at = self._next(began, _LOOK_EVERY)
         return self._due_in()
 
     async def _glance(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
