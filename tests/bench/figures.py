@@ -20,6 +20,7 @@ class Figure:
         versus: What it is compared with.
         against: A value a repetition, taken in turns with `ours`; empty where the figure stands for itself.
         at_least: Least ratio of the medians that is good enough.
+        at_most_times: Greatest ratio of the medians that is good enough.
         at_most: Greatest median of `ours` that is good enough.
         note: What the reader has to know.
     """
@@ -32,6 +33,7 @@ class Figure:
     at_least: float | None = None
     at_most: float | None = None
     note: str = ""
+    at_most_times: float | None = None
 
     @property
     def value(self) -> float:
@@ -48,6 +50,8 @@ class Figure:
         """Whether the target is reached; `None` without one."""
         if self.at_least is not None and self.ratio is not None:
             return self.ratio >= self.at_least
+        if self.at_most_times is not None and self.ratio is not None:
+            return self.ratio <= self.at_most_times
         if self.at_most is not None:
             return self.value <= self.at_most
         return None
@@ -59,6 +63,8 @@ class Figure:
             return "ok" if self.met else ""
         if self.at_least is not None:
             return "NOISY" if max(self.ours) / min(self.against) >= self.at_least else "MISSED"
+        if self.at_most_times is not None:
+            return "NOISY" if min(self.ours) / max(self.against) <= self.at_most_times else "MISSED"
         return "NOISY" if self.at_most is not None and min(self.ours) <= self.at_most else "MISSED"
 
     @property
@@ -66,6 +72,8 @@ class Figure:
         """As it is shown."""
         if self.at_least is not None:
             return f">= {self.at_least:g} x"
+        if self.at_most_times is not None:
+            return f"<= {self.at_most_times:g} x"
         return f"<= {self.at_most:g}" if self.at_most is not None else ""
 
 

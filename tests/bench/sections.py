@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tests.bench import cost, drain, effects, flat, latency, writers
+from tests.bench import cold, cost, drain, effects, flat, latency, writers
 from tests.bench.figures import Figure
 from tests.bench.peers import PROMISES, QUEUES, RELAYS
 
@@ -211,6 +211,31 @@ async def backlog(stage: Stage, result: Result, *, quick: bool) -> None:
     result.plots["backlog"] = {str(each): Figure("", "", values[each]).value for each in lengths}
 
 
+async def cold_queue(stage: Stage, result: Result, *, quick: bool) -> None:
+    """How long a cold queue waits beside a hot one that is full or drains."""
+    events = 50 if quick else 200
+    hot = (0, 50_000) if quick else (0, 300_000, 1_000_000)
+    for how, none, measure in (
+        ("full", "none", cold.beside_full),
+        ("draining", f"one kept at {cold.SHORT}", cold.beside_draining),
+    ):
+        found: dict[int, list[latency.Latency]] = defaultdict(list)
+        for _ in range(1 if quick else 3):
+            for backlog in random.sample(hot, len(hot)):
+                found[backlog].append(await measure(stage, backlog, events))
+        base = found.pop(0)
+        for backlog, ours in sorted(found.items()):
+            name = f"commit to hand-over of a cold queue beside {backlog:,} {how}"
+            result.add(
+                Figure(f"{name}, p50", "ms", [each.p50 for each in ours], none, [each.p50 for each in base]),
+                Figure(f"{name}, p99", "ms", [each.p99 for each in ours], none, [each.p99 for each in base],
+                       at_most_times=2),
+            )  # fmt: skip
+    new = await cold.beside_draining(stage, hot[-1], 20 if quick else 40, new=True)
+    name = f"commit to hand-over of a new queue beside {hot[-1]:,} draining"
+    result.add(Figure(f"{name}, p50", "ms", [new.p50]), Figure(f"{name}, worst", "ms", [new.worst]))
+
+
 async def held(stage: Stage, result: Result, *, quick: bool) -> None:
     """The drain while a transaction keeps dead rows alive."""
     before, rows = (60_000, 30_000) if quick else (300_000, 100_000)
@@ -265,7 +290,7 @@ async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
 
 SECTIONS: dict[str, Section] = {
     "relay": relay, "relay-peers": relay_peers, "rabbitmq": rabbitmq, "commits": commits, "api": api,
-    "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog, "held": held,
-    "history": history, "relays": relays, "memory": memory, "costs": costs,
+    "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog,
+    "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "costs": costs,
 }  # fmt: skip
 """In the order in which they run."""

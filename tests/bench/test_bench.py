@@ -58,6 +58,9 @@ def test_a_ratio_is_that_of_the_medians(ours: list[float], verdict: str) -> None
         (Figure("wait", "ms", [11.0, 12.0, 30.0], at_most=10), "MISSED"),
         (Figure("wait", "ms", [9.0, 12.0, 30.0], at_most=10), "NOISY"),
         (Figure("wait", "ms", [9.0, 9.0, 30.0], at_most=10), "ok"),
+        (Figure("wait", "ms", [21.0, 22.0], "none", [9.0, 10.0], at_most_times=2), "MISSED"),
+        (Figure("wait", "ms", [19.0, 22.0], "none", [9.0, 10.0], at_most_times=2), "NOISY"),
+        (Figure("wait", "ms", [15.0, 22.0], "none", [9.0, 10.0], at_most_times=2), "ok"),
     ],
 )
 def test_runs_that_differ_too_much_are_no_verdict(figure: Figure, verdict: str) -> None:
