@@ -108,7 +108,7 @@ def _without_values(text: str, payload: Mapping[str, Any]) -> str:
     number, tell nothing and stand everywhere."""
     for value in sorted(map(_shown, payload.values()), key=len, reverse=True):
         if len(value) >= 4 and not _NUMBER.fullmatch(value):
-            text = text.replace(value, "[payload]")
+            text = re.sub(re.escape(value), "[payload]", text, flags=re.IGNORECASE)  # servers repeat in another case
         elif len(value) >= (3 if _NUMBER.fullmatch(value) else 2):
             text = re.sub(rf"(?<!\w)(?<!\d\.)(?<!, line ){re.escape(value)}(?!\w)(?!\.\d)", "[payload]", text)
     return text

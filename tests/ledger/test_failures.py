@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ({"currency": "EUR"}, "EUR is not a currency of EUROPE", "[payload] is not a currency of EUROPE"),
         ({"quantity": 2, "gift": True, "size": "M"}, "2 of 3 left, True, M", "2 of 3 left, True, M"),
         ({"name": "Ada Lovelace", "first": "Ada"}, "Ada Lovelace", "[payload]"),
+        ({"email": "Ada@Example.com"}, "no mailbox ada@EXAMPLE.com", "no mailbox [payload]"),
     ],
 )
 def test_values_of_the_payload_are_not_stored(payload: dict[str, Any], message: str, stored: str) -> None:
