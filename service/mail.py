@@ -30,6 +30,10 @@ _ACCOUNT_CODES = {530, 534, 535, 538}
 # Servers repeat the recipient in another case, with its domain in punycode, or as what it is an alias of.
 _ADDRESS = re.compile(r"""[^\s<>()\[\],;:"']+@[^\s<>()\[\],;:"']+""")
 
+# One mailbox and nothing else. Of what is none, the libraries raise whatever it makes them stumble over.
+_PART = r"""[^\s\x00-\x1f\x7f<>()\[\],;:"\\@\ud800-\udfff]+"""
+_MAILBOX = re.compile(f"{_PART}@{_PART}")
+
 
 class MailRefusedError(Exception):
     """The server refused this e-mail for good (SMTP 5xx); sending it again would not help."""
@@ -43,9 +47,11 @@ async def send(to: str, subject: str, text: str, *, idempotency_key: str) -> Non
     """Send a plain-text e-mail.
 
     Raises:
-        MailRefusedError: the server refused it for good.
+        MailRefusedError: the server refused it for good, or `to` is not an address that it can send to.
         MailDeferredError: anything that a retry may cure.
     """
+    if not _MAILBOX.fullmatch(to):
+        raise MailRefusedError("the recipient is not an e-mail address")
     settings = load_settings().smtp
     message = EmailMessage()
     message["From"], message["To"], message["Subject"] = settings.sender, to, subject
@@ -78,6 +84,8 @@ def _connection(settings: SmtpSettings) -> dict[str, Any]:
 def _judged(error: Exception, to: str) -> Exception:
     if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
         error = error.recipients[0]
+    if isinstance(error, aiosmtplib.SMTPNotSupported) and not to.isascii():
+        return MailRefusedError("the recipient's address is not ASCII, and the mail server does not support SMTPUTF8")
     if not isinstance(error, aiosmtplib.SMTPResponseException):
         return MailDeferredError(_without_addresses(f"{type(error).__name__}: {error}", to))
     answer = _without_addresses(f"{error.code} {error.message}", to)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from aiosmtpd.smtp import SMTP
 
 from service import mail
 from service.dev.sink import Sink
@@ -47,3 +49,31 @@ async def test_a_refusal_is_kept_without_addresses(
     assert "no such mailbox" in said
     assert "@" not in said
     assert "lovelace" not in said.casefold()
+
+
+@pytest.mark.parametrize(
+    "to", ["", "ada@", "@example.com", "a da@example.com", "a@b, c@d", "a@b\nBcc: c@d", "a@[1.2", "\ud800@b"]
+)
+async def test_what_is_no_address_is_refused(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, to: str
+) -> None:
+    async with Sink(tmp_path / "mails") as server:
+        for name, value in (environment | {"SMTP__URL": f"smtp://127.0.0.1:{await server.start()}"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(mail.MailRefusedError, match="not an e-mail address"):
+            await mail.send(to, "subject", "text", idempotency_key="key")
+
+
+@pytest.mark.parametrize("to", ["Ada@Ex\u00e4mple.com", "\u00c4da@example.com"])
+async def test_an_address_that_the_server_cannot_read_is_refused(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """One without SMTPUTF8 never will, so that a retry would not help."""
+    listening = await asyncio.get_running_loop().create_server(lambda: SMTP(object()), "127.0.0.1", 0)
+    async with listening:
+        port = listening.sockets[0].getsockname()[1]
+        for name, value in (environment | {"SMTP__URL": f"smtp://127.0.0.1:{port}"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(mail.MailRefusedError, match="SMTPUTF8") as failure:
+            await mail.send(to, "subject", "text", idempotency_key="key")
+    assert "@" not in str(failure.value)
