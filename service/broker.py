@@ -77,7 +77,10 @@ class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
         if queue_name == dq_name(queue_name):
             self.queues_pending.add(q_name(queue_name))  # it may not have been declared the last time
-        consumer = super().consume(queue_name, prefetch, timeout)
+        try:
+            consumer = super().consume(queue_name, prefetch, timeout)
+        except OSError as error:  # pika's way to say that a certificate is not to be trusted
+            raise ConnectionClosed(error) from None
         # The queue was declared on a connection of this thread's, which nobody would keep alive from here on.
         del self.connection
         return _CarefulConsumer(self, consumer, queue_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import dramatiq
 import pika.exceptions
 import pytest
 import redis
@@ -15,6 +16,7 @@ from service.broker import make_broker
 from service.settings import BrokerSettings
 from tests.connections.gate import gate
 from tests.ledger.proxy import socket_of
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -91,3 +93,27 @@ async def test_rabbitmq(
     url = rabbitmq.url.replace("amqp://", "amqps://").replace(f":{rabbitmq.port}/", ":{}/")
     found = await _outcomes(url, lambda: asyncio.open_connection("127.0.0.1", rabbitmq.port), certificates, way)
     assert found == CASES
+
+
+async def test_a_worker_says_in_a_line_that_it_does_not_trust_rabbitmq_and_tries_again(
+    rabbitmq: Rabbitmq, certificates: Certificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = rabbitmq.url.replace("amqp://", "amqps://").replace(f":{rabbitmq.port}/", ":{}/")
+    certificate = certificates.server("other-host")
+    async with gate(lambda: asyncio.open_connection("127.0.0.1", rabbitmq.port), certificate) as between:
+        settings = BrokerSettings(url=SecretStr(url.format(between.port)), tls_ca_file=str(certificates.ca))
+        broker = make_broker(settings, [])
+        broker.declare_queue("queue")
+        worker = dramatiq.Worker(broker, worker_threads=1, worker_timeout=100)
+        worker.start()
+        try:
+            await until(lambda: _critical(caplog) >= 2 * len(worker.consumers), what="each consumer to try again")
+        finally:
+            await asyncio.to_thread(worker.stop)
+    errors = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert all("certificate verify failed" in record.getMessage() for record in errors)
+    assert not any(record.exc_info for record in errors)
+
+
+def _critical(caplog: pytest.LogCaptureFixture) -> int:
+    return sum(record.levelname == "CRITICAL" for record in caplog.records)
