@@ -26,6 +26,7 @@ from service.database import Base
 from service.driver import DRIVER_ERRORS, open_connection
 from service.errors import ConfigurationError
 from service.settings import load_settings
+from service.terminal import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,9 +114,10 @@ async def _migrate() -> None:
             await connection.start()
         except (*DRIVER_ERRORS, DBAPIError) as error:
             reason = str(getattr(error, "orig", error)).partition("\n")[0] or type(error).__name__
-            raise CommandError(
+            problem = (
                 f"cannot use {settings.address.where}: {reason}. Is PostgreSQL running, and is DATABASE__URL right?"
-            ) from None
+            )
+            raise CommandError(visible(problem)) from None
         try:
             await connection.run_sync(_run)
         finally:

@@ -34,6 +34,16 @@ def test_alembic() -> None:
     assert "s3cr3t" not in str(refused.value)
 
 
+def test_alembic_sends_no_control_characters_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE__URL", "postgresql://u@127.0.0.1:1/db%1b[31m")
+    monkeypatch.setenv("BROKER__URL", "redis://127.0.0.1:1/0")
+    configuration = Config(str(ROOT / "alembic.ini"))
+    configuration.stdout = io.StringIO()
+    with pytest.raises(CommandError) as refused:
+        alembic.command.current(configuration)
+    assert r"cannot use 127.0.0.1:1/db\x1b[31m: " in str(refused.value)
+
+
 @pytest.mark.usefixtures("nowhere")
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
