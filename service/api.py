@@ -67,6 +67,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _settings_of_process() -> Settings:
     try:
         settings = load_settings()
+        domains.check_settings()
     except ConfigurationError as error:
         raise SystemExit(f"configuration: {error}") from None
     configure_logging(settings.log_format, settings.log_level)

@@ -1,17 +1,19 @@
 """Every setting of every process, read once at start from the environment and from `.env`.
 
 Nested names use a double underscore: `DATABASE__URL`, `BROKER__URL`, `OUTBOX__LEASE`. A wrong value stops the
-process before it does anything and says which variable is wrong and what it should look like.
+process before it does anything and says which variable is wrong and what it should look like. `ENV_FILE` names another
+file than `.env`; empty means none, so that the tests and all that they start read no developer's settings.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.errors import ConfigurationError
 from service.postgres_url import PostgresAddress, read_postgres
@@ -25,9 +27,11 @@ __all__ = [
     "ApiSettings",
     "BrokerSettings",
     "DatabaseSettings",
+    "DomainSettings",
     "OutboxSettings",
     "Settings",
     "SmtpSettings",
+    "load",
     "load_settings",
 ]
 
@@ -181,16 +185,13 @@ class SmtpSettings(BaseModel):
     tls_ca_file: CaFile = Field("", description="PEM file of a private CA to trust beside the system's")
 
 
-class Settings(BaseSettings):
-    """All settings of a process."""
+_CONFIG = SettingsConfigDict(env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True)
 
-    model_config = SettingsConfigDict(
-        env_nested_delimiter="__",
-        # An empty ENV_FILE means none: the tests and all that they start read no developer's settings.
-        env_file=os.environ.get("ENV_FILE", ".env"),
-        extra="ignore",
-        hide_input_in_errors=True,
-    )
+
+class Settings(BaseSettings):
+    """All settings of a process, but for those that a domain adds."""
+
+    model_config = _CONFIG
 
     database: DatabaseSettings
     broker: BrokerSettings
@@ -201,20 +202,45 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged")
 
 
-def load_settings() -> Settings:
-    """Read the settings.
+class DomainSettings(BaseSettings):
+    """Base of the settings that a domain adds in a module `settings`, each with an `env_prefix` of its own.
+
+    `load` reads them. API and worker do not start while one is missing or wrong.
+    """
+
+    model_config = _CONFIG
+
+
+_Kind = TypeVar("_Kind", bound=BaseSettings)
+
+
+def load(kind: type[_Kind]) -> _Kind:
+    """Read settings of this kind.
 
     Raises:
         ConfigurationError: naming every variable that is missing or wrong, never its value.
     """
     try:
-        return Settings()
+        return kind(_env_file=os.environ.get("ENV_FILE", ".env"))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False, include_input=False):
-            variable = "__".join(str(part) for part in problem["loc"]).upper()
-            if problem["type"] == "missing" and variable in ("DATABASE", "BROKER"):
-                variable += "__URL"
-            reason = "is not set" if problem["type"] == "missing" else problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{variable}: {reason}")
-        raise ConfigurationError("; ".join(lines) + " (see .env.example)") from None
+        problems = [_problem(each["loc"], each["type"], each["msg"]) for each in error.errors(include_input=False)]
+    except SettingsError as error:  # of a field that is a list or a model
+        problems = [f"{field.upper()}: expected JSON" for field in re.findall(r'field "(\w+)"', str(error))]
+    prefix = kind.model_config.get("env_prefix", "").upper()
+    raise ConfigurationError("; ".join(prefix + each for each in problems) + " (see .env.example)")
+
+
+def load_settings() -> Settings:
+    """Read the settings.
+
+    Raises:
+        ConfigurationError: see `load`.
+    """
+    return load(Settings)
+
+
+def _problem(place: tuple[int | str, ...], kind: str, message: str) -> str:
+    variable = "__".join(str(part) for part in place).upper()
+    if kind == "missing":
+        return f"{variable}__URL: is not set" if variable in ("DATABASE", "BROKER") else f"{variable}: is not set"
+    return f"{variable}: {message.removeprefix('Value error, ')}"

@@ -217,6 +217,7 @@ def setup_broker() -> None:
     """Make the broker from the settings and declare every consumer on it."""
     try:
         settings = load_settings()
+        service.domains.check_settings()
     except ConfigurationError as error:
         sys.stderr.write(f"worker: {error}\n")
         raise SystemExit(2) from None

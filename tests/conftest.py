@@ -74,6 +74,9 @@ _SLOW = (
     "template/",
 )
 
+DOMAIN_SETTINGS: dict[str, str] = {}
+"""What the settings that domains add are in every test, by variable."""
+
 _patch = pytest.MonkeyPatch()
 _servers = RealServers()
 _where: Where | None = None
@@ -84,8 +87,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Take the developer's settings away, from this process and its children."""
     for key in os.environ.keys() - outside_environment().keys():
         _patch.delenv(key)
-    _patch.setitem(Settings.model_config, "env_file", None)
     _patch.setenv("ENV_FILE", "")
+    for key, value in DOMAIN_SETTINGS.items():
+        _patch.setenv(key, value)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # In a shell's background; the commands that a test interrupts would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, SecretStr
+from pydantic_core import to_jsonable_python
 
+import service.domains
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,31 +46,41 @@ _URLS = {
 
 
 def example() -> str:
-    """The file's text: every setting commented out, with its default."""
-    return _HEAD + "".join(_section(name, field) for name, field in Settings.model_fields.items()) + _COMPOSE
+    """The file's text: every setting commented out, with its default. Those of the domains are not read for it."""
+    own = [_section(name, field) for name, field in Settings.model_fields.items()]
+    domains = [_group(kind.model_config["env_prefix"], kind) for kind in service.domains.settings()]
+    return _HEAD + "".join(own + domains) + _COMPOSE
 
 
 def _section(name: str, field: FieldInfo) -> str:
     kind = field.annotation
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        lines = [_entry(f"{name}__{inner}".upper(), each) for inner, each in kind.model_fields.items()]
-        return f"\n# {(kind.__doc__ or '').strip()}\n\n" + "".join(lines)
+        return _group(f"{name}__", kind)
     return "\n" + _entry(name.upper(), field)
 
 
+def _group(prefix: str, kind: type[BaseModel]) -> str:
+    title = (kind.__doc__ or "").strip().partition("\n")[0]
+    return f"\n# {title}\n\n" + "".join(
+        _entry(f"{prefix}{name}".upper(), each) for name, each in kind.model_fields.items()
+    )
+
+
 def _entry(variable: str, field: FieldInfo) -> str:
-    value = _URLS.get(variable) or _text(field.default)
-    return f"# {field.description}\n#{variable}={value}\n"
+    required = field.is_required() and variable not in _URLS
+    value = _URLS.get(variable) or ("" if required else _text(field.get_default(call_default_factory=True)))
+    return f"# {field.description or variable}{' (required)' if required else ''}\n#{variable}={value}\n"
 
 
 def _text(default: Any) -> str:
     match default:
         case SecretStr():
             return default.get_secret_value()
-        case bool():
-            return str(default).lower()
+        case None:
+            return ""
         case _:
-            return str(default)
+            plain = to_jsonable_python(default)
+            return plain if isinstance(plain, str) else json.dumps(plain)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from service.outbox.consumers import registered_consumers
 service.domains.discover()
 service.domains.routers()
 import service.domains.reviews.moved
-print(*(spec.name for spec in registered_consumers()))
+print(*(spec.name for spec in registered_consumers()), *(kind.__name__ for kind in service.domains.settings()))
 """
 
 _ROWS = """
@@ -123,6 +123,10 @@ def test_the_guide_works_as_it_stands(clone: Clone) -> None:
     for block in _of_the_guide():
         if block.title.startswith("add to "):
             clone.write(block)
+    conftest = clone.folder / "tests" / "conftest.py"
+    none, one = "DOMAIN_SETTINGS: dict[str, str] = {}", 'DOMAIN_SETTINGS = {"REVIEWS__LANGUAGE_KEY": "key"}'
+    assert none in conftest.read_text()
+    conftest.write_text(conftest.read_text().replace(none, one))
     assert "3 passed" in clone.sh("make test ARGS=tests/api/test_schemathesis.py")
 
 
@@ -140,7 +144,11 @@ def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
             clone.write(block)
     names = clone.run(sys.executable, "-c", _CONSUMERS).split()
     expected = ["screen", "thank_author", "find_language", "render_card", "praise"]
-    assert {f"reviews.{name}" for name in expected} | {"moved.alert_moderators", "moved.resize"} <= set(names)
+    assert {f"reviews.{name}" for name in expected} | {
+        "moved.alert_moderators",
+        "moved.resize",
+        "ReviewSettings",
+    } <= set(names)
 
 
 def test_open_rows_can_be_moved_to_another_queue(database_url: str) -> None:
