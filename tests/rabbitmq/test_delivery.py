@@ -267,6 +267,8 @@ async def test_what_cannot_run_is_set_aside_and_its_neighbours_run(
     ledger: Ledger, relaying: Running, worker: Worker, amqp: aiormq.Channel
 ) -> None:
     async with relaying():
+        await ledger.publish()
+        await until(lambda: everything_done(ledger))  # so the queue is there
         for fields in (*UNUSABLE, *ODD):
             await amqp.basic_publish(body(fields), routing_key="ledger", mandatory=True)
             await ledger.publish()
