@@ -33,6 +33,8 @@ _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 _TAB = "\t"
 _LONGEST_PAUSE = 10.0
 _HEALTHY_AFTER = 30.0
+_RESTART_WITHIN = 5.0
+"""Seconds a process has to stop before it starts again; then it is killed, which no event minds."""
 
 
 def to_terminal(names: Iterable[str], stream: TextIO | None = None) -> Write:
@@ -170,19 +172,43 @@ def stop_all(processes: Iterable[Process]) -> None:
 
 
 class Supervisor:
-    """Restarts processes that end by themselves, each after a pause that grows while it keeps failing."""
+    """Restarts processes that end by themselves, each after a pause that grows while it keeps failing.
+
+    Nothing here waits for a process to stop, so that whoever calls `look` stays quick.
+    """
 
     def __init__(self, processes: Iterable[Process]) -> None:
         self._processes = list(processes)
         self._started = {process.name: time.monotonic() for process in self._processes}
         self._pause = {process.name: 1.0 for process in self._processes}
         self._due: dict[str, float] = {}
+        self._stopping: dict[str, float] = {}
 
     def look(self) -> None:
         """Look at every process once; call it a few times a second."""
         for process in self._processes:
-            if process.pid is None:
+            if process.name in self._stopping:
+                self._start_stopped(process)
+            elif process.pid is None:
                 self._attend(process)
+
+    def restart(self, processes: Iterable[Process]) -> None:
+        """Ask processes to stop. `look` starts each as soon as it has, without a pause even if it kept failing."""
+        for process in processes:
+            if process.name not in self._stopping:  # one that stops already will read what is new: ask only once
+                process.ask_to_stop()
+                self._stopping[process.name] = time.monotonic() + _RESTART_WITHIN
+
+    def _start_stopped(self, process: Process) -> None:
+        now = time.monotonic()
+        if process.pid is not None and now < self._stopping[process.name]:
+            return
+        process.kill()
+        del self._stopping[process.name]
+        self._due.pop(process.name, None)
+        self._pause[process.name] = 1.0
+        self._started[process.name] = now
+        process.start()
 
     def _attend(self, process: Process) -> None:
         now = time.monotonic()

@@ -7,23 +7,24 @@ import shutil
 import socket
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import httpx
 
 from service.dev import stack
-from service.dev.places import ServerError, clone_data
+from service.dev.places import ROOT, ServerError, clone_data
 from service.dev.postgres import Postgres
 from service.dev.processes import Process, Supervisor, stop_all, to_terminal
+from service.dev.reload import Watch, shown
 from service.dev.servers import free_port
 from service.postgres_url import read_postgres
+from service.terminal import visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["reset", "run"]
-
-_READY_TIMEOUT = 30.0
+__all__ = ["look", "reset", "run"]
 
 
 def run() -> int:
@@ -33,27 +34,32 @@ def run() -> int:
             raise ServerError("`make dev` runs already for this clone; stop it first (Ctrl-C in its terminal)")
         data = clone_data()
         print(f"starting; the data is kept in {data}", flush=True)
-        environment = {"LOG_FORMAT": "console"} | stack.configured() | {"PYTHONUNBUFFERED": "1"}
-        with stack.embedded_servers(environment, data, lasting=True) as given:
+        with stack.embedded_servers(_environment(), data, lasting=True) as given:
             stack.migrate(given)
             _run_processes(given)
     print("stopped; the data is kept (`make reset` deletes it)")
     return 0
 
 
+def _environment() -> dict[str, str]:
+    return {"LOG_FORMAT": "console"} | stack.configured() | {"PYTHONUNBUFFERED": "1"}
+
+
 def _run_processes(environment: dict[str, str]) -> None:
     port = _port_near(int(environment.get("PORT", "8000")))
     processes = _processes(environment, port)
     groups = [[process for process in processes if process.name.startswith(kind)] for kind in _STOP_ORDER]
-    stack.note_running({key: environment[key] for key in (*stack.URLS, "SMTP__URL")})
+    stack.note_running({key: environment[key] for key in _GIVEN})
+    watch = Watch(ROOT)
+    ready = False
     try:
         for process in processes:
             process.start()
         supervisor = Supervisor(processes)
-        _wait_until_ready(port, supervisor)
-        _say_where(port, environment)
         while True:
-            supervisor.look()
+            look(watch, processes, supervisor)
+            if not ready and (ready := answers(port)):
+                _say_where(port, environment)
             time.sleep(0.2)
     except KeyboardInterrupt:
         print("\nstopping (Ctrl-C again: at once)", flush=True)
@@ -65,6 +71,34 @@ def _run_processes(environment: dict[str, str]) -> None:
             for process in processes:
                 process.kill()
 
+
+def look(watch: Watch, processes: list[Process], supervisor: Supervisor) -> None:
+    """Start again what ended, and after a save what reads the code and `.env`. The servers stay, where they are too."""
+    if changed := watch.changed():
+        reading = [process for process in processes if process.name != "mail"]
+        start = "start" if reading[1:] else "starts"
+        print(f"-- {shown(changed)} changed: {', '.join(each.name for each in reading)} {start} again --", flush=True)
+        if ".env" in changed:
+            _give_environment(reading)
+        supervisor.restart(reading)
+    supervisor.look()
+
+
+def _give_environment(processes: list[Process]) -> None:
+    try:
+        wanted = _environment()
+    except (OSError, ValueError) as error:
+        print(visible(f"-- .env cannot be read: {error} --"), flush=True)
+        return
+    for process in processes:
+        process.environment = wanted | {name: process.environment[name] for name in _GIVEN}
+    given = processes[0].environment
+    if moved := [name for name in _GIVEN if wanted.get(name, given[name]) != given[name]]:
+        print(f"-- {', '.join(moved)}: counts from the next `make dev` on --", flush=True)
+
+
+_GIVEN = (*stack.URLS, "SMTP__URL")
+"""What servers may have been started for: it stays as it is until the end."""
 
 _STOP_ORDER = ("api", "worker", "relay", "mail")
 
@@ -102,13 +136,6 @@ def answers(port: int) -> bool:
         return False
 
 
-def _wait_until_ready(port: int, supervisor: Supervisor) -> None:
-    deadline = time.monotonic() + _READY_TIMEOUT
-    while not answers(port) and time.monotonic() < deadline:
-        supervisor.look()
-        time.sleep(0.1)
-
-
 def _say_where(port: int, environment: Mapping[str, str]) -> None:
     url = f"http://127.0.0.1:{port}"
     lines = ["", f"API        {url}   (try it in a browser: {url}/docs)"]
@@ -116,9 +143,15 @@ def _say_where(port: int, environment: Mapping[str, str]) -> None:
     lines += [f"broker     {_shown(environment['BROKER__URL'])}"]
     lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
     lines += ['settings   eval "$(.venv/bin/python -m service.dev env)", then for example: .venv/bin/outbox status']
-    if stack.has_example():
-        lines += ["", "Place an order and watch the log:", "", stack.example().try_it(url)]
+    with suppress(httpx.HTTPError):  # what answers is being changed, and may fail
+        lines += _things_to_try(url)
     print("\n".join([*lines, ""]), flush=True)
+
+
+def _things_to_try(url: str) -> list[str]:
+    if not stack.has_example():
+        return []
+    return ["", "Place an order and watch the log:", "", stack.example().try_it(url)]
 
 
 def _shown(url: str) -> str:
