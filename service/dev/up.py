@@ -23,6 +23,7 @@ from service.terminal import visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 __all__ = ["look", "reset", "run"]
 
@@ -59,7 +60,7 @@ def _run_processes(environment: dict[str, str]) -> None:
         while True:
             look(watch, processes, supervisor)
             if not ready and (ready := answers(port)):
-                _say_where(port, environment)
+                _say_where(port, environment, processes)
             time.sleep(0.2)
     except KeyboardInterrupt:
         print("\nstopping (Ctrl-C again: at once)", flush=True)
@@ -100,6 +101,7 @@ def _give_environment(processes: list[Process]) -> None:
 _GIVEN = (*stack.URLS, "SMTP__URL")
 """What servers may have been started for: it stays as it is until the end."""
 
+_REFUSED = "@nowhere\\.example$\n"
 _STOP_ORDER = ("api", "worker", "relay", "mail")
 
 
@@ -109,12 +111,20 @@ def _processes(environment: dict[str, str], port: int) -> list[Process]:
     if "SMTP__URL" not in environment:
         smtp_port = _port_near(1025)
         environment["SMTP__URL"] = f"smtp://127.0.0.1:{smtp_port}"
-        commands["mail"] = stack.sink_command(smtp_port, clone_data() / "mails.jsonl", clone_data() / "reject.txt")
+        commands["mail"] = stack.sink_command(smtp_port, clone_data() / "mails.jsonl", _reject_file())
     commands |= {"api": stack.api_command(port), "relay-1": stack.relay_command(), "relay-2": stack.relay_command()}
     for number in (1, 2):
         commands[f"worker-{number}"] = stack.worker_command(processes=1, threads=8)
     write = to_terminal(commands)
     return [Process(name, command, environment, write) for name, command in commands.items()]
+
+
+def _reject_file() -> Path:
+    """What the mail server refuses, so that there are dead letters to see. An emptied file stays empty."""
+    file = clone_data() / "reject.txt"
+    if not file.exists():
+        file.write_text(_REFUSED)
+    return file
 
 
 def _port_near(wanted: int) -> int:
@@ -136,7 +146,7 @@ def answers(port: int) -> bool:
         return False
 
 
-def _say_where(port: int, environment: Mapping[str, str]) -> None:
+def _say_where(port: int, environment: Mapping[str, str], processes: list[Process]) -> None:
     url = f"http://127.0.0.1:{port}"
     lines = ["", f"API        {url}   (try it in a browser: {url}/docs)"]
     lines += [f"database   {read_postgres(environment['DATABASE__URL']).where}"]
@@ -144,14 +154,21 @@ def _say_where(port: int, environment: Mapping[str, str]) -> None:
     lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
     lines += ['settings   eval "$(.venv/bin/python -m service.dev env)", then for example: .venv/bin/outbox status']
     with suppress(httpx.HTTPError):  # what answers is being changed, and may fail
-        lines += _things_to_try(url)
+        lines += _things_to_try(url, refuses=any(process.name == "mail" for process in processes))
     print("\n".join([*lines, ""]), flush=True)
 
 
-def _things_to_try(url: str) -> list[str]:
+def _things_to_try(url: str, *, refuses: bool) -> list[str]:
     if not stack.has_example():
         return []
-    return ["", "Place an order and watch the log:", "", stack.example().try_it(url)]
+    lines = ["", "Place an order and watch the log:", "", stack.example().try_it(url)]
+    if refuses:
+        lines += [
+            "",
+            "With an e-mail @nowhere.example, which the mail server refuses, it ends as a dead letter. Repair it:",
+        ]
+        lines += [f"empty {_reject_file()}", ".venv/bin/outbox dead-letters replay --all   (after that `eval`)"]
+    return lines
 
 
 def _shown(url: str) -> str:
