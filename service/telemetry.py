@@ -38,6 +38,9 @@ __all__ = [
 Headers = dict[str, str]
 """`correlation_id`, and where known `traceparent`, `tracestate` and `causation_id`."""
 
+_QUIET = ("dramatiq.middleware", "service.database._Pool")
+"""Libraries' loggers, SQLAlchemy's under our class, that tell at INFO how they start and stop their insides."""
+
 _HEADERS: ContextVar[Headers | None] = ContextVar("outbox_headers", default=None)
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 _TRACESTATE = re.compile(r"[ -~]{1,512}")
@@ -108,6 +111,8 @@ def configure_logging(log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING if log_level == "INFO" else logging.NOTSET)
     logging.captureWarnings(True)
 
 

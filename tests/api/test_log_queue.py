@@ -143,3 +143,16 @@ def test_a_line_is_cut_where_it_is_too_long() -> None:
     first, second = written.splitlines()
     assert len(first) == 16_384
     assert json.loads(second)["event"] == "last"
+
+
+@pytest.mark.parametrize(("level", "told"), [("INFO", ["WARNING"]), ("DEBUG", ["INFO", "WARNING"])])
+def test_what_libraries_tell_of_their_insides_is_for_who_debugs(level: str, told: list[str]) -> None:
+    lines = lines_of(f"""
+configure_logging("json", {level!r})
+from dramatiq.middleware.asyncio import AsyncIO
+from service.database import _Pool
+for library in (AsyncIO().logger, _Pool(lambda: None).logger):
+    library.info("INFO")
+    library.warning("WARNING")
+""")
+    assert [line["event"] for line in lines if line["event"] in ("INFO", "WARNING")] == told * 2
