@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from relay.console import Connection
     from service.settings import Settings
 
-__all__ = ["Purged", "purge", "purge_regularly", "purge_step_by_step"]
+__all__ = ["Purged", "first_id_after", "purge", "purge_regularly", "purge_step_by_step"]
 
 _log = get_logger(__name__)
 
@@ -118,7 +118,7 @@ async def _purge_messages(
     before: datetime = await connection.fetchval("SELECT clock_timestamp() - $1::interval", keep)
     clock = asyncio.get_running_loop().time
     cursor: UUID | None = UUID(int=0)
-    end = _first_id_after(before + _CLOCKS_DIFFER)
+    end = first_id_after(before + _CLOCKS_DIFFER)
     removed = 0
     while cursor is not None:
         began = clock()
@@ -132,9 +132,9 @@ async def _purge_messages(
     return removed
 
 
-def _first_id_after(moment: datetime) -> UUID:
-    """The least UUID v7 of that millisecond."""
-    return UUID(int=int(moment.timestamp() * 1000) << 80)
+def first_id_after(moment: datetime) -> UUID:
+    """The least UUID v7 of that millisecond; the least of all for one before 1970."""
+    return UUID(int=max(int(moment.timestamp() * 1000), 0) << 80)
 
 
 async def _purge_http_keys(connection: Connection, keep: timedelta, page: int) -> int:

@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from relay.console import CommandError, Exit
 from relay.queues import EVERY_QUEUE
 
 if TYPE_CHECKING:
@@ -64,12 +63,8 @@ class Story:
     deliveries: list[Delivery]
 
 
-async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story:
-    """The story of the event with this id, or of the delivery's event.
-
-    Raises:
-        CommandError: when nothing is known of it.
-    """
+async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story | None:
+    """The story of the event with this id, or of the delivery's event; `None` when nothing is known of it."""
     # A delivery's id is its event's with a number in the last byte; the row says so itself while there is one.
     event_id = await connection.fetchval(_EVENT_ID, given) or UUID(int=given.int & ~0xFF)
     reach = event_id, UUID(int=event_id.int | 0xFF)
@@ -80,11 +75,7 @@ async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story:
     paused = {row["queue"]: row["paused_by"] for row in await connection.fetch(_PAUSED)}
     ids = sorted(rows.keys() | dead.keys())
     if not ids:
-        raise CommandError(
-            f"nothing is known of event {given}: its transaction did not commit, nobody consumes it, or it was "
-            "completed and purged long ago",
-            Exit.NOT_FOUND,
-        )
+        return None
     first = rows.get(ids[0]) or dead[ids[0]][0]
     return Story(
         event_id=event_id,

@@ -1,4 +1,4 @@
-"""`outbox events show`."""
+"""`outbox events list | show`."""
 
 from __future__ import annotations
 
@@ -8,49 +8,121 @@ import textwrap
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
 
 import typer
 
-from relay.console import connect, parse_uuid
-from relay.output import line, plain, print_json, screen_width, timestamp
+from relay import events
+from relay.console import CommandError, Exit, connect
+from relay.event_text import summary
+from relay.output import line, note, plain, print_json, screen_width, timestamp
 from relay.story import Delivery, Story, tell
 from service.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from uuid import UUID
 
 __all__ = ["app"]
 
-app = typer.Typer(help="What became of an event.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="What became of events.", no_args_is_help=True, rich_markup_mode=None)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_STORIES = 20
+"""Events of one correlation id that are told."""
 
 
-@app.callback()
-def events() -> None:
-    """Keep `show` a command of its own while it is the only one."""
+@app.command("list")
+def list_(
+    event_type: Annotated[str | None, typer.Option("--type", help="Only of this type.")] = None,
+    consumer: Annotated[str | None, typer.Option(help="Only with a delivery to this consumer.")] = None,
+    state: Annotated[str | None, typer.Option(help=f"Only with a delivery that is {', '.join(events.STATES)}.")] = None,
+    since: Annotated[str | None, typer.Option(help="Published since: 2h (ago), or an ISO time.")] = None,
+    until: Annotated[str | None, typer.Option(help="Published before: 30m (ago), or an ISO time.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1_000, help="At most this many.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List events with their deliveries. The newest come first.
+
+    It looks at the newest 100,000 deliveries before --until, and says so when there are more.
+    """
+    if state is not None and state not in events.STATES:
+        raise CommandError(f"--state: {state!r} is not one of {', '.join(events.STATES)}")
+    wanted = events.Filter(event_type, consumer, None, (state,) if state else events.STATES, since, until)
+    found, listed = asyncio.run(_list(wanted, limit))
+    if as_json:
+        head = {"looked_at": found.looked_at, "complete": not (found.more or found.bounded)}
+        print_json(head | {"events": [asdict(each) for each in listed]})
+        return
+    line(summary(listed) if listed else "No event matches.")
+    if found.more:
+        note(f"The newest {limit:,}; --limit or --until shows older ones.")
+    if found.bounded:
+        note(f"Looked at the newest {found.looked_at:,} deliveries; narrow with --until to see older ones.")
+
+
+async def _list(wanted: events.Filter, limit: int) -> tuple[events.Found, list[events.ListedEvent]]:
+    async with connect(load_settings().database) as connection:
+        found = await events.find(connection, wanted, limit)
+        return found, await events.load(connection, found.event_ids)
 
 
 @app.command()
 def show(
-    event: Annotated[str, typer.Argument(metavar="EVENT_ID", help="An event's id, or that of one of its messages.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    reference: Annotated[
+        str, typer.Argument(metavar="ID", help="An event's id, that of one of its messages, or a correlation id.")
+    ],
+    as_json: Json = False,
 ) -> None:
-    """Tell an event's story. Who did what when, for each consumer, and what happens next."""
-    story = asyncio.run(_tell(parse_uuid(event)))
+    """Tell an event's story. Who did what when, for each consumer, and what happens next.
+
+    For a correlation id, the newest 20 events that carry it are told in the order they were published, as far as they
+    are among the newest 100,000 deliveries; --json then prints a list, even of one.
+    """
+    stories, correlated = asyncio.run(_tell(reference))
     if as_json:
-        print_json(asdict(story))
+        print_json([asdict(each) for each in stories] if correlated else asdict(stories[0]))
         return
     width = min(screen_width(), 120)
-    for text, indent in _lines(story):
-        line(
-            textwrap.fill(plain(text), width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
-        )
+    for number, story in enumerate(stories):
+        if number:
+            line()
+        for text, indent in _lines(story):
+            line(
+                textwrap.fill(
+                    plain(text), width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+                )
+            )
 
 
-async def _tell(given: UUID) -> Story:
+async def _tell(reference: str) -> tuple[list[Story], bool]:
+    """The stories, and whether they were found by their correlation id."""
     settings = load_settings()
+    keep = timedelta(seconds=settings.outbox.keep_completed)
     async with connect(settings.database) as connection:
-        return await tell(connection, given, timedelta(seconds=settings.outbox.keep_completed))
+        story = await tell(connection, given, keep) if (given := _uuid(reference)) else None
+        if story is not None:
+            return [story], False
+        found = await events.find(connection, events.Filter(correlation_id=reference), _STORIES)
+        told = [await tell(connection, each, keep) for each in reversed(found.event_ids)]
+    if found.more:
+        note(f"Only the newest {_STORIES} events of this correlation id are told.")
+    stories = [each for each in told if each is not None]
+    if not stories:
+        where = f"any of the newest {found.looked_at:,} deliveries" if found.bounded else "any other"
+        raise CommandError(
+            f"nothing is known of event {reference}: its transaction did not commit, nobody consumes it, or it was "
+            f"completed and purged long ago; nor is it the correlation id of {where}",
+            Exit.NOT_FOUND,
+        )
+    return stories, True
+
+
+def _uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
 
 
 def _lines(story: Story) -> Iterator[tuple[str, str]]:

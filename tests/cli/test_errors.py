@@ -24,6 +24,7 @@ _COMMANDS = [
     ("dead-letters", "show", "1"),
     ("dead-letters", "replay", "--all", "--yes"),
     ("dead-letters", "discard", "1"),
+    ("events", "list"),
     ("events", "show", "01937e5c-8a4e-7cc0-98c4-dc0c0c073900"),
     ("queues", "list"),
     ("queues", "pause", "email"),
@@ -120,7 +121,7 @@ def test_wrong_usage_names_the_help(outbox: Outbox) -> None:
 
 
 def test_help_fits_80_columns_and_documents_the_exit_codes(outbox: Outbox) -> None:
-    for group in ("", "dead-letters", "dead-letters replay", "events", "queues", "status", "purge"):
+    for group in ("", "dead-letters", "dead-letters replay", "events", "events list", "queues", "status", "purge"):
         ran = outbox(*group.split(), "--help")
         assert ran.code == 0
         assert max(map(len, ran.out.splitlines())) <= 80, group

@@ -132,7 +132,7 @@ def test_the_story_fits_80_columns(outbox: Outbox, rows: Rows) -> None:
     ("reference", "code", "says"),
     [
         ("01937e5c-8a4e-7cc0-98c4-dc0c0c073900", 4, "nothing is known of event 01937e5c-8a4e-7cc0-98c4-dc0c0c073900"),
-        ("17", 2, "'17' is no id: expected a UUID"),
+        ("17", 4, "nor is it the correlation id of any other"),
         ("ffffffff-ffff-ffff-ffff-ffffffffffff", 4, "nothing is known"),
     ],
 )

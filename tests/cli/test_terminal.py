@@ -63,6 +63,8 @@ def test_every_command_shows_text_and_nothing_else(outbox: Outbox, rows: Rows, f
         ["dead-letters", "list", "--state", EVIL],
         ["events", "show", str(message_id)],
         ["events", "show", EVIL],
+        ["events", "list"],
+        ["events", "list", "--state", EVIL],
         ["purge", "--older-than", EVIL],
         [EVIL],
     ):

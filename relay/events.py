@@ -1,0 +1,156 @@
+"""The newest events, found without an index of their own.
+
+Ids are in the order of time, and those of an event's deliveries follow its own: so both tables are walked backwards
+along their ids, a page at a time, until enough was found.
+
+What must stay true: however much the ledger holds and however rare what is looked for, no more than `BOUND` rows are
+looked at, and whoever asked is told when that was not everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from relay.console import parse_moment
+from relay.purge import first_id_after
+from service.text import storable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+
+    from relay.console import Connection
+
+__all__ = ["STATES", "Delivered", "Filter", "Found", "ListedEvent", "find", "load"]
+
+STATES = ("pending", "dispatched", "running", "completed", "dead")
+"""States a delivery can be listed by; one that was replayed or discarded is no longer dead."""
+
+BOUND = 100_000
+"""Deliveries looked at for one question."""
+
+PAGE = 2_000
+"""Deliveries looked at in one statement."""
+
+# A message that died twice has two dead letters under one id: WITH TIES keeps them on one page.
+_PAGE = """
+WITH page AS MATERIALIZED (
+    SELECT * FROM (
+        (SELECT id, event_id, event_type, consumer, state, headers FROM outbox_message
+         WHERE id >= $1 AND id < $2 ORDER BY id DESC LIMIT $3)
+        UNION ALL
+        (SELECT message_id, event_id, event_type, consumer, coalesce(resolution, 'dead'), headers FROM dead_letter
+         WHERE message_id >= $1 AND message_id < $2 ORDER BY message_id DESC FETCH FIRST $3 ROWS WITH TIES)
+    ) AS delivery ORDER BY id DESC FETCH FIRST $3 ROWS WITH TIES
+)
+SELECT (SELECT count(*) FROM page) AS looked,
+       (SELECT id FROM page ORDER BY id LIMIT 1) AS last,
+       ARRAY(SELECT DISTINCT event_id FROM page
+             WHERE ($4::text IS NULL OR event_type = $4)
+               AND ($5::text IS NULL OR consumer = $5)
+               AND ($6::text IS NULL OR headers ->> 'correlation_id' = $6)
+               AND ($7::text[] IS NULL OR state = ANY ($7))
+             ORDER BY event_id DESC) AS events
+"""
+_DELIVERIES = """
+SELECT delivery.*, clock_timestamp() - created_at AS age
+FROM unnest($1::uuid[], $2::uuid[]) AS event (first, last) CROSS JOIN LATERAL (
+    SELECT id, event_id, event_type, consumer, state, created_at, headers ->> 'correlation_id' AS correlation_id
+    FROM outbox_message WHERE id > event.first AND id <= event.last
+    UNION ALL
+    SELECT message_id, event_id, event_type, consumer, 'dead', created_at, headers ->> 'correlation_id'
+    FROM dead_letter WHERE message_id > event.first AND message_id <= event.last AND resolution IS NULL
+) AS delivery ORDER BY event_id DESC, id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Events with a delivery like this; what is `None` does not narrow it."""
+
+    event_type: str | None = None
+    consumer: str | None = None
+    correlation_id: str | None = None
+    states: Sequence[str] | None = None
+    since: str | None = None
+    until: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The ids of the newest events that match, the newest first.
+
+    `more` says that the walk ended because there were enough of them, `bounded` that it looked at too many rows.
+    """
+
+    event_ids: list[UUID]
+    looked_at: int
+    more: bool
+    bounded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """One consumer's part."""
+
+    message_id: UUID
+    consumer: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListedEvent:
+    """An event with the deliveries that are in the ledger or dead."""
+
+    event_id: UUID
+    event_type: str
+    published_at: datetime
+    age: timedelta
+    correlation_id: str | None
+    deliveries: list[Delivered] = field(default_factory=list)
+
+
+async def find(connection: Connection, wanted: Filter, limit: int) -> Found:
+    """The newest `limit` events that match, among the newest `BOUND` deliveries of that time.
+
+    Raises:
+        CommandError: when `since` or `until` is no time.
+    """
+    first, cursor = await _range(connection, wanted)
+    # What is stored was cleaned, so what is looked for is cleaned alike.
+    texts = (wanted.event_type, wanted.consumer, wanted.correlation_id)
+    cleaned = [None if each is None else storable(each) for each in texts]
+    found: dict[UUID, None] = {}
+    looked, ended = 0, False
+    while not ended and len(found) < limit and looked < BOUND:
+        size = min(PAGE, BOUND - looked)
+        page = await connection.fetchrow(_PAGE, first, cursor, size, *cleaned, wanted.states)
+        assert page is not None
+        found |= dict.fromkeys(page["events"])
+        looked += page["looked"]
+        ended, cursor = page["looked"] < size, page["last"]
+    enough = len(found) >= limit
+    more = len(found) > limit or (enough and not ended)
+    return Found(list(found)[:limit], looked, more, bounded=not ended and not enough)
+
+
+async def _range(connection: Connection, wanted: Filter) -> tuple[UUID, UUID]:
+    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    first = first_id_after(parse_moment(wanted.since, now, "--since")) if wanted.since else UUID(int=0)
+    end = first_id_after(parse_moment(wanted.until, now, "--until")) if wanted.until else UUID(int=2**128 - 1)
+    return first, end
+
+
+async def load(connection: Connection, event_ids: Sequence[UUID]) -> list[ListedEvent]:
+    """These events with their deliveries, the newest first."""
+    last = [UUID(int=each.int | 0xFF) for each in event_ids]
+    events: dict[UUID, ListedEvent] = {}
+    for row in await connection.fetch(_DELIVERIES, list(event_ids), last):
+        event = events.setdefault(
+            row["event_id"],
+            ListedEvent(row["event_id"], row["event_type"], row["created_at"], row["age"], row["correlation_id"]),
+        )
+        event.deliveries.append(Delivered(row["id"], row["consumer"], row["state"]))
+    return list(events.values())
