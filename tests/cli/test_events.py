@@ -136,16 +136,16 @@ def test_small_pages_leave_nothing_out(outbox: Outbox, rows: Rows, monkeypatch: 
     event_id = new_event_id()
     for number in (1, 2, 3):
         rows.message(event_id=event_id, number=number)
-    (twice,) = rows.dead_letter(resolution="'replayed'", resolved_at="now()", resolved_by="'ann'")
+    (dead,) = rows.dead_letter()
+    # Its earlier deaths stand under the same id, and the index gives them first.
     rows.sql(
         "INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers,"
         " attempts, dispatches, created_at, errors, reason, resolution, resolved_at, resolved_by)"
         " SELECT message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches,"
-        " created_at, '[]', 'again', CASE n WHEN 1 THEN 'replayed' END, CASE n WHEN 1 THEN now() END,"
-        " CASE n WHEN 1 THEN 'ann' END FROM dead_letter, generate_series(1, 2) AS n"
+        " created_at, '[]', 'again', 'replayed', now(), 'ann' FROM dead_letter, generate_series(1, 2)"
     )
     later = _one_each(rows, 3)
-    assert _listed(outbox) == [*reversed(later), UUID(int=twice.int & ~0xFF), event_id]
+    assert _listed(outbox) == [*reversed(later), UUID(int=dead.int & ~0xFF), event_id]
 
 
 def test_a_walk_that_was_cut_short_says_so(outbox: Outbox, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
