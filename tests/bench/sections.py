@@ -220,9 +220,8 @@ async def cold_queue(stage: Stage, result: Result, *, quick: bool) -> None:
         ("draining", f"one kept at {cold.SHORT}", cold.beside_draining),
     ):
         found: dict[int, list[latency.Latency]] = defaultdict(list)
-        for _ in range(1 if quick else 3):
-            for backlog in random.sample(hot, len(hot)):
-                found[backlog].append(await measure(stage, backlog, events))
+        for backlog in random.sample(hot, len(hot)):
+            found[backlog].append(await measure(stage, backlog, events))
         base = found.pop(0)
         for backlog, ours in sorted(found.items()):
             name = f"commit to hand-over of a cold queue beside {backlog:,} {how}"
