@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relay.ledger import NO_FLOOR
-from service.outbox.failures import backoff
+from service.backoff import backoff
 
 if TYPE_CHECKING:
     from relay.ledger import Floor

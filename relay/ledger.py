@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from relay.publisher import Handover
-from service.outbox.failures import ERRORS_KEPT, SUSPECT_FROM
+from service.outbox.statements import ERRORS_KEPT, SUSPECT_FROM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -25,9 +25,9 @@ from relay.purge import purge_regularly
 from relay.session import SESSION, Sessions
 from relay.sparing import Sparing
 from relay.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
+from service.backoff import backoff
 from service.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
-from service.outbox.failures import backoff
 from service.telemetry import configure_logging, get_logger
 
 if TYPE_CHECKING:

@@ -6,10 +6,8 @@ and no more than a few frames of code positions. What is logged of them may be l
 
 from __future__ import annotations
 
-import random
 import re
 import traceback
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -24,31 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
-    "ERRORS_KEPT",
-    "FORGIVEN_LOSSES",
-    "SUSPECT_FROM",
-    "backoff",
     "describe",
     "lost_database",
     "said",
     "trace",
 ]
-
-ERRORS_KEPT = 10
-"""Errors a row keeps: the first one and the latest."""
-
-FORGIVEN_LOSSES = 3
-"""How often a row may lose its database in mid-effect before that uses up attempts.
-
-An outage hits whatever runs, and the same row again when it is the second one; but a row that crashes its own backend
-looks like one each time, and must run out of attempts.
-"""
-
-SUSPECT_FROM = 2
-"""The attempt from which on a row whose worker was lost is suspected of having killed it.
-
-Such a row goes through the relay, which puts it apart from those that were lost with it, before anybody claims it.
-"""
 
 _MESSAGE_LENGTH = 500
 _FRAMES = 6
@@ -116,18 +94,6 @@ def _without_values(text: str, payload: Mapping[str, Any]) -> str:
 
 def _shown(value: object) -> str:
     return "" if value is None or isinstance(value, bool) else str(value)
-
-
-def backoff(attempt: int, minimum: int, maximum: int) -> timedelta:
-    """Time before the retry that follows `attempt` (from 1): doubled each time, between a half and the whole of it.
-
-    Args:
-        attempt: Which attempt failed.
-        minimum: Milliseconds after the first.
-        maximum: Milliseconds at most.
-    """
-    longest = min(maximum, minimum * 2 ** min(attempt - 1, 40))
-    return timedelta(milliseconds=longest * random.uniform(0.5, 1.0))  # noqa: S311  jitter, not a secret
 
 
 def lost_database(error: BaseException) -> bool:

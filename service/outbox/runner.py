@@ -18,13 +18,14 @@ from uuid import UUID, uuid4
 from dramatiq.middleware import Shutdown, TimeLimitExceeded
 from dramatiq.middleware.threading import raise_thread_exception
 
+from service.backoff import backoff
 from service.database import OneTransaction, session_factory
 from service.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
 from service.errors import DeliveryError, TransactionError
 from service.outbox.claims import Claims
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError
-from service.outbox.failures import backoff, lost_database, said, trace
+from service.outbox.failures import lost_database, said, trace
 from service.outbox.heartbeat import Heartbeat
 from service.outbox.ledger import LedgerPool
 from service.outbox.outcomes import (

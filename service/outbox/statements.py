@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from service.outbox.failures import ERRORS_KEPT, FORGIVEN_LOSSES, SUSPECT_FROM
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
 __all__ = [
+    "ERRORS_KEPT",
+    "SUSPECT_FROM",
     "Claim",
     "claim",
     "claim_free",
@@ -36,6 +36,22 @@ __all__ = [
     "postpone",
     "release",
 ]
+
+ERRORS_KEPT = 10
+"""Errors a row keeps: the first one and the latest."""
+
+FORGIVEN_LOSSES = 3
+"""How often a row may lose its database in mid-effect before that uses up attempts.
+
+An outage hits whatever runs, and the same row again when it is the second one; but a row that crashes its own backend
+looks like one each time, and must run out of attempts.
+"""
+
+SUSPECT_FROM = 2
+"""The attempt from which on a row whose worker was lost is suspected of having killed it.
+
+Such a row goes through the relay, which puts it apart from those that were lost with it, before anybody claims it.
+"""
 
 # Rows are found by the primary key. While the table is empty by PostgreSQL's statistics, the index of due rows looks
 # just as good, and a plan that is kept would read all of it for every row. `_STATE` keeps that index out: PostgreSQL

@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from relay.ledger import NO_FLOOR, Pauses, take_due
 from relay.resolve import resolve
 from service.outbox import statements
-from service.outbox.failures import SUSPECT_FROM
+from service.outbox.statements import SUSPECT_FROM
 from tests.chaos.bugs import BUGS
 from tests.waiting import until
 
