@@ -7,12 +7,17 @@ here because that call costs ten times as much, which a batch of hundreds feels.
 from __future__ import annotations
 
 from json.encoder import encode_basestring_ascii as quoted
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from relay.publisher import Handover
+__all__ = ["Handover", "encode"]
 
-__all__ = ["encode"]
+
+class Handover(NamedTuple):
+    """One row to hand over. `id` is the row's, as text; `trace` its traceparent, where it has one."""
+
+    id: str
+    consumer: str
+    trace: str | None
 
 
 def encode(queue: str, row: Handover, timestamp: int, redis_message_id: str | None = None) -> str:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from relay.publisher import Handover
+from relay.body import Handover
 from service.outbox.statements import ERRORS_KEPT, SUSPECT_FROM
 
 if TYPE_CHECKING:

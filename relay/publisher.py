@@ -6,14 +6,15 @@ A failure is never the row's. `BrokerUnavailableError` concerns every queue: the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from relay.body import Handover
     from service.settings import BrokerSettings
 
-__all__ = ["BrokerUnavailableError", "Handover", "Publisher", "QueueRefusedError", "make_publisher"]
+__all__ = ["BrokerUnavailableError", "Publisher", "QueueRefusedError", "make_publisher"]
 
 
 class BrokerUnavailableError(Exception):
@@ -22,14 +23,6 @@ class BrokerUnavailableError(Exception):
 
 class QueueRefusedError(Exception):
     """The broker is fine but this queue takes nothing: missing, of another type or with other arguments."""
-
-
-class Handover(NamedTuple):
-    """One row to hand over. `id` is the row's, as text; `trace` its traceparent, where it has one."""
-
-    id: str
-    consumer: str
-    trace: str | None
 
 
 class Publisher(Protocol):

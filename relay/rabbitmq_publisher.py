@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryError
 
-from relay.body import encode
-from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError
+from relay.body import Handover, encode
+from relay.publisher import BrokerUnavailableError, QueueRefusedError
 from relay.rabbitmq_batch import count, publish_batch
 from relay.rabbitmq_line import Line
 

@@ -32,8 +32,8 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from relay.body import encode
-from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError
+from relay.body import Handover, encode
+from relay.publisher import BrokerUnavailableError, QueueRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence

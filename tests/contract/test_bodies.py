@@ -9,8 +9,7 @@ from dramatiq import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.body import encode
-from relay.publisher import Handover
+from relay.body import Handover, encode
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 

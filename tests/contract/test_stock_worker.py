@@ -14,7 +14,8 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import default_middleware
 from pydantic import SecretStr
 
-from relay.publisher import Handover, Publisher, make_publisher
+from relay.body import Handover
+from relay.publisher import Publisher, make_publisher
 from service.broker import make_broker
 from service.settings import BrokerSettings
 from tests.waiting import until

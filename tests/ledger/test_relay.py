@@ -14,9 +14,9 @@ from uuid import UUID, uuid4
 import pytest
 import redis.asyncio
 
+from relay.body import Handover
 from relay.ledger import NO_FLOOR, Pauses, queue_heads, take_due
 from relay.loop import Relay
-from relay.publisher import Handover
 from relay.redis_publisher import RedisPublisher
 from service.driver import connect
 from tests.ledger import domain

@@ -12,7 +12,8 @@ import pytest
 import redis.asyncio
 from pydantic import SecretStr
 
-from relay.publisher import BrokerUnavailableError, Handover
+from relay.body import Handover
+from relay.publisher import BrokerUnavailableError
 from relay.redis_publisher import RedisPublisher
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings

@@ -14,7 +14,8 @@ import pytest
 from aiormq import DeliveryError
 from pydantic import SecretStr
 
-from relay.publisher import BrokerUnavailableError, Handover, QueueRefusedError, make_publisher
+from relay.body import Handover
+from relay.publisher import BrokerUnavailableError, QueueRefusedError, make_publisher
 from relay.rabbitmq_batch import publish_batch
 from relay.rabbitmq_line import Line
 from relay.rabbitmq_publisher import RabbitmqPublisher
