@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 import service.domains
 import service.idempotency
-import service.outbox.tables
+import service.ledger.tables
 from service.database import Base
 from service.driver import DRIVER_ERRORS, open_connection
 from service.errors import ConfigurationError

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relay.ledger import NO_FLOOR
 from service.backoff import backoff
+from service.ledger.dispatching import NO_FLOOR
 
 if TYPE_CHECKING:
-    from relay.ledger import Floor
+    from service.ledger.dispatching import Floor
 
 __all__ = ["Lane"]
 

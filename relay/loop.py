@@ -19,7 +19,6 @@ from uuid import uuid4
 import asyncpg
 
 from relay.lane import Lane
-from relay.ledger import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
 from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
 from relay.purge import purge_regularly
 from relay.session import SESSION, Sessions
@@ -28,6 +27,7 @@ from relay.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
 from service.backoff import backoff
 from service.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
+from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
 from service.telemetry import configure_logging, get_logger
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from relay.body import Handover
+    from service.ledger.message import Handover
     from service.settings import BrokerSettings
 
 __all__ = ["BrokerUnavailableError", "Publisher", "QueueRefusedError", "make_publisher"]

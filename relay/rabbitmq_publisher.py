@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryError
 
-from relay.body import Handover, encode
 from relay.publisher import BrokerUnavailableError, QueueRefusedError
 from relay.rabbitmq_batch import count, publish_batch
 from relay.rabbitmq_line import Line
+from service.ledger.message import Handover, encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

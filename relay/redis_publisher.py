@@ -32,8 +32,8 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from relay.body import Handover, encode
 from relay.publisher import BrokerUnavailableError, QueueRefusedError
+from service.ledger.message import Handover, encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from dramatiq.broker import Broker
 
-    from service.outbox.statements import Claim
+    from service.ledger.delivering import Claim
 
 __all__ = ["setup_broker"]
 

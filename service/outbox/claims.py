@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from service.outbox import statements
+from service.ledger import delivering
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
-    from service.outbox.statements import Claim, Connection
+    from service.ledger.delivering import Claim, Connection
 
 __all__ = ["Claims"]
 
@@ -42,7 +42,7 @@ class Claims:
         self._sharing: asyncio.Task[None] | None = None
 
     async def claim(self, message_id: UUID, token: UUID) -> Claim | None:
-        """See `statements.claim`, whose errors this raises."""
+        """See `delivering.claim`, whose errors this raises."""
         answer: asyncio.Future[Claim | None] = asyncio.get_running_loop().create_future()
         self._asked.append((message_id, token, answer))
         if self._sharing is None:
@@ -51,7 +51,7 @@ class Claims:
         if claim is not None:
             return claim
         async with self._waiting, self._ledger() as connection:
-            return await statements.claim(connection, message_id, token, self._lease)
+            return await delivering.claim(connection, message_id, token, self._lease)
 
     async def _share(self) -> None:
         try:
@@ -68,7 +68,7 @@ class Claims:
         try:
             async with self._ledger() as connection:
                 wanted = [(message_id, token) for message_id, token, _ in asked]
-                claims = await statements.claim_free(connection, wanted, self._lease)
+                claims = await delivering.claim_free(connection, wanted, self._lease)
         except Exception as error:  # noqa: BLE001  it is theirs who asked, and those who ask next are served
             for _, _, answer in asked:
                 if not answer.done():

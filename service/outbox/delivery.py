@@ -19,7 +19,7 @@ from sqlalchemy import text
 from service.database import OneTransaction, commit
 from service.driver import PreparedBegin
 from service.errors import DatabaseUnavailableError, DeliveryError
-from service.outbox import statements
+from service.ledger import delivering
 from service.outbox.publish import READ_ONLY
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from service.database import SessionFactory
-    from service.outbox.statements import Claim, Connection
+    from service.ledger.delivering import Claim, Connection
 
 __all__ = ["Delivery", "LeaseLostError"]
 
@@ -149,7 +149,7 @@ class Delivery:
         return driver
 
     async def _complete(self, driver: Connection) -> None:
-        unbroken, completed = await statements.complete_in_transaction(driver, self._claim)
+        unbroken, completed = await delivering.complete_in_transaction(driver, self._claim)
         if not unbroken:
             raise DeliveryError("the transaction of begin() was committed or rolled back inside its block")
         if not completed:

@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from service.driver import DRIVER_ERRORS
-from service.outbox import statements
+from service.ledger import delivering
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Heartbeat(threading.Thread):
         silent = loop.call_at(deadline, connection.terminate)
         try:
             async with connection.transaction() if self._transactions else nullcontext():
-                await statements.heartbeat(connection, leases, self._lease)
+                await delivering.heartbeat(connection, leases, self._lease)
         except Exception as error:
             ended = connection.is_closed()
             connection.terminate()

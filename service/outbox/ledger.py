@@ -17,7 +17,7 @@ from service.driver import bound_waits, open_connection
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from service.outbox.statements import Connection
+    from service.ledger.delivering import Connection
     from service.settings import Settings
 
 __all__ = ["LedgerPool"]

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from service.outbox import statements
+from service.ledger import delivering
 from service.outbox.consumers import Fail, Retry
 from service.outbox.failures import describe, said, trace
 from service.telemetry import get_logger
 from service.text import storable
 
 if TYPE_CHECKING:
-    from service.outbox.statements import Claim, Connection
+    from service.ledger.delivering import Claim, Connection
 
 __all__ = [
     "Completed",
@@ -137,7 +137,7 @@ async def write(connection: Connection, claim: Claim, outcome: Outcome, patience
     """
     match outcome:
         case Returned():
-            if await statements.complete(connection, claim):
+            if await delivering.complete(connection, claim):
                 log_completed(claim)
             else:
                 log_lost(claim)
@@ -145,20 +145,20 @@ async def write(connection: Connection, claim: Claim, outcome: Outcome, patience
             await _write_failure(connection, claim, outcome)
         case Released(error, delay):
             document = None if error is None else describe(error, claim.payload)
-            await statements.release(connection, claim, error=document, delay=delay)
+            await delivering.release(connection, claim, error=document, delay=delay)
             name = None if error is None else type(error).__name__
             _log.info("outbox.released", consumer=claim.consumer, error=name)
         case Suspected(error, delay, otherwise):
-            if await statements.forgive(connection, claim, describe(error, claim.payload), delay):
+            if await delivering.forgive(connection, claim, describe(error, claim.payload), delay):
                 _log.warning("outbox.forgiven", consumer=claim.consumer, error=type(error).__name__)
             else:
                 await _write_failure(connection, claim, otherwise)
         case Unknown(error, delay):
             document = describe(error, claim.payload)
-            overdue = await statements.postpone(connection, claim, document, delay, patience)
+            overdue = await delivering.postpone(connection, claim, document, delay, patience)
             _log.info("outbox.postponed", consumer=claim.consumer, reason=said(error))
             if overdue:
-                await statements.die(
+                await delivering.die(
                     connection, claim, document, storable(said(error), _REASON_LENGTH), states=("pending",)
                 )
 
@@ -171,13 +171,13 @@ async def _write_failure(connection: Connection, claim: Claim, failure: Failed |
         shown["exception"] = trace(error, claim.payload)
     if isinstance(failure, Failed):
         delay = failure.delay
-        if await statements.fail(connection, claim, document, delay):
+        if await delivering.fail(connection, claim, document, delay):
             _log.warning("outbox.failed", retry_in=delay.total_seconds(), **shown)
         else:
             log_lost(claim)
         return
     reason = storable(failure.reason, _REASON_LENGTH)
-    if number := await statements.die(connection, claim, document, reason):
+    if number := await delivering.die(connection, claim, document, reason):
         _log.error("outbox.dead_lettered", dead_letter=number, reason=reason, **shown)
     else:
         log_lost(claim)

@@ -18,10 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.database import FlushingSession, confirm
 from service.errors import PublishError
+from service.ledger.tables import AcceptedEvent, OutboxMessage
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event, delivery_id, new_event_id
 from service.outbox.payloads import MAX_PAYLOAD_BYTES, payload_of
-from service.outbox.tables import AcceptedEvent, OutboxMessage
 from service.telemetry import current_headers
 from service.text import storable
 

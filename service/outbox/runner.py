@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from service.outbox.statements import Claim
+    from service.ledger.delivering import Claim
     from service.settings import OutboxSettings, Settings
 
 __all__ = ["Runner"]

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy import select, text
 
 from service.database import session_factory, transaction
+from service.ledger.tables import DeadLetter, OutboxMessage
 from service.outbox.consumers import Consumer, consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
 from service.outbox.runner import Runner
-from service.outbox.tables import DeadLetter, OutboxMessage
 from service.telemetry import trace_context
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
+    from service.ledger.delivering import Claim
     from service.outbox.delivery import Delivery
-    from service.outbox.statements import Claim
     from service.settings import Settings
 
 __all__ = ["InlineWorker", "assert_not_published", "assert_published", "inline_worker", "published"]

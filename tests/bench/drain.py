@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 import dramatiq
 
-from relay.ledger import NO_FLOOR, Pauses, take_due
+from service.ledger.dispatching import NO_FLOOR, Pauses, take_due
 from tests.bench.plain import plain_broker
 from tests.bench.stage import INSERT
 from tests.waiting import until

@@ -14,7 +14,7 @@ from uuid import uuid4
 import asyncpg
 
 from service.driver import connect
-from service.outbox import statements
+from service.ledger import delivering
 from tests.bench.drain import drained
 from tests.bench.stage import INSERT
 from tests.waiting import until
@@ -118,7 +118,7 @@ async def _rates(stage: Stage, database: str, rows: int) -> tuple[float, float]:
     began = time.perf_counter()
     for first in range(0, _CLAIMED, _TOGETHER):
         asked = [(message_id, uuid4()) for message_id in ids[first : first + _TOGETHER]]
-        assert len(await statements.claim_free(connection, asked, timedelta(days=1))) == _TOGETHER
+        assert len(await delivering.claim_free(connection, asked, timedelta(days=1))) == _TOGETHER
     claims = _CLAIMED / (time.perf_counter() - began)
     await connection.close()
     return drain, claims

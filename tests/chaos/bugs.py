@@ -30,7 +30,7 @@ def _replace(module: Any, name: str, old: str, new: str) -> None:
 def no_fence() -> None:
     """Whoever finishes completes the row, whether it is still theirs or not."""
 
-    @when_imported("service.outbox.statements")
+    @when_imported("service.ledger.delivering")
     def patch(module: Any) -> None:
         fence = f"AND claim_token = $2 AND {module._STATE} IN ('running', 'dispatched')"
         _replace(module, "_COMPLETE", fence, "AND $2::uuid IS NOT NULL")
@@ -64,7 +64,7 @@ def complete_before_effect() -> None:
 def commit_before_publish() -> None:
     """The relay marks rows as handed over for good, commits, and only then hands them over."""
 
-    @when_imported("relay.ledger")
+    @when_imported("service.ledger.dispatching")
     def forget(module: Any) -> None:
         _replace(module, "_TAKE", _DUE_AGAIN, "$5::interval * 100000")
 
@@ -87,7 +87,7 @@ def commit_before_publish() -> None:
 def narrow_claim() -> None:
     """A worker takes only what it can see to be dispatched, so one that is faster than the relay's commit misses it."""
 
-    @when_imported("service.outbox.statements")
+    @when_imported("service.ledger.delivering")
     def patch(module: Any) -> None:
         for name in ("_CLAIM", "_CLAIM_FREE"):
             _replace(module, name, module._CLAIMABLE, f"{module._STATE} = 'dispatched'")
@@ -96,7 +96,7 @@ def narrow_claim() -> None:
 def heartbeat_without_token() -> None:
     """A worker that came back to life keeps alive the lease of whoever has its row by now."""
 
-    @when_imported("service.outbox.statements")
+    @when_imported("service.ledger.delivering")
     def patch(module: Any) -> None:
         _replace(module, "_HEARTBEAT", " AND message.claim_token = lease.token", "")
 

@@ -142,7 +142,7 @@ def _relay(module: Any) -> None:
     module.Relay._dispatch = dispatch
 
 
-@when_imported("service.outbox.statements")
+@when_imported("service.ledger.delivering")
 def _statements(module: Any) -> None:
     for name in ("claim", "claim_free"):
         _around(module, name, "worker.before_claim", "worker.after_claim")

@@ -26,8 +26,9 @@ GAPS = (*API_GAPS, *RELAY_GAPS, *WORKER_GAPS)
 
 _PLANTED = """
 import hashlib, sys
-import relay.ledger, relay.loop, service.outbox.delivery, service.outbox.statements as statements
-parts = [value for module in (statements, relay.ledger) for value in vars(module).values() if isinstance(value, str)]
+import relay.loop, service.outbox.delivery
+from service.ledger import delivering, dispatching
+parts = [value for module in (delivering, dispatching) for value in vars(module).values() if isinstance(value, str)]
 parts += [relay.loop.Relay._dispatch.__qualname__, service.outbox.delivery.Delivery._begin.__qualname__]
 print(hashlib.sha256("".join(parts).encode()).hexdigest())
 """

@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from relay.ledger import NO_FLOOR, Pauses, take_due
 from relay.resolve import resolve
-from service.outbox import statements
-from service.outbox.statements import SUSPECT_FROM
+from service.ledger import delivering
+from service.ledger.delivering import SUSPECT_FROM
+from service.ledger.dispatching import NO_FLOOR, Pauses, take_due
 from tests.chaos.bugs import BUGS
 from tests.waiting import until
 
@@ -98,8 +98,8 @@ class Machine(RuleBasedStateMachine):
     def pick(self, number: int) -> tuple[UUID, Row]:
         return list(self.rows.items())[number]
 
-    def claim_of(self, message_id: UUID, token: UUID) -> statements.Claim:
-        return statements.Claim(message_id, token, message_id, "", 1, "", "", "{}", {}, 1, 1)
+    def claim_of(self, message_id: UUID, token: UUID) -> delivering.Claim:
+        return delivering.Claim(message_id, token, message_id, "", 1, "", "", "{}", {}, 1, 1)
 
     def a_token(self, data: st.DataObject, row: Row) -> UUID:
         """The latest claim's, or that of a zombie."""
@@ -156,11 +156,11 @@ class Machine(RuleBasedStateMachine):
         """A message reaches a worker before the relay's commit: it passes over the row, then waits and has it."""
         self.time_passes(0)
         transaction, taken = self._take(spares=False)
-        claims: list[tuple[UUID, UUID, asyncio.Task[statements.Claim | None]]] = []
+        claims: list[tuple[UUID, UUID, asyncio.Task[delivering.Claim | None]]] = []
         for message_id in [each for each, row in self.rows.items() if each in taken and not row.suspect][:1]:
             token = uuid4()
-            assert self.run(statements.claim_free(self.connection, [(message_id, token)], MINUTE)) == []
-            claim = self.loop.create_task(statements.claim(self.connection, message_id, token, MINUTE))
+            assert self.run(delivering.claim_free(self.connection, [(message_id, token)], MINUTE)) == []
+            claim = self.loop.create_task(delivering.claim(self.connection, message_id, token, MINUTE))
             claims.append((message_id, token, claim))
             self.run(until(self._somebody_waits, what="the claim to wait for the relay"))
         self._end(transaction, taken, commits=commits)
@@ -191,7 +191,7 @@ class Machine(RuleBasedStateMachine):
             message_id: self.a_token(data, row) if data.draw(st.booleans()) else uuid4()
             for message_id, row in self.rows.items()
         }
-        found = self.run(statements.claim_free(self.connection, list(asked.items()), MINUTE))
+        found = self.run(delivering.claim_free(self.connection, list(asked.items()), MINUTE))
         claims = {claim.id: claim for claim in found}
         assert all(claim.token == asked[claim.id] for claim in found)
         for message_id, token in asked.items():
@@ -212,9 +212,9 @@ class Machine(RuleBasedStateMachine):
         self._claim(message_id, self.a_token(data, row))
 
     def _claim(self, message_id: UUID, token: UUID) -> None:
-        self._check_claim(message_id, token, self.run(statements.claim(self.connection, message_id, token, MINUTE)))
+        self._check_claim(message_id, token, self.run(delivering.claim(self.connection, message_id, token, MINUTE)))
 
-    def _check_claim(self, message_id: UUID, token: UUID, claimed: statements.Claim | None) -> None:
+    def _check_claim(self, message_id: UUID, token: UUID, claimed: delivering.Claim | None) -> None:
         row = self.rows[message_id]
         repeated = row.mine(token, "running")
         free = row.state in ("pending", "running") and row.due and not row.suspect
@@ -233,7 +233,7 @@ class Machine(RuleBasedStateMachine):
         claim = self.claim_of(message_id, self.a_token(data, row))
         for _ in range(1 + reply_lost):
             allowed = row.mine(claim.token, "running", "dispatched")
-            assert self.run(statements.complete(self.connection, claim)) == allowed
+            assert self.run(delivering.complete(self.connection, claim)) == allowed
             if allowed:
                 row.state, row.due = "completed", False
                 row.effects += 1
@@ -246,7 +246,7 @@ class Machine(RuleBasedStateMachine):
         transaction = self.connection.transaction()
         self.run(transaction.start())
         self.run(self.connection.execute(f"SET LOCAL outbox.transaction = '{claim.token}'"))
-        unbroken, completed = self.run(statements.complete_in_transaction(self.connection, claim))
+        unbroken, completed = self.run(delivering.complete_in_transaction(self.connection, claim))
         assert unbroken
         assert completed == allowed
         self.run(transaction.commit())
@@ -259,7 +259,7 @@ class Machine(RuleBasedStateMachine):
         message_id, row = self.pick(number)
         claim = self.claim_of(message_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
-        assert self.run(statements.fail(self.connection, claim, ERROR, MINUTE)) == allowed
+        assert self.run(delivering.fail(self.connection, claim, ERROR, MINUTE)) == allowed
         if allowed:
             row.state, row.due = "pending", False
 
@@ -268,7 +268,7 @@ class Machine(RuleBasedStateMachine):
         message_id, row = self.pick(number)
         claim = self.claim_of(message_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
-        self.run(statements.release(self.connection, claim))
+        self.run(delivering.release(self.connection, claim))
         if allowed:
             row.state, row.due, row.attempts = "pending", True, row.attempts - 1
 
@@ -279,12 +279,12 @@ class Machine(RuleBasedStateMachine):
         claim = self.claim_of(message_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
         patience = -MINUTE if overdue else MINUTE * 60
-        answer = statements.postpone(self.connection, claim, UNKNOWN, MINUTE, patience)
+        answer = delivering.postpone(self.connection, claim, UNKNOWN, MINUTE, patience)
         assert self.run(answer) == (allowed and overdue)
         if allowed:
             row.state, row.due, row.attempts = "pending", False, row.attempts - 1
         if allowed and overdue:
-            died = statements.die(self.connection, claim, UNKNOWN, "nobody knows it", states=("pending",))
+            died = delivering.die(self.connection, claim, UNKNOWN, "nobody knows it", states=("pending",))
             assert self.run(died) is not None
             row.state = "dead"
 
@@ -304,7 +304,7 @@ class Machine(RuleBasedStateMachine):
 
     def _beat(self, message_id: UUID, token: UUID) -> None:
         row = self.rows[message_id]
-        self.run(statements.heartbeat(self.connection, [(message_id, token, MINUTE * 60)], MINUTE))
+        self.run(delivering.heartbeat(self.connection, [(message_id, token, MINUTE * 60)], MINUTE))
         if row.mine(token, "running", "dispatched"):
             row.state, row.due = "running", False
 
@@ -315,7 +315,7 @@ class Machine(RuleBasedStateMachine):
         message_id, row = self.pick(number)
         claim = self.claim_of(message_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
-        assert (self.run(statements.die(self.connection, claim, ERROR, "the rule says so")) is not None) == allowed
+        assert (self.run(delivering.die(self.connection, claim, ERROR, "the rule says so")) is not None) == allowed
         if allowed:
             row.state, row.due = "dead", False
 
@@ -409,9 +409,9 @@ def test_the_statements_answer_as_the_model_does(machine: type[Machine]) -> None
 
 @pytest.mark.parametrize("bug", ["no_fence", "narrow_claim", "heartbeat_without_token"])
 def test_a_planted_bug_contradicts_the_model(machine: type[Machine], monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    for name, statement in list(vars(statements).items()):
+    for name, statement in list(vars(delivering).items()):
         if isinstance(statement, str):
-            monkeypatch.setattr(statements, name, statement)  # as it is, to be restored
+            monkeypatch.setattr(delivering, name, statement)  # as it is, to be restored
     BUGS[bug]()
     first = settings(SETTINGS, phases=(Phase.generate,), report_multiple_bugs=False)
     with pytest.raises(AssertionError):

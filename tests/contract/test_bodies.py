@@ -9,7 +9,7 @@ from dramatiq import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.body import Handover, encode
+from service.ledger.message import Handover, encode
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 

@@ -14,9 +14,9 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import default_middleware
 from pydantic import SecretStr
 
-from relay.body import Handover
 from relay.publisher import Publisher, make_publisher
 from service.broker import make_broker
+from service.ledger.message import Handover
 from service.settings import BrokerSettings
 from tests.waiting import until
 

@@ -11,7 +11,7 @@ import redis
 from sqlalchemy import text
 
 from service.dev.postgres import psql
-from service.outbox.tables import PausedQueue
+from service.ledger.tables import PausedQueue
 from service.settings import load_settings
 
 if TYPE_CHECKING:

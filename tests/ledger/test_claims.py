@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from service.outbox import statements
+from service.ledger import delivering
 from service.outbox.claims import Claims
 from service.outbox.runner import Runner
 from tests.waiting import until
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from service.outbox.statements import Connection
+    from service.ledger.delivering import Connection
     from service.settings import Settings
     from tests.ledger.conftest import Connect, Ledger
 
@@ -114,7 +114,7 @@ async def test_a_claim_from_the_second_dispatch_on_is_on_disk(
     worker = await connect()
     await worker.execute("SET synchronous_commit = 'on'")
     async with worker.transaction():
-        assert len(await statements.claim_free(worker, [(each, uuid4()) for each in ids], LEASE)) == 2
+        assert len(await delivering.claim_free(worker, [(each, uuid4()) for each in ids], LEASE)) == 2
         assert await worker.fetchval("SHOW synchronous_commit") == waits
 
 

@@ -12,8 +12,8 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from relay.ledger import NO_FLOOR, Pauses, take_due
-from service.outbox import statements
+from service.ledger import delivering
+from service.ledger.dispatching import NO_FLOOR, Pauses, take_due
 from tests.ledger import domain
 from tests.waiting import until
 
@@ -57,8 +57,8 @@ async def test_a_claim_whose_reply_was_lost_can_be_repeated(ledger: Ledger, conn
     message_id = await ledger.happen()
     token = uuid4()
     worker = await connect()
-    assert await statements.claim(worker, message_id, token, LEASE)
-    again = await statements.claim(worker, message_id, token, LEASE)
+    assert await delivering.claim(worker, message_id, token, LEASE)
+    again = await delivering.claim(worker, message_id, token, LEASE)
     assert again is not None
     assert again.attempts == 1
 
@@ -66,8 +66,8 @@ async def test_a_claim_whose_reply_was_lost_can_be_repeated(ledger: Ledger, conn
 async def test_a_running_row_is_not_claimed_by_another(ledger: Ledger, connect: Connect) -> None:
     message_id = await ledger.happen()
     worker = await connect()
-    assert await statements.claim(worker, message_id, uuid4(), LEASE)
-    assert await statements.claim(worker, message_id, uuid4(), LEASE) is None
+    assert await delivering.claim(worker, message_id, uuid4(), LEASE)
+    assert await delivering.claim(worker, message_id, uuid4(), LEASE) is None
 
 
 async def test_first_claims_need_not_wait_for_the_disk_and_later_ones_must(ledger: Ledger, connect: Connect) -> None:
@@ -78,7 +78,7 @@ async def test_first_claims_need_not_wait_for_the_disk_and_later_ones_must(ledge
     for dispatches, expected in ((1, "off"), (2, "on")):
         await ledger.set(message_id, dispatches=dispatches, state="dispatched")
         async with worker.transaction():
-            await statements.claim(worker, message_id, uuid4(), LEASE)
+            await delivering.claim(worker, message_id, uuid4(), LEASE)
             assert await worker.fetchval("SHOW synchronous_commit") == expected
 
 
@@ -87,7 +87,7 @@ async def test_a_lease_is_counted_from_the_end_of_a_lock_wait(ledger: Ledger, co
     locker, worker = await connect(), await connect()
     async with locker.transaction():
         await locker.execute("SELECT FROM outbox_message WHERE id = $1 FOR UPDATE", message_id)
-        claim = asyncio.create_task(statements.claim(worker, message_id, uuid4(), timedelta(seconds=2)))
+        claim = asyncio.create_task(delivering.claim(worker, message_id, uuid4(), timedelta(seconds=2)))
         await until(lambda: blocked(ledger))
         await locker.execute("SELECT pg_sleep(1.2)")
     await claim
@@ -169,19 +169,19 @@ async def test_a_zombies_outcome_is_not_written(ledger: Ledger, connect: Connect
     """Fail, die and complete match the token: the row of the second claim stays as it is."""
     message_id = await ledger.happen()
     worker = await connect()
-    zombie = await statements.claim(worker, message_id, uuid4(), LEASE)
+    zombie = await delivering.claim(worker, message_id, uuid4(), LEASE)
     assert zombie is not None
     await ledger.expire(message_id)
-    assert await statements.claim(worker, message_id, uuid4(), LEASE)
+    assert await delivering.claim(worker, message_id, uuid4(), LEASE)
     error = {"type": "E", "message": "", "traceback": ""}
     match how:
         case "fail":
-            assert not await statements.fail(worker, zombie, error, LEASE)
+            assert not await delivering.fail(worker, zombie, error, LEASE)
         case "die":
-            assert await statements.die(worker, zombie, error, "gone") is None
+            assert await delivering.die(worker, zombie, error, "gone") is None
         case "outside":
-            assert not await statements.complete(worker, zombie)
-    await statements.release(worker, zombie)
+            assert not await delivering.complete(worker, zombie)
+    await delivering.release(worker, zombie)
     row = await ledger.row(message_id)
     assert row is not None
     assert (row["state"], row["attempts"]) == ("running", 2)
@@ -193,12 +193,12 @@ async def test_a_late_failure_after_a_commit_whose_reply_was_lost_changes_nothin
     """State counts beside the token: the completed row keeps the token of the run that completed it."""
     message_id = await ledger.happen()
     worker = await connect()
-    mine = await statements.claim(worker, message_id, uuid4(), LEASE)
+    mine = await delivering.claim(worker, message_id, uuid4(), LEASE)
     assert mine is not None
-    assert await statements.complete(worker, mine)
+    assert await delivering.complete(worker, mine)
     error = {"type": "E", "message": "", "traceback": ""}
-    assert not await statements.fail(worker, mine, error, LEASE)
-    assert await statements.die(worker, mine, error, "gone") is None
+    assert not await delivering.fail(worker, mine, error, LEASE)
+    assert await delivering.die(worker, mine, error, "gone") is None
     assert await ledger.state(message_id) == "completed"
 
 
@@ -207,9 +207,9 @@ async def test_a_heartbeat_extends_only_its_own_claims(ledger: Ledger, connect: 
     worker = await connect()
     token = uuid4()
     short = timedelta(seconds=1)
-    assert await statements.claim(worker, mine, token, short)
-    assert await statements.claim(worker, others, uuid4(), short)
-    await statements.heartbeat(worker, [(mine, token, T), (others, token, T)], LEASE)
+    assert await delivering.claim(worker, mine, token, short)
+    assert await delivering.claim(worker, others, uuid4(), short)
+    await delivering.heartbeat(worker, [(mine, token, T), (others, token, T)], LEASE)
     due_in = [row["due_in"] for row in (await ledger.row(mine), await ledger.row(others)) if row]
     assert due_in[0] > 25
     assert due_in[1] <= 1
@@ -219,9 +219,9 @@ async def test_a_heartbeat_takes_a_row_back_that_was_handed_out_again(ledger: Le
     message_id = await ledger.happen()
     worker = await connect()
     token = uuid4()
-    assert await statements.claim(worker, message_id, token, LEASE)
+    assert await delivering.claim(worker, message_id, token, LEASE)
     await ledger.set(message_id, state="dispatched", dispatches=2)
-    await statements.heartbeat(worker, [(message_id, token, T)], LEASE)
+    await delivering.heartbeat(worker, [(message_id, token, T)], LEASE)
     assert await ledger.state(message_id) == "running"
 
 
@@ -229,8 +229,8 @@ async def test_a_heartbeat_never_goes_past_the_longest_run(ledger: Ledger, conne
     message_id = await ledger.happen()
     worker = await connect()
     token = uuid4()
-    assert await statements.claim(worker, message_id, token, LEASE)
-    await statements.heartbeat(worker, [(message_id, token, timedelta(seconds=3))], LEASE)
+    assert await delivering.claim(worker, message_id, token, LEASE)
+    await delivering.heartbeat(worker, [(message_id, token, timedelta(seconds=3))], LEASE)
     row = await ledger.row(message_id)
     assert row is not None
     assert row["due_in"] <= 3
@@ -241,11 +241,11 @@ async def test_a_heartbeat_does_not_wait_for_a_complete(ledger: Ledger, connect:
     worker, completing = await connect(), await connect()
     token = uuid4()
     for message_id in (first, second):
-        assert await statements.claim(worker, message_id, token, timedelta(seconds=1))
+        assert await delivering.claim(worker, message_id, token, timedelta(seconds=1))
     async with completing.transaction():
         await completing.execute("SELECT FROM outbox_message WHERE id = $1 FOR UPDATE", first)
         async with asyncio.timeout(30):
-            await statements.heartbeat(worker, [(first, token, T), (second, token, T)], LEASE)
+            await delivering.heartbeat(worker, [(first, token, T), (second, token, T)], LEASE)
     row = await ledger.row(second)
     assert row is not None
     assert row["due_in"] > 25
@@ -263,7 +263,7 @@ async def test_a_blocked_event_loop_keeps_its_lease(ledger: Ledger, runner: Runn
                 await connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", message_id) != "completed"
             ):
                 stolen.append(
-                    await statements.claim(connection, message_id, uuid4(), LEASE) if started.is_set() else None
+                    await delivering.claim(connection, message_id, uuid4(), LEASE) if started.is_set() else None
                 )
         finally:
             await connection.close()

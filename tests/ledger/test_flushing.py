@@ -22,9 +22,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.database import FlushingSession, create_engine, session_factory, transaction
 from service.errors import PublishError
+from service.ledger.tables import AcceptedEvent, OutboxMessage
 from service.outbox import publish
 from service.outbox.publish import READ_ONLY
-from service.outbox.tables import AcceptedEvent, OutboxMessage
 from tests.ledger import domain
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import pytest
 
 from service.dev.places import ROOT
 from service.driver import connect as connect_to
-from service.outbox import statements
+from service.ledger import delivering
 from service.outbox.heartbeat import Heartbeat
 from service.outbox.runner import Runner
 from tests.ledger.test_reconnects import through_a_proxy
@@ -90,7 +90,7 @@ async def test_a_connection_that_hangs_is_replaced_while_the_lease_lasts(
         await until(lambda: [ready(link) for link in between.links] == [True])
         between.request = hang
         token = uuid4()
-        assert await statements.claim(await connect(), message_id, token, LEASE)
+        assert await delivering.claim(await connect(), message_id, token, LEASE)
         heartbeat.watch(message_id, token, LONGEST)
 
         async def extended() -> bool:
@@ -106,16 +106,16 @@ async def test_a_connection_that_hangs_is_replaced_while_the_lease_lasts(
 async def test_it_outlives_whatever_the_driver_comes_across_when_a_connection_hangs(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connections: list[statements.Connection] = []
+    connections: list[delivering.Connection] = []
 
-    async def terminated_between_two_steps(connection: statements.Connection, *_: Any) -> None:
+    async def terminated_between_two_steps(connection: delivering.Connection, *_: Any) -> None:
         connections.append(connection)
         ended = asyncio.Event()
         connection.add_termination_listener(lambda _: ended.set())
         await ended.wait()
         connection._protocol._get_timeout(None)  # type: ignore[union-attr]  # as asyncpg does
 
-    monkeypatch.setattr(statements, "heartbeat", terminated_between_two_steps)
+    monkeypatch.setattr(delivering, "heartbeat", terminated_between_two_steps)
     async with beating(settings) as heartbeat:
         await until(lambda: len(connections) > 1)
         assert heartbeat.is_alive()
@@ -131,7 +131,7 @@ async def test_an_error_that_nobody_expects_ends_its_thread(
         raise ZeroDivisionError
 
     monkeypatch.setattr(threading, "excepthook", died.append)
-    monkeypatch.setattr(statements, "heartbeat", unexpected)
+    monkeypatch.setattr(delivering, "heartbeat", unexpected)
     async with beating(settings):
         await until(lambda: [each.exc_type for each in died] == [ZeroDivisionError])
 

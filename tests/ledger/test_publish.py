@@ -177,7 +177,7 @@ async def test_a_failed_session_is_refused(sessions: SessionFactory, ledger: Led
 
 
 def domain_row(message_id: UUID) -> object:
-    from service.outbox.tables import OutboxMessage
+    from service.ledger.tables import OutboxMessage
 
     return OutboxMessage(
         id=message_id, event_id=uuid4(), event_type="t", version=1, consumer="c", queue="q", payload={}, headers={}

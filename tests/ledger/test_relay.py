@@ -14,11 +14,11 @@ from uuid import UUID, uuid4
 import pytest
 import redis.asyncio
 
-from relay.body import Handover
-from relay.ledger import NO_FLOOR, Pauses, queue_heads, take_due
 from relay.loop import Relay
 from relay.redis_publisher import RedisPublisher
 from service.driver import connect
+from service.ledger.dispatching import NO_FLOOR, Pauses, queue_heads, take_due
+from service.ledger.message import Handover
 from tests.ledger import domain
 from tests.waiting import until
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-    from relay.ledger import QueueHead
     from relay.publisher import Publisher
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
+    from service.ledger.dispatching import QueueHead
     from service.settings import BrokerSettings, Settings
     from tests.ledger.conftest import Connect, Ledger
 

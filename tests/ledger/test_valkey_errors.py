@@ -12,10 +12,10 @@ import pytest
 import redis.asyncio
 from pydantic import SecretStr
 
-from relay.body import Handover
 from relay.publisher import BrokerUnavailableError
 from relay.redis_publisher import RedisPublisher
 from service.dev.valkey import Valkey
+from service.ledger.message import Handover
 from service.settings import BrokerSettings
 from tests.waiting import until
 

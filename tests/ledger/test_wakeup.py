@@ -16,9 +16,9 @@ from uuid import uuid4
 
 import pytest
 
-from relay.ledger import queue_heads
 from relay.wakeup import Wakeup
-from service.outbox import statements
+from service.ledger import delivering
+from service.ledger.dispatching import queue_heads
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -165,13 +165,13 @@ async def test_a_row_put_back_wakes_a_sleeper(ledger: Ledger, sleeper: Sleeper, 
     message_id = await ledger.happen()
     await ledger.set(message_id, due_at=datetime(2100, 1, 1, tzinfo=UTC))
     worker = await connect()
-    claim = await statements.claim(worker, message_id, uuid4(), timedelta(hours=1))
+    claim = await delivering.claim(worker, message_id, uuid4(), timedelta(hours=1))
     assert claim is not None
     task = await falls_asleep(ledger, sleeper)
     if call == "fail":
-        await statements.fail(worker, claim, {"type": "E"}, timedelta(seconds=5))
+        await delivering.fail(worker, claim, {"type": "E"}, timedelta(seconds=5))
     else:
-        await statements.release(worker, claim)
+        await delivering.release(worker, claim)
     await wakes(task)
 
 

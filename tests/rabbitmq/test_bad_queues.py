@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import aiormq
     from pamqp.common import FieldTable
 
-    from relay.body import Handover
+    from service.ledger.message import Handover
     from service.settings import BrokerSettings, Settings
     from tests.ledger.conftest import Ledger
     from tests.rabbitmq.conftest import Running

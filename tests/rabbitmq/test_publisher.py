@@ -14,11 +14,11 @@ import pytest
 from aiormq import DeliveryError
 from pydantic import SecretStr
 
-from relay.body import Handover
 from relay.publisher import BrokerUnavailableError, QueueRefusedError, make_publisher
 from relay.rabbitmq_batch import publish_batch
 from relay.rabbitmq_line import Line
 from relay.rabbitmq_publisher import RabbitmqPublisher
+from service.ledger.message import Handover
 from service.settings import BrokerSettings
 from tests.waiting import until
 

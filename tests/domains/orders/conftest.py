@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import select, text
 
-from service.outbox.tables import OutboxMessage
+from service.ledger.tables import OutboxMessage
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -16,8 +16,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from relay.body import Handover
-from service.outbox.statements import ERRORS_KEPT, SUSPECT_FROM
+from service.ledger.delivering import ERRORS_KEPT, SUSPECT_FROM
+from service.ledger.message import Handover
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

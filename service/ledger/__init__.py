@@ -1,0 +1,1 @@
+"""The ledger: its tables, and every statement on them."""
