@@ -35,7 +35,7 @@ from service.broker import declare_unknown, make_broker
 from service.database import create_engine
 from service.errors import ConfigurationError
 from service.outbox.consumers import Consumer, consumer_named, registered_consumers
-from service.outbox.runner import Runner
+from service.outbox.running.runner import Runner
 from service.settings import Settings, load_settings
 from service.telemetry import configure_logging, flush_logs, get_logger, trace_context
 from service.watchdog import Watchdog

@@ -23,7 +23,7 @@ from service.ledger.tables import DeadLetter, OutboxMessage
 from service.outbox.consumers import Consumer, consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
-from service.outbox.runner import Runner
+from service.outbox.running.runner import Runner
 from service.telemetry import trace_context
 
 if TYPE_CHECKING:

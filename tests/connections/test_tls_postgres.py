@@ -22,7 +22,7 @@ from service.database import create_engine
 from service.dev.places import ROOT
 from service.driver import DRIVER_ERRORS
 from service.errors import DatabaseUnavailableError
-from service.outbox.ledger import LedgerPool
+from service.outbox.running.ledger_pool import LedgerPool
 from service.settings import DatabaseSettings, Settings
 from tests.connections.gate import Gate, gate
 from tests.ledger.proxy import socket_of

@@ -11,7 +11,7 @@ import pytest
 
 from service.database import create_engine, transaction
 from service.outbox import Event, publish
-from service.outbox.runner import Runner
+from service.outbox.running.runner import Runner
 from tests.ledger import domain
 from tests.ledger.processes import Processes
 from tests.rabbitmq.node import node, rabbitmq

@@ -11,8 +11,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from service.ledger import delivering
-from service.outbox.claims import Claims
-from service.outbox.runner import Runner
+from service.outbox.running.claims import Claims
+from service.outbox.running.runner import Runner
 from tests.waiting import until
 
 if TYPE_CHECKING:

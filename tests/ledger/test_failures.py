@@ -9,12 +9,12 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from service.outbox.failures import describe, trace
+from service.outbox.running.failures import describe, trace
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from service.outbox.runner import Runner
+    from service.outbox.running.runner import Runner
     from tests.ledger.conftest import Ledger
 
 

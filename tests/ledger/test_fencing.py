@@ -18,7 +18,7 @@ from tests.ledger import domain
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from service.outbox.runner import Runner
+    from service.outbox.running.runner import Runner
     from tests.ledger.conftest import Connect, Ledger
 
 LEASE = timedelta(seconds=30)

@@ -15,8 +15,8 @@ import pytest
 from service.dev.places import ROOT
 from service.driver import connect as connect_to
 from service.ledger import delivering
-from service.outbox.heartbeat import Heartbeat
-from service.outbox.runner import Runner
+from service.outbox.running.heartbeat import Heartbeat
+from service.outbox.running.runner import Runner
 from tests.ledger.test_reconnects import through_a_proxy
 from tests.waiting import until
 
@@ -35,7 +35,7 @@ LONGEST = timedelta(minutes=1)
 _OUTLIVES_ITS_WORKER = """
 import asyncio, atexit, threading, time
 from datetime import timedelta
-from service.outbox.heartbeat import Heartbeat
+from service.outbox.running.heartbeat import Heartbeat
 from service.worker import _exit_on_dead_thread
 
 async def connect():

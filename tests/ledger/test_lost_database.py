@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from relay.loop import Relay
 from service import driver
 from service.database import create_engine, session_factory
-from service.outbox.runner import Runner
+from service.outbox.running.runner import Runner
 from tests.ledger import domain
 from tests.ledger.conftest import Ledger
 from tests.ledger.test_worker import Worker, all_completed, is_state, working

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from service.outbox.runner import Runner
+    from service.outbox.running.runner import Runner
     from tests.ledger.conftest import Ledger
 
 ONE = """

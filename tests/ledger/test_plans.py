@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from relay.redis_publisher import RedisPublisher
-from service.outbox.runner import Runner
+from service.outbox.running.runner import Runner
 from tests.ledger.test_relay import running
 from tests.real_servers import TEMPLATE
 from tests.waiting import until

@@ -27,7 +27,7 @@ from tests.ledger import domain
 
 if TYPE_CHECKING:
     from service.database import SessionFactory
-    from service.outbox.runner import Runner
+    from service.outbox.running.runner import Runner
     from tests.ledger.conftest import Ledger
 
 BERLIN = ZoneInfo("Europe/Berlin")

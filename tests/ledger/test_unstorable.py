@@ -19,7 +19,7 @@ from tests.ledger import domain
 if TYPE_CHECKING:
     import asyncpg
 
-    from service.outbox.runner import Runner
+    from service.outbox.running.runner import Runner
     from tests.ledger.conftest import Ledger
 
 ANY_TEXT = st.text(st.characters(codec=None) | st.sampled_from("\x00\ud800\udcfc\udfff\uffff\U0001f600"), max_size=40)

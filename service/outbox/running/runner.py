@@ -22,13 +22,13 @@ from service.backoff import backoff
 from service.database import OneTransaction, session_factory
 from service.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
 from service.errors import DeliveryError, TransactionError
-from service.outbox.claims import Claims
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError
-from service.outbox.failures import lost_database, said, trace
-from service.outbox.heartbeat import Heartbeat
-from service.outbox.ledger import LedgerPool
-from service.outbox.outcomes import (
+from service.outbox.running.claims import Claims
+from service.outbox.running.failures import lost_database, said, trace
+from service.outbox.running.heartbeat import Heartbeat
+from service.outbox.running.ledger_pool import LedgerPool
+from service.outbox.running.outcomes import (
     Completed,
     Dead,
     Failed,

@@ -1,0 +1,1 @@
+"""The engine of a worker: it claims deliveries, runs their consumers and writes down what became of them."""
