@@ -26,4 +26,4 @@ ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001
 EXPOSE 8000
 # Exec form, here and in compose.yaml: SIGTERM reaches the process itself and not a shell that ignores it.
-CMD ["uvicorn", "service.api:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--http", "service.http_protocol:BoundedProtocol", "--no-server-header", "--timeout-graceful-shutdown", "15"]
+CMD ["uvicorn", "service.api:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--http", "service.http.protocol:BoundedProtocol", "--no-server-header", "--timeout-graceful-shutdown", "15"]

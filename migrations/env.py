@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import service.domains
-import service.idempotency
+import service.http.idempotency
 import service.ledger.tables
 from service.database import Base
 from service.driver import DRIVER_ERRORS, open_connection

@@ -1,6 +1,6 @@
 """The HTTP API's composition root.
 
-uvicorn service.api:create_app --factory --http service.http_protocol:BoundedProtocol
+uvicorn service.api:create_app --factory --http service.http.protocol:BoundedProtocol
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from service import domains, health
+from service import domains
 from service.database import OneTransaction, create_engine, session_factory
-from service.error_handlers import install_handlers
 from service.errors import ConfigurationError
-from service.middleware import BodyLimit, Deadline, RequestContext
-from service.openapi import install_openapi
+from service.http import health
+from service.http.error_handlers import install_handlers
+from service.http.middleware import BodyLimit, Deadline, RequestContext
+from service.http.openapi import install_openapi
 from service.settings import Settings, load_settings
 from service.telemetry import configure_logging, flush_logs
 

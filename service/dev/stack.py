@@ -179,7 +179,7 @@ def _program(module: str, *arguments: str) -> list[str]:
 
 def api_command(port: int) -> list[str]:
     """The HTTP API on a loopback port."""
-    application = ("service.api:create_app", "--factory", "--http", "service.http_protocol:BoundedProtocol")
+    application = ("service.api:create_app", "--factory", "--http", "service.http.protocol:BoundedProtocol")
     return _program("uvicorn", *application, "--host", "127.0.0.1", "--port", str(port))
 
 

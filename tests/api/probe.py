@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.errors import BusinessError, PublishError
-from service.idempotency import IdempotentRoute
+from service.http.idempotency import IdempotentRoute
 from service.outbox import Delivery, Event, accept, consumer, publish
 
 if TYPE_CHECKING:

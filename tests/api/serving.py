@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import httpx
 import uvicorn
 
-from service.http_protocol import BoundedProtocol
+from service.http.protocol import BoundedProtocol
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 
 from service.dev.places import ROOT
 from service.dev.stack import api_command
-from service.http_protocol import MAX_HEAD_BYTES
+from service.http.protocol import MAX_HEAD_BYTES
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:

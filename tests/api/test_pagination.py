@@ -12,8 +12,8 @@ from sqlalchemy import Column, MetaData, Table, Uuid, select
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 
 from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.http.pagination import Page, PageQuery, page_of
 from service.outbox import new_id
-from service.pagination import Page, PageQuery, page_of
 from tests.api.serving import serve
 from tests.api.test_problems import assert_problem
 

@@ -74,7 +74,7 @@ async def _write(connection: asyncpg.Connection[asyncpg.Record], until_time: flo
 async def api(stage: Stage, database: str) -> AsyncIterator[tuple[Running, int]]:
     """One API process, and its port."""
     port = free_port()
-    application = ("tests.bench.app:create_app", "--factory", "--http", "service.http_protocol:BoundedProtocol")
+    application = ("tests.bench.app:create_app", "--factory", "--http", "service.http.protocol:BoundedProtocol")
     command = ("uvicorn", *application, "--port", str(port), "--log-level", "info")
     environment = stage.environment(database) | {"LOG_LEVEL": "WARNING", "DATABASE__POOL_SIZE": "16"}
     async with stage.running(*command, "--no-access-log", environment=environment, ready="Uvicorn running") as run:

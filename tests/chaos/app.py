@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 import service.api
 from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
-from service.idempotency import IdempotentRoute
+from service.http.idempotency import IdempotentRoute
 from service.outbox import publish
 from service.settings import load_settings
 from service.telemetry import configure_logging

@@ -44,7 +44,7 @@ def command(name: str, port: int, processes: int, grace: float) -> list[str]:
     """
     match name.partition("-")[0]:
         case "api":
-            application = ["tests.chaos.app:create_app", "--factory", "--http", "service.http_protocol:BoundedProtocol"]
+            application = ["tests.chaos.app:create_app", "--factory", "--http", "service.http.protocol:BoundedProtocol"]
             return ["uvicorn", *application, "--host", "127.0.0.1", "--port", str(port)]
         case "relay":
             return ["outbox", "relay"]

@@ -14,7 +14,7 @@ from uvicorn.main import main as uvicorn_command
 import service.domains
 from service.dev.env_example import example
 from service.dev.places import ROOT
-from service.http_protocol import BoundedProtocol
+from service.http.protocol import BoundedProtocol
 from service.outbox.consumers import registered_consumers
 from service.settings import ApiSettings, OutboxSettings
 

@@ -17,7 +17,7 @@ from service.api import create_app
 from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql
-from service.idempotency import IdempotentRoute
+from service.http.idempotency import IdempotentRoute
 from service.outbox import accept, publish
 from service.settings import DatabaseSettings, Settings
 from tests.api.serving import serve

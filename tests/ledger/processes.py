@@ -82,7 +82,7 @@ class Processes:
 
     async def api(self, application: str, *, port: int = 0, **settings: str) -> Started:
         """An API; its `url` is known once it listens."""
-        bounds = ("--http", "service.http_protocol:BoundedProtocol")
+        bounds = ("--http", "service.http.protocol:BoundedProtocol")
         command = ("uvicorn", application, "--factory", *bounds, "--host", "127.0.0.1", "--port", str(port))
         return await self._start("Uvicorn running on", settings, *command)
 

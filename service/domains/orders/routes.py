@@ -13,10 +13,10 @@ from service.domains.orders.errors import DuplicateProductError, UnknownOrderErr
 from service.domains.orders.events import OrderPlaced
 from service.domains.orders.models import Order, OrderLine, OrderStatus, Product
 from service.domains.orders.schemas import OrderRead, PlaceOrder, ProductRead, ProductWrite
-from service.idempotency import IdempotentRoute
+from service.http.idempotency import IdempotentRoute
+from service.http.pagination import Page, PageQuery, page_of
+from service.http.problems import problem_responses
 from service.outbox import new_id, publish
-from service.pagination import Page, PageQuery, page_of
-from service.problems import problem_responses
 from service.telemetry import get_logger
 
 __all__ = ["router"]

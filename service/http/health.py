@@ -18,7 +18,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import DatabaseUnavailableError
-from service.problems import RETRY_AFTER, documented, problem
+from service.http.problems import RETRY_AFTER, documented, problem
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Revisions:
     """The migrations this code knows."""
 
     def __init__(self) -> None:
-        # Beside this package in a checkout, in the working directory where the package is installed elsewhere.
-        beside, here = Path(__file__).resolve().parent.parent / "migrations", Path.cwd() / "migrations"
+        # Beside the service in a checkout, in the working directory where the package is installed elsewhere.
+        beside, here = Path(__file__).resolve().parents[2] / "migrations", Path.cwd() / "migrations"
         root = beside if beside.is_dir() else here
         scripts = ScriptDirectory(str(root), version_locations=[str(root / "ledger"), str(root / "domains")])
         self.heads = set(scripts.get_heads())

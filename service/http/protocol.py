@@ -1,4 +1,4 @@
-"""Uvicorn's HTTP protocol with bounds: `uvicorn --http service.http_protocol:BoundedProtocol`.
+"""Uvicorn's HTTP protocol with bounds: `uvicorn --http service.http.protocol:BoundedProtocol`.
 
 Uvicorn reads a request line and headers of any size, and waits for the rest of a request for ever. What must stay true:
 no connection makes this process keep more than a few hundred kilobytes that no middleware has seen; and one on which no

@@ -15,7 +15,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
-from service.problems import problem
+from service.http.problems import problem
 from service.telemetry import get_logger, request_headers, trace_context
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from service.database import Base, Session, confirm, restart
 from service.errors import BusinessError
-from service.problems import problem_responses
+from service.http.problems import problem_responses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

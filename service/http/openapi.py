@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from service.problems import InvalidField, Problem, documented
+from service.http.problems import InvalidField, Problem, documented
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

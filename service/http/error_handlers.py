@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from service.errors import BusinessError, DatabaseUnavailableError
-from service.problems import RETRY_AFTER, InvalidField, problem
+from service.http.problems import RETRY_AFTER, InvalidField, problem
 from service.telemetry import get_logger
 
 if TYPE_CHECKING:
