@@ -28,7 +28,7 @@ from service.backoff import backoff
 from service.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
-from service.telemetry import configure_logging, get_logger
+from service.telemetry.logs import configure_logging, get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from service.driver import DRIVER_ERRORS, open_connection
-from service.telemetry import get_logger
+from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable

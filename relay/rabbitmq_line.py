@@ -14,7 +14,7 @@ from aiormq import Channel, Connection, TransportFactory
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from yarl import URL
 
-from service.sockets import notice_silence, tls_context
+from service.network.sockets import notice_silence, tls_context
 
 if TYPE_CHECKING:
     from service.settings import BrokerSettings

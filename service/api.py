@@ -20,7 +20,7 @@ from service.http.error_handlers import install_handlers
 from service.http.middleware import BodyLimit, Deadline, RequestContext
 from service.http.openapi import install_openapi
 from service.settings import Settings, load_settings
-from service.telemetry import configure_logging, flush_logs
+from service.telemetry.logs import configure_logging, flush_logs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

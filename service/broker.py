@@ -27,8 +27,8 @@ from pika.exceptions import ChannelClosedByBroker
 
 from service.bodies import OF_LEDGER, can_run, disarm
 from service.doorbell import DoorbellRedisBroker
-from service.sockets import silence_options, tls_context
-from service.telemetry import flush_logs, get_logger
+from service.network.sockets import silence_options, tls_context
+from service.telemetry.logs import flush_logs, get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from service.errors import TransactionError
-from service.sockets import notice_silence
+from service.network.sockets import notice_silence
 
 if TYPE_CHECKING:
-    from service.postgres_url import Host, PostgresAddress
+    from service.network.postgres_url import Host, PostgresAddress
     from service.settings import DatabaseSettings
 
     _Connection = asyncpg.Connection[asyncpg.Record]

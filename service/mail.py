@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import aiosmtplib
 
+from service.network.sockets import tls_context
 from service.settings import load_settings
-from service.sockets import tls_context
 
 if TYPE_CHECKING:
     from service.settings import SmtpSettings

@@ -16,9 +16,9 @@ from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationErro
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.errors import ConfigurationError
-from service.postgres_url import PostgresAddress, read_postgres
-from service.sockets import check_ca_file, silence_options
-from service.urls import check_broker, check_smtp
+from service.network.postgres_url import PostgresAddress, read_postgres
+from service.network.sockets import check_ca_file, silence_options
+from service.network.urls import check_broker, check_smtp
 
 if TYPE_CHECKING:
     from collections.abc import Callable

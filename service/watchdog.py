@@ -22,7 +22,7 @@ import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from service.telemetry import get_logger
+from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     import asyncio

@@ -37,7 +37,7 @@ from service.errors import ConfigurationError
 from service.outbox.consumers import Consumer, consumer_named, registered_consumers
 from service.outbox.running.runner import Runner
 from service.settings import Settings, load_settings
-from service.telemetry import configure_logging, flush_logs, get_logger, trace_context
+from service.telemetry.logs import configure_logging, flush_logs, get_logger, trace_context
 from service.watchdog import Watchdog
 
 try:

@@ -18,7 +18,7 @@ from service.dev.postgres import Postgres
 from service.dev.processes import Process, Supervisor, stop_all, to_terminal
 from service.dev.reload import Watch, shown
 from service.dev.servers import free_port
-from service.postgres_url import read_postgres
+from service.network.postgres_url import read_postgres
 from service.terminal import visible
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from service.errors import BusinessError, DatabaseUnavailableError
 from service.http.problems import RETRY_AFTER, InvalidField, problem
-from service.telemetry import get_logger
+from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.errors import DatabaseUnavailableError
 from service.http.problems import RETRY_AFTER, documented, problem
-from service.telemetry import get_logger
+from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

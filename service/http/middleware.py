@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
 from service.http.problems import problem
-from service.telemetry import get_logger, request_headers, trace_context
+from service.telemetry.logs import get_logger, request_headers, trace_context
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Response
 from pydantic import BaseModel, Field
 
-from service.telemetry import current_headers
+from service.telemetry.logs import current_headers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

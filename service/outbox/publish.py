@@ -22,7 +22,7 @@ from service.ledger.tables import AcceptedEvent, OutboxMessage
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event, delivery_id, new_event_id
 from service.outbox.payloads import MAX_PAYLOAD_BYTES, payload_of
-from service.telemetry import current_headers
+from service.telemetry.logs import current_headers
 from service.text import storable
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from service.outbox.consumers import Consumer, consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
 from service.outbox.running.runner import Runner
-from service.telemetry import trace_context
+from service.telemetry.logs import trace_context
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 import structlog
 
-from service.telemetry import request_headers
+from service.telemetry.logs import request_headers
 from tests.api.serving import serve
 
 if TYPE_CHECKING:

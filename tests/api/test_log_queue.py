@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROLOGUE = """
 import logging, multiprocessing, os, signal, sys, threading
-from service.telemetry import configure_logging, flush_logs, get_logger
+from service.telemetry.logs import configure_logging, flush_logs, get_logger
 configure_logging("json", "INFO")
 log = get_logger("test")
 """

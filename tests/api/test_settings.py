@@ -10,7 +10,7 @@ from asyncpg.connect_utils import _parse_connect_dsn_and_args  # type: ignore[at
 
 from service.api import create_app
 from service.errors import ConfigurationError
-from service.postgres_url import read_postgres
+from service.network.postgres_url import read_postgres
 from service.settings import load_settings
 
 

@@ -16,7 +16,7 @@ import service.api
 from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, consumer, new_id, publish
 from service.settings import load_settings
-from service.telemetry import configure_logging
+from service.telemetry.logs import configure_logging
 from service.worker import build
 
 if TYPE_CHECKING:

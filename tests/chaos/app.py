@@ -15,7 +15,7 @@ from service.database import Session  # noqa: TC001  FastAPI resolves annotation
 from service.http.idempotency import IdempotentRoute
 from service.outbox import publish
 from service.settings import load_settings
-from service.telemetry import configure_logging
+from service.telemetry.logs import configure_logging
 from service.worker import build
 from tests.chaos.domain import PLAIN_POISON, POISON, PlainlyPoisoned, Poisoned, ThingMade
 

@@ -90,7 +90,7 @@ def test_a_lone_surrogate_is_visible_too() -> None:
 
 _LOG = """
 import logging, sys
-from service.telemetry import configure_logging, get_logger
+from service.telemetry.logs import configure_logging, get_logger
 evil = sys.argv[1]
 class Odd:
     __repr__ = lambda self: evil

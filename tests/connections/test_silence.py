@@ -26,8 +26,8 @@ from service.broker import make_broker
 from service.dev.places import ROOT
 from service.dev.postgres import Postgres
 from service.dev.valkey import Valkey
+from service.network.sockets import silence_options
 from service.settings import BrokerSettings
-from service.sockets import silence_options
 from tests.ledger import domain
 from tests.real_servers import copy_of
 from tests.waiting import until

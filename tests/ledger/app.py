@@ -6,7 +6,7 @@ import dramatiq
 
 import tests.ledger.domain  # noqa: F401  registers the consumers
 from service.settings import load_settings
-from service.telemetry import configure_logging
+from service.telemetry.logs import configure_logging
 from service.worker import build
 
 

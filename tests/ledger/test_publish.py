@@ -18,7 +18,7 @@ from service.errors import ConsumerDefinitionError, EventDefinitionError, Publis
 from service.outbox import Event, accept, consumer, publish
 from service.outbox.consumers import consumers_of
 from service.outbox.publish import MAX_DELAY, MAX_PAYLOAD_BYTES
-from service.telemetry import trace_context
+from service.telemetry.logs import trace_context
 from tests.ledger import domain
 
 if TYPE_CHECKING:

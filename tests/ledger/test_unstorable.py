@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from service.outbox import Fail, Retry
-from service.telemetry import trace_context
+from service.telemetry.logs import trace_context
 from service.text import storable
 from tests.ledger import domain
 

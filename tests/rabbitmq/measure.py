@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from relay.loop import Relay
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
-from service.telemetry import configure_logging
+from service.telemetry.logs import configure_logging
 from tests.ledger.domain import SCHEMA
 from tests.rabbitmq.conftest import Worker
 from tests.rabbitmq.server import Rabbitmq

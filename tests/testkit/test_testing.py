@@ -18,7 +18,7 @@ from service.outbox.testing import (
     inline_worker,
     published,
 )
-from service.telemetry import trace_context
+from service.telemetry.logs import trace_context
 from tests.testkit.shop import DONE, Announced, Arrived, Echoed, Failing, Forgotten, Weighed
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from service.dev import stack
 from service.dev.places import ServerError
 from service.dev.processes import Process, stop_all
 from service.dev.servers import free_port
-from service.postgres_url import read_postgres
+from service.network.postgres_url import read_postgres
 from service.settings import BrokerSettings, OutboxSettings
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from service.http.idempotency import IdempotentRoute
 from service.http.pagination import Page, PageQuery, page_of
 from service.http.problems import problem_responses
 from service.outbox import new_id, publish
-from service.telemetry import get_logger
+from service.telemetry.logs import get_logger
 
 __all__ = ["router"]
 

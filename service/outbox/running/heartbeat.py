@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from service.driver import DRIVER_ERRORS
 from service.ledger import delivering
-from service.telemetry import get_logger
+from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from service.ledger import delivering
 from service.outbox.consumers import Fail, Retry
 from service.outbox.running.failures import describe, said, trace
-from service.telemetry import get_logger
+from service.telemetry.logs import get_logger
 from service.text import storable
 
 if TYPE_CHECKING:

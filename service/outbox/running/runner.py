@@ -43,7 +43,7 @@ from service.outbox.running.outcomes import (
     unstorable,
     write,
 )
-from service.telemetry import get_logger, trace_context
+from service.telemetry.logs import get_logger, trace_context
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -14,7 +14,7 @@ import service.api
 from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, accept, consumer
 from service.settings import load_settings
-from service.telemetry import configure_logging
+from service.telemetry.logs import configure_logging
 from service.worker import build
 from tests.ledger.services import crash
 

@@ -10,7 +10,7 @@ import httpx
 
 from service.outbox import Delivery, Event, consumer
 from service.settings import load_settings
-from service.telemetry import configure_logging
+from service.telemetry.logs import configure_logging
 from service.worker import build
 from tests.ledger.services import crash
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from service.sockets import check_ca_file
-from service.urls import ENCODED, read_query
+from service.network.sockets import check_ca_file
+from service.network.urls import ENCODED, read_query
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import structlog
 
-from service.log_queue import QueuedHandler
+from service.telemetry.log_queue import QueuedHandler
 from service.terminal import visible
 from service.text import storable
 
