@@ -18,7 +18,7 @@ from uuid import UUID
 
 import asyncpg
 
-from service.driver import open_connection
+from service.database.driver import open_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -25,7 +25,7 @@ from relay.session import SESSION, Sessions
 from relay.sparing import Sparing
 from relay.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
 from service.backoff import backoff
-from service.driver import DRIVER_ERRORS, bound_waits
+from service.database.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
 from service.telemetry.logs import configure_logging, get_logger

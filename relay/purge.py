@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from service.driver import DRIVER_ERRORS, open_connection
+from service.database.driver import DRIVER_ERRORS, open_connection
 from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from relay.wakeup import LONGEST_SLEEP
-from service.driver import open_connection
+from service.database.driver import open_connection
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from sqlalchemy import Integer, LargeBinary, Text, func, select
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database import Base, Session, confirm, restart
+from service.database.sessions import Base, Session, confirm, restart
 from service.errors import BusinessError
 from service.http.problems import problem_responses
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from service.database import OneTransaction, commit
-from service.driver import PreparedBegin
+from service.database.driver import PreparedBegin
+from service.database.sessions import OneTransaction, commit
 from service.errors import DatabaseUnavailableError, DeliveryError
 from service.ledger import delivering
 from service.outbox.publish import READ_ONLY
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from service.database import SessionFactory
+    from service.database.sessions import SessionFactory
     from service.ledger.delivering import Claim, Connection
 
 __all__ = ["Delivery", "LeaseLostError"]

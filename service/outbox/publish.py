@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.database import FlushingSession, confirm
+from service.database.sessions import FlushingSession, confirm
 from service.errors import PublishError
 from service.ledger.tables import AcceptedEvent, OutboxMessage
 from service.outbox.consumers import consumers_of

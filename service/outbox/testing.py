@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import select, text
 
-from service.database import session_factory, transaction
+from service.database.sessions import session_factory, transaction
 from service.ledger.tables import DeadLetter, OutboxMessage
 from service.outbox.consumers import Consumer, consumer_named, consumers_of
 from service.outbox.events import Event

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from sqlalchemy import Column, MetaData, Table, Uuid, select
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 
-from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.http.pagination import Page, PageQuery, page_of
 from service.outbox import new_id
 from tests.api.serving import serve

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from service.driver import connect
+from service.database.driver import connect
 from service.ledger import delivering
 from tests.bench.drain import drained
 from tests.bench.stage import INSERT

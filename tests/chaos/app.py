@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from sqlalchemy import text
 
 import service.api
-from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.http.idempotency import IdempotentRoute
 from service.outbox import publish
 from service.settings import load_settings

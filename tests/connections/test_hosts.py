@@ -12,8 +12,8 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from service.database import create_engine
-from service.driver import open_connection
+from service.database.driver import open_connection
+from service.database.sessions import create_engine
 from service.settings import DatabaseSettings
 from tests.ledger.proxy import proxy, socket_of
 from tests.waiting import until

@@ -17,10 +17,9 @@ from sqlalchemy.engine import make_url
 
 from relay import console
 from relay.session import Sessions
-from service import driver
-from service.database import create_engine
+from service.database.driver import DRIVER_ERRORS
+from service.database.sessions import create_engine, driver
 from service.dev.places import ROOT
-from service.driver import DRIVER_ERRORS
 from service.errors import DatabaseUnavailableError
 from service.outbox.running.ledger_pool import LedgerPool
 from service.settings import DatabaseSettings, Settings

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from relay.loop import Relay
 from service.api import create_app
-from service.database import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql
 from service.http.idempotency import IdempotentRoute

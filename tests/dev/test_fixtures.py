@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from service.database import SessionFactory
+    from service.database.sessions import SessionFactory
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.settings import Settings

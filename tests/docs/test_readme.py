@@ -18,7 +18,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Text
 from sqlalchemy.orm import Mapped, mapped_column
-from service.database import Base, Session
+from service.database.sessions import Base, Session
 from service.outbox import Delivery, Event, consumer, new_id, publish
 
 router = APIRouter()

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from service.database import create_engine, transaction
+from service.database.sessions import create_engine, transaction
 from service.outbox import Event, publish
 from service.outbox.running.runner import Runner
 from tests.ledger import domain
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from service.database import SessionFactory
+    from service.database.sessions import SessionFactory
     from service.settings import Settings
 
 __all__ = ["Connect", "Ledger", "node", "rabbitmq"]

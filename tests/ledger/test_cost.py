@@ -18,7 +18,7 @@ import redis.asyncio
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from service.database import OneTransaction, create_engine, session_factory, transaction
+from service.database.sessions import OneTransaction, create_engine, session_factory, transaction
 from service.dev.postgres import Postgres
 from service.outbox import publish
 from tests.ledger import domain

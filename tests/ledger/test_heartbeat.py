@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import pytest
 
+from service.database.driver import connect as connect_to
 from service.dev.places import ROOT
-from service.driver import connect as connect_to
 from service.ledger import delivering
 from service.outbox.running.heartbeat import Heartbeat
 from service.outbox.running.runner import Runner

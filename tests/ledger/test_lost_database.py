@@ -13,8 +13,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from relay.loop import Relay
-from service import driver
-from service.database import create_engine, session_factory
+from service.database.sessions import create_engine, driver, session_factory
 from service.outbox.running.runner import Runner
 from tests.ledger import domain
 from tests.ledger.conftest import Ledger

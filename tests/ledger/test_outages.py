@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 import redis.asyncio
 
-from service.database import create_engine, session_factory, transaction
+from service.database.sessions import create_engine, session_factory, transaction
 from service.outbox import Event, publish
 from tests.ledger import domain
 from tests.ledger.conftest import Ledger

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from relay.loop import Relay
-from service.database import create_engine, session_factory, transaction
+from service.database.sessions import create_engine, session_factory, transaction
 from service.dev.places import server_account
 from service.dev.servers import free_port
 from service.errors import ConfigurationError

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from service.database import create_engine, session_factory, transaction
+from service.database.sessions import create_engine, session_factory, transaction
 from service.errors import ConsumerDefinitionError, EventDefinitionError, PublishError
 from service.outbox import Event, accept, consumer, publish
 from service.outbox.consumers import consumers_of
@@ -22,7 +22,7 @@ from service.telemetry.logs import trace_context
 from tests.ledger import domain
 
 if TYPE_CHECKING:
-    from service.database import SessionFactory
+    from service.database.sessions import SessionFactory
     from service.settings import Settings
     from tests.ledger.conftest import Ledger
 

@@ -16,7 +16,7 @@ import redis.asyncio
 
 from relay.loop import Relay
 from relay.redis_publisher import RedisPublisher
-from service.driver import connect
+from service.database.driver import connect
 from service.ledger.dispatching import NO_FLOOR, Pauses, queue_heads, take_due
 from service.ledger.message import Handover
 from tests.ledger import domain

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, Private
 from pydantic.alias_generators import to_camel
 from sqlalchemy import text
 
-from service.database import transaction
+from service.database.sessions import transaction
 from service.errors import EventDefinitionError, PublishError
 from service.outbox import Delivery, Event, consumer, publish
 from service.outbox.payloads import payload_of
@@ -26,7 +26,7 @@ from service.outbox.testing import published
 from tests.ledger import domain
 
 if TYPE_CHECKING:
-    from service.database import SessionFactory
+    from service.database.sessions import SessionFactory
     from service.outbox.running.runner import Runner
     from tests.ledger.conftest import Ledger
 

@@ -9,7 +9,7 @@ from sqlalchemy import text
 from structlog.contextvars import merge_contextvars
 from structlog.testing import capture_logs
 
-from service.database import transaction
+from service.database.sessions import transaction
 from service.outbox import new_id, publish, testing
 from service.outbox.testing import (
     InlineWorker,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-    from service.database import SessionFactory
+    from service.database.sessions import SessionFactory
     from service.settings import Settings
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from fastapi import APIRouter, BackgroundTasks, Response
 from sqlalchemy import select
 
-from service.database import Session
+from service.database.sessions import Session
 from service.domains.orders.errors import DuplicateProductError, UnknownOrderError, UnknownProductError
 from service.domains.orders.events import OrderPlaced
 from service.domains.orders.models import Order, OrderLine, OrderStatus, Product

@@ -12,7 +12,7 @@ import threading
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from service.driver import DRIVER_ERRORS
+from service.database.driver import DRIVER_ERRORS
 from service.ledger import delivering
 from service.telemetry.logs import get_logger
 

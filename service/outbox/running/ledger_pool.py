@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from service.driver import bound_waits, open_connection
+from service.database.driver import bound_waits, open_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -19,8 +19,8 @@ from dramatiq.middleware import Shutdown, TimeLimitExceeded
 from dramatiq.middleware.threading import raise_thread_exception
 
 from service.backoff import backoff
-from service.database import OneTransaction, session_factory
-from service.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
+from service.database.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
+from service.database.sessions import OneTransaction, session_factory
 from service.errors import DeliveryError, TransactionError
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import httpx
 
-    from service.database import SessionFactory
+    from service.database.sessions import SessionFactory
     from service.outbox.testing import InlineWorker
 
 

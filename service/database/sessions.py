@@ -20,7 +20,7 @@ from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from service.driver import DRIVER_ERRORS, ENDED, PreparedBegin, has_transaction_timeout, open_connection
+from service.database.driver import DRIVER_ERRORS, ENDED, PreparedBegin, has_transaction_timeout, open_connection
 from service.errors import DatabaseUnavailableError, TransactionError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Connections, engine and sessions: the one way to PostgreSQL."""
