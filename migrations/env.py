@@ -22,8 +22,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 import service.domains
 import service.http.idempotency
 import service.ledger.tables
+from service.database.base import Base
 from service.database.driver import DRIVER_ERRORS, open_connection
-from service.database.sessions import Base
 from service.errors import ConfigurationError
 from service.settings import load_settings
 from service.terminal import visible

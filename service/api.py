@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from service import domains
-from service.database.sessions import OneTransaction, create_engine, session_factory
+from service.database.engine import create_engine
+from service.database.sessions import OneTransaction, session_factory
 from service.errors import ConfigurationError
 from service.http import health
 from service.http.error_handlers import install_handlers

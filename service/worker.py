@@ -32,7 +32,7 @@ from dramatiq.middleware.threading import Interrupt
 import service.domains
 from service.bodies import OF_LEDGER
 from service.broker import declare_unknown, make_broker
-from service.database.sessions import create_engine
+from service.database.engine import create_engine
 from service.errors import ConfigurationError
 from service.outbox.consumers import Consumer, consumer_named, registered_consumers
 from service.outbox.running.runner import Runner

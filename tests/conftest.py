@@ -21,7 +21,8 @@ import redis
 from pydantic import SecretStr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from service.database.sessions import SessionFactory, create_engine, session_factory
+from service.database.engine import create_engine
+from service.database.sessions import SessionFactory, session_factory
 from service.dev.postgres import Postgres, psql
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings

@@ -32,9 +32,11 @@ from sqlalchemy import Integer, LargeBinary, Text, func, select
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database.sessions import Base, Session, confirm, restart
+from service.database.base import Base
+from service.database.sessions import confirm, restart
 from service.errors import BusinessError
 from service.http.problems import problem_responses
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -28,7 +28,7 @@ from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, Integer, Te
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
-from service.database.sessions import Base
+from service.database.base import Base
 
 __all__ = ["AcceptedEvent", "DeadLetter", "OutboxMessage", "PausedQueue"]
 

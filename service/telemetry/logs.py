@@ -38,7 +38,7 @@ __all__ = [
 Headers = dict[str, str]
 """`correlation_id`, and where known `traceparent`, `tracestate` and `causation_id`."""
 
-_QUIET = ("dramatiq.middleware", "service.database._Pool")
+_QUIET = ("dramatiq.middleware", "service.database.engine._Pool")
 """Libraries' loggers, SQLAlchemy's under our class, that tell at INFO how they start and stop their insides."""
 
 _HEADERS: ContextVar[Headers | None] = ContextVar("outbox_headers", default=None)

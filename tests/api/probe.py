@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.errors import BusinessError, PublishError
 from service.http.idempotency import IdempotentRoute
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, accept, consumer, publish
 
 if TYPE_CHECKING:

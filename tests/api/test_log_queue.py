@@ -150,7 +150,7 @@ def test_what_libraries_tell_of_their_insides_is_for_who_debugs(level: str, told
     lines = lines_of(f"""
 configure_logging("json", {level!r})
 from dramatiq.middleware.asyncio import AsyncIO
-from service.database.sessions import _Pool
+from service.database.engine import _Pool
 for library in (AsyncIO().logger, _Pool(lambda: None).logger):
     library.info("INFO")
     library.warning("WARNING")

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from sqlalchemy import Column, MetaData, Table, Uuid, select
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 
-from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.http.pagination import Page, PageQuery, page_of
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import new_id
 from tests.api.serving import serve
 from tests.api.test_problems import assert_problem

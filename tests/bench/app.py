@@ -13,7 +13,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, relationship
 
 import service.api
-from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, consumer, new_id, publish
 from service.settings import load_settings
 from service.telemetry.logs import configure_logging

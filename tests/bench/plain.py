@@ -16,7 +16,7 @@ from dramatiq.middleware import AsyncIO, Middleware, default_middleware
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 
-from service.database.sessions import create_engine
+from service.database.engine import create_engine
 from service.settings import BrokerSettings, Settings, load_settings
 from tests.bench.app import EFFECT
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from sqlalchemy import text
 
 import service.api
-from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.http.idempotency import IdempotentRoute
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import publish
 from service.settings import load_settings
 from service.telemetry.logs import configure_logging

@@ -113,7 +113,7 @@ def _around_sync(owner: Any, name: str, before: str = "", after: str = "") -> No
     setattr(owner, name, struck)
 
 
-@when_imported("service.database")
+@when_imported("service.database.sessions")
 def _api(module: Any) -> None:
     _around(module, "commit", "api.before_commit", "api.after_commit")
 

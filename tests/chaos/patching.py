@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +19,15 @@ _PATCHES: dict[str, list[Callable[[Any], None]]] = {}
 
 
 def when_imported(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Register a function that is given the module `name` right after its code ran, or now if it has."""
+    """Register a function that is given the module `name` right after its code ran, or now if it has.
+
+    Raises:
+        SystemExit: when there is no such module, so that its patch would change nothing.
+    """
+    package, *rest = name.split(".")
+    found = importlib.util.find_spec(package)  # a deeper one would be imported with all it needs
+    if found is None or not Path(found.origin or "").parent.joinpath(*rest).with_suffix(".py").is_file():
+        raise SystemExit(f"there is no module {name} to patch")
 
     def register(patch: Callable[[Any], None]) -> Callable[[Any], None]:
         if name in sys.modules:

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from service.database.driver import open_connection
-from service.database.sessions import create_engine
+from service.database.engine import create_engine
 from service.settings import DatabaseSettings
 from tests.ledger.proxy import proxy, socket_of
 from tests.waiting import until

@@ -17,8 +17,9 @@ from sqlalchemy.engine import make_url
 
 from relay import console
 from relay.session import Sessions
+from service.database import driver
 from service.database.driver import DRIVER_ERRORS
-from service.database.sessions import create_engine, driver
+from service.database.engine import create_engine
 from service.dev.places import ROOT
 from service.errors import DatabaseUnavailableError
 from service.outbox.running.ledger_pool import LedgerPool

@@ -14,10 +14,10 @@ from pydantic import SecretStr
 
 from relay.loop import Relay
 from service.api import create_app
-from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql
 from service.http.idempotency import IdempotentRoute
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import accept, publish
 from service.settings import DatabaseSettings, Settings
 from tests.api.serving import serve

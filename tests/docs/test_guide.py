@@ -33,7 +33,7 @@ from datetime import timedelta
 from uuid import UUID
 from fastapi import Response
 from service import mail
-from service.database.sessions import Session
+from service.http.request_session import Session
 from service.domains.reviews.models import Review
 from service.domains.reviews.routes import router
 from service.outbox import Delivery, Event, Retry, consumer, publish

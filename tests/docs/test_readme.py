@@ -18,7 +18,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Text
 from sqlalchemy.orm import Mapped, mapped_column
-from service.database.sessions import Base, Session
+from service.database.base import Base
+from service.http.request_session import Session
 from service.outbox import Delivery, Event, consumer, new_id, publish
 
 router = APIRouter()

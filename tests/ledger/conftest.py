@@ -9,7 +9,8 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from service.database.sessions import create_engine, transaction
+from service.database.engine import create_engine
+from service.database.sessions import transaction
 from service.outbox import Event, publish
 from service.outbox.running.runner import Runner
 from tests.ledger import domain

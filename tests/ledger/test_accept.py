@@ -9,7 +9,8 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from service.database.sessions import create_engine, session_factory
+from service.database.engine import create_engine
+from service.database.sessions import session_factory
 from service.dev.servers import free_port
 from tests.conftest import _create_database
 from tests.ledger import domain

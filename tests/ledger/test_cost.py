@@ -18,7 +18,8 @@ import redis.asyncio
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from service.database.sessions import OneTransaction, create_engine, session_factory, transaction
+from service.database.engine import create_engine
+from service.database.sessions import OneTransaction, session_factory, transaction
 from service.dev.postgres import Postgres
 from service.outbox import publish
 from tests.ledger import domain

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from service.database.sessions import create_engine
+from service.database.engine import create_engine
 from service.outbox.running.runner import Runner
 from tests.ledger import domain
 from tests.ledger.test_fencing import blocked

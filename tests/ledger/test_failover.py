@@ -12,7 +12,8 @@ import asyncpg
 import httpx
 import pytest
 
-from service.database.sessions import create_engine, session_factory
+from service.database.engine import create_engine
+from service.database.sessions import session_factory
 from service.dev.postgres import Postgres
 from tests.ledger import domain
 from tests.ledger.conftest import Ledger

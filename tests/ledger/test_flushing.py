@@ -20,7 +20,8 @@ from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.database.sessions import FlushingSession, create_engine, session_factory, transaction
+from service.database.engine import create_engine
+from service.database.sessions import FlushingSession, session_factory, transaction
 from service.errors import PublishError
 from service.ledger.tables import AcceptedEvent, OutboxMessage
 from service.outbox import publish

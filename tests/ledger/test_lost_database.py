@@ -13,7 +13,9 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from relay.loop import Relay
-from service.database.sessions import create_engine, driver, session_factory
+from service.database import driver
+from service.database.engine import create_engine
+from service.database.sessions import session_factory
 from service.outbox.running.runner import Runner
 from tests.ledger import domain
 from tests.ledger.conftest import Ledger

@@ -13,7 +13,8 @@ import asyncpg
 import pytest
 import redis.asyncio
 
-from service.database.sessions import create_engine, session_factory, transaction
+from service.database.engine import create_engine
+from service.database.sessions import session_factory, transaction
 from service.outbox import Event, publish
 from tests.ledger import domain
 from tests.ledger.conftest import Ledger

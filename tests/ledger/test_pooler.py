@@ -13,7 +13,8 @@ from uuid import uuid4
 import pytest
 
 from relay.loop import Relay
-from service.database.sessions import create_engine, session_factory, transaction
+from service.database.engine import create_engine
+from service.database.sessions import session_factory, transaction
 from service.dev.places import server_account
 from service.dev.servers import free_port
 from service.errors import ConfigurationError

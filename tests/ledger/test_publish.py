@@ -13,7 +13,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from service.database.sessions import create_engine, session_factory, transaction
+from service.database.engine import create_engine
+from service.database.sessions import session_factory, transaction
 from service.errors import ConsumerDefinitionError, EventDefinitionError, PublishError
 from service.outbox import Event, accept, consumer, publish
 from service.outbox.consumers import consumers_of

@@ -13,7 +13,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine import make_url
 
 import service.domains
-from service.database.sessions import Base
+from service.database.base import Base
 from service.dev.places import ROOT, postgres_binaries
 from service.dev.postgres import psql
 

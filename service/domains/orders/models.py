@@ -10,7 +10,7 @@ from sqlalchemy import CheckConstraint, Date, ForeignKey, Integer, Text
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from service.database.sessions import Base
+from service.database.base import Base
 
 __all__ = ["DailySales", "Order", "OrderLine", "OrderStatus", "Product"]
 

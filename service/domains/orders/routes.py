@@ -8,7 +8,6 @@ from uuid import UUID
 from fastapi import APIRouter, BackgroundTasks, Response
 from sqlalchemy import select
 
-from service.database.sessions import Session
 from service.domains.orders.errors import DuplicateProductError, UnknownOrderError, UnknownProductError
 from service.domains.orders.events import OrderPlaced
 from service.domains.orders.models import Order, OrderLine, OrderStatus, Product
@@ -16,6 +15,7 @@ from service.domains.orders.schemas import OrderRead, PlaceOrder, ProductRead, P
 from service.http.idempotency import IdempotentRoute
 from service.http.pagination import Page, PageQuery, page_of
 from service.http.problems import problem_responses
+from service.http.request_session import Session
 from service.outbox import new_id, publish
 from service.telemetry.logs import get_logger
 

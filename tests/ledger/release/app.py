@@ -11,7 +11,7 @@ import dramatiq
 from fastapi import APIRouter
 
 import service.api
-from service.database.sessions import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Event, publish
 from service.settings import load_settings
 from service.telemetry.logs import configure_logging
