@@ -162,11 +162,11 @@ def _domain(module: Any) -> None:
     _around_sync(module, "tell_sink_blocking", after="worker.after_send")
 
 
-@when_imported("service.doorbell")
+@when_imported("service.worker.doorbell")
 def _doorbell(module: Any) -> None:
     _around_sync(module._DoorbellConsumer, "ack", before="worker.before_ack")
 
 
-@when_imported("service.broker")
+@when_imported("service.worker.dramatiq_broker")
 def _broker(module: Any) -> None:
     _around_sync(module._CarefulConsumer, "ack", before="worker.before_ack")

@@ -12,10 +12,10 @@ import pytest
 import redis
 from dramatiq.message import Message
 
-from service.doorbell import DoorbellRedisBroker
 from service.outbox.running.failures import lost_database
 from service.outbox.running.heartbeat import Heartbeat
 from service.worker import build
+from service.worker.doorbell import DoorbellRedisBroker
 from tests.chaos import domain  # noqa: F401  registers the consumers
 from tests.waiting import until
 

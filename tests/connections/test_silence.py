@@ -22,12 +22,12 @@ from pydantic import SecretStr
 
 from relay.rabbitmq_line import Line
 from relay.redis_publisher import RedisPublisher
-from service.broker import make_broker
 from service.dev.places import ROOT
 from service.dev.postgres import Postgres
 from service.dev.valkey import Valkey
 from service.network.sockets import silence_options
 from service.settings import BrokerSettings
+from service.worker.dramatiq_broker import make_broker
 from tests.ledger import domain
 from tests.real_servers import copy_of
 from tests.waiting import until

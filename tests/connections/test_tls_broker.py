@@ -12,8 +12,8 @@ import redis
 from pydantic import SecretStr
 
 from relay.publisher import BrokerUnavailableError, make_publisher
-from service.broker import make_broker
 from service.settings import BrokerSettings
+from service.worker.dramatiq_broker import make_broker
 from tests.connections.gate import gate
 from tests.ledger.proxy import socket_of
 from tests.waiting import until

@@ -15,9 +15,9 @@ import redis
 from dramatiq.middleware import AgeLimit, Callbacks, CurrentMessage, Pipelines, Retries, TimeLimit
 from pydantic import SecretStr
 
-from service.broker import make_broker
-from service.doorbell import DoorbellRedisBroker
 from service.settings import BrokerSettings
+from service.worker.doorbell import DoorbellRedisBroker
+from service.worker.dramatiq_broker import make_broker
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What `service/doorbell.py`, `broker.py`, `bodies.py` and `worker.py` take for granted of the installed Dramatiq.
+"""What the modules of `service/worker/` take for granted of the installed Dramatiq.
 
 Each test is about stock Dramatiq alone. One that fails after an upgrade says what those modules must do differently.
 """

@@ -15,9 +15,9 @@ from dramatiq.middleware import default_middleware
 from pydantic import SecretStr
 
 from relay.publisher import Publisher, make_publisher
-from service.broker import make_broker
 from service.ledger.message import Handover
 from service.settings import BrokerSettings
+from service.worker.dramatiq_broker import make_broker
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import dramatiq
 import pytest
 from dramatiq.middleware import Retries
 
-from service.doorbell import DoorbellRedisBroker
+from service.worker.doorbell import DoorbellRedisBroker
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ _OUTLIVES_ITS_WORKER = """
 import asyncio, atexit, threading, time
 from datetime import timedelta
 from service.outbox.running.heartbeat import Heartbeat
-from service.worker import _exit_on_dead_thread
+from service.worker.process import _exit_on_dead_thread
 
 async def connect():
     tried.set()

@@ -357,7 +357,7 @@ async def test_the_doorbell_rings_for_an_idle_worker(
 ) -> None:
     """A worker whose own next look is an hour away asks the broker for nothing until something is there."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import service.doorbell as d\n"
+        "import service.worker.doorbell as d\n"
         "consume = d.DoorbellRedisBroker.consume\n"
         "d.DoorbellRedisBroker.consume = lambda self, queue_name, prefetch=1, timeout=0: "
         "consume(self, queue_name, prefetch=prefetch, timeout=3_600_000)\n"

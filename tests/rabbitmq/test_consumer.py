@@ -13,8 +13,8 @@ import pytest
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from pydantic import SecretStr
 
-from service.broker import make_broker
 from service.settings import BrokerSettings
+from service.worker.dramatiq_broker import make_broker
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from dramatiq.message import Message
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.bodies import can_run, disarm
 from service.telemetry.logs import get_logger
+from service.worker.bodies import can_run, disarm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -25,10 +25,10 @@ from dramatiq.errors import ActorNotFound, ConnectionClosed, DecodeError
 from dramatiq.middleware import CurrentMessage
 from pika.exceptions import ChannelClosedByBroker
 
-from service.bodies import OF_LEDGER, can_run, disarm
-from service.doorbell import DoorbellRedisBroker
 from service.network.sockets import silence_options, tls_context
 from service.telemetry.logs import flush_logs, get_logger
+from service.worker.bodies import OF_LEDGER, can_run, disarm
+from service.worker.doorbell import DoorbellRedisBroker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

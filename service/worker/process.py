@@ -30,15 +30,15 @@ from dramatiq.middleware import (
 from dramatiq.middleware.threading import Interrupt
 
 import service.domains
-from service.bodies import OF_LEDGER
-from service.broker import declare_unknown, make_broker
 from service.database.engine import create_engine
 from service.errors import ConfigurationError
 from service.outbox.consumers import Consumer, consumer_named, registered_consumers
 from service.outbox.running.runner import Runner
 from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging, flush_logs, get_logger, trace_context
-from service.watchdog import Watchdog
+from service.worker.bodies import OF_LEDGER
+from service.worker.dramatiq_broker import declare_unknown, make_broker
+from service.worker.watchdog import Watchdog
 
 try:
     import uvloop
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from service.ledger.delivering import Claim
 
-__all__ = ["setup_broker"]
+__all__ = ["build", "setup_broker"]
 
 _log = get_logger(__name__)
 
