@@ -1,5 +1,5 @@
 """`python -m relay`, where the `outbox` script is not on the path."""
 
-from relay.cli import main
+from relay.cli.app import main
 
 main()

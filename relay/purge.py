@@ -21,7 +21,7 @@ from service.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from relay.console import Connection
+    from relay.cli.command import Connection
     from service.settings import Settings
 
 __all__ = ["Purged", "first_id_after", "purge", "purge_regularly", "purge_step_by_step"]

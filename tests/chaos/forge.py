@@ -25,7 +25,7 @@ from typing import Any
 
 _PRELOADED = (
     "dramatiq.cli",
-    "relay.cli",
+    "relay.cli.app",
     "relay.loop",
     "relay.rabbitmq_publisher",
     "relay.redis_publisher",
@@ -53,7 +53,7 @@ def _become(request: dict[str, Any]) -> None:
             importlib.import_module(module)
     sys.argv = request["argv"]
     if sys.argv[0] == "outbox":
-        from relay.cli import main
+        from relay.cli.app import main
 
         main()
     else:

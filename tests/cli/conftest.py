@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from relay.cli import main
+from relay.cli.app import main
 from service.dev.postgres import psql
 from service.outbox.events import delivery_id, new_event_id
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
-COMMAND = [sys.executable, "-c", "from relay.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from relay.cli.app import main; main()"]
 """`outbox` as a process of its own."""
 
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 
-from relay.resolve import resolve
+from relay.cli.resolve import resolve
 from tests.cli.conftest import error, json_literal
 from tests.waiting import until, until_sync
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from relay.console import Connection
-    from relay.resolve import Action
+    from relay.cli.command import Connection
+    from relay.cli.resolve import Action
     from tests.cli.conftest import Outbox, Rows
 
     Start = Callable[[Sequence[str]], subprocess.Popen[str]]
@@ -64,7 +64,7 @@ def test_list_keeps_what_could_steer_the_terminal_away(outbox: Outbox, rows: Row
 
 _PEAK = """
 import atexit, sys, tracemalloc
-from relay.cli import main
+from relay.cli.app import main
 tracemalloc.start()
 atexit.register(lambda: print(tracemalloc.get_traced_memory()[1], file=sys.stderr))
 main()

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 import redis
 
-from relay import status as status_module
+from relay.cli import status as status_module
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:

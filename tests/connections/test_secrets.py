@@ -9,7 +9,7 @@ import pytest
 from alembic.config import Config
 from alembic.util import CommandError
 
-from relay.cli import main
+from relay.cli.app import main
 from service.dev.places import ROOT
 from service.settings import load_settings
 

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from relay import console
+from relay.cli import command
 from relay.session import Sessions
 from service.database import driver
 from service.database.driver import DRIVER_ERRORS
@@ -61,7 +61,7 @@ async def _relay(settings: Settings) -> None:
 
 
 async def _command(settings: Settings) -> None:
-    async with console.connect(settings.database) as connection:
+    async with command.connect(settings.database) as connection:
         await connection.fetchval("SELECT 1")
 
 
@@ -81,7 +81,7 @@ WAYS = {
     "relay": _relay,
     "command": _command,
 }
-_FAILED = (*DRIVER_ERRORS, DatabaseUnavailableError, console.CommandError, CommandError)
+_FAILED = (*DRIVER_ERRORS, DatabaseUnavailableError, command.CommandError, CommandError)
 
 Case = tuple[str, str, bool, bool]
 

@@ -139,7 +139,7 @@ for name in found:
 print(*found)
 """
     modules = image.run("python", "-c", walk, environment=production).split()
-    assert {"service.api", "service.worker", "relay.cli"} <= set(modules)
+    assert {"service.api", "service.worker", "relay.cli.app"} <= set(modules)
     assert not [name for name in modules if name.startswith("service.dev")]
     installed = image.run("python", "-m", "pip", "list", "--format=freeze", environment=production)
     assert "dramatiq==" in installed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from relay.cli import main
+from relay.cli.app import main
 from service.dev.postgres import psql
 from service.outbox.events import delivery_id, new_event_id
 from service.settings import DatabaseSettings, OutboxSettings

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from relay.status import Status, gather
+from relay.cli.status import Status, gather
 from tests.ledger import domain
 from tests.rabbitmq.test_bad_queues import hanging
 from tests.waiting import until

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from relay.console import parse_moment
+from relay.cli.command import parse_moment
 from relay.purge import first_id_after
 from service.text import storable
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime, timedelta
 
-    from relay.console import Connection
+    from relay.cli.command import Connection
 
 __all__ = ["STATES", "Delivered", "Filter", "Found", "ListedEvent", "find", "load"]
 

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from relay.console import CommandError, parse_duration
-from relay.output import Column, age, compact, plain, table
-from relay.queues import EVERY_QUEUE
+from relay.cli.command import CommandError, parse_duration
+from relay.cli.output import Column, age, compact, plain, table
+from relay.cli.queue_commands import EVERY_QUEUE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from relay.status import Counts, Status
+    from relay.cli.status import Counts, Status
 
 __all__ = ["METRICS", "as_json", "as_text", "check_conditions", "failing"]
 

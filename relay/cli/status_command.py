@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.console import Exit
-from relay.output import error, line, print_json
-from relay.status import Status, gather
-from relay.status_text import METRICS, as_json, as_text, check_conditions, failing
+from relay.cli.command import Exit
+from relay.cli.output import error, line, print_json
+from relay.cli.status import Status, gather
+from relay.cli.status_text import METRICS, as_json, as_text, check_conditions, failing
 from service.settings import load_settings
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.console import connect, parse_duration
-from relay.output import line, note, print_json
+from relay.cli.command import connect, parse_duration
+from relay.cli.output import line, note, print_json
 from relay.purge import Purged, purge_step_by_step
 from service.settings import load_settings
 

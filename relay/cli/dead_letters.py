@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from relay.console import CommandError, Exit, parse_moment, parse_uuid
+from relay.cli.command import CommandError, Exit, parse_moment, parse_uuid
 from service.text import storable
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
-    from relay.console import Connection
+    from relay.cli.command import Connection
 
 __all__ = ["STATES", "Filter", "find", "find_ids", "load", "look_up", "overview"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from relay.output import Column, age, plain, screen_width, table
+from relay.cli.output import Column, age, plain, screen_width, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from relay.events import ListedEvent
+    from relay.cli.events import ListedEvent
 
 __all__ = ["summary"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from relay.output import Column, age, cut, plain, screen_width, table, timestamp
+from relay.cli.output import Column, age, cut, plain, screen_width, table, timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

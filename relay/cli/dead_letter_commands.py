@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from relay import dead_letters
-from relay.console import CommandError, connect, whoami
-from relay.dead_letter_text import cells, describe, summary
-from relay.output import line, note, print_json, print_json_list
-from relay.resolution import Order, carry_out
+from relay.cli import dead_letters
+from relay.cli.command import CommandError, connect, whoami
+from relay.cli.dead_letter_text import cells, describe, summary
+from relay.cli.output import line, note, print_json, print_json_list
+from relay.cli.resolution import Order, carry_out
 from service.settings import load_settings
 
 app = typer.Typer(

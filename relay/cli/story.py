@@ -11,12 +11,12 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from relay.queues import EVERY_QUEUE
+from relay.cli.queue_commands import EVERY_QUEUE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from relay.console import Connection
+    from relay.cli.command import Connection
 
 __all__ = ["Delivery", "Step", "Story", "tell"]
 

@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from relay import dead_letters
-from relay.console import CommandError, Exit, connect
-from relay.output import cut, line, note, plain, print_json
-from relay.resolve import Action, Outcome, refusals, resolve
+from relay.cli import dead_letters
+from relay.cli.command import CommandError, Exit, connect
+from relay.cli.output import cut, line, note, plain, print_json
+from relay.cli.resolve import Action, Outcome, refusals, resolve
 from service.settings import load_settings
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from relay.output import timestamp
+from relay.cli.output import timestamp
 from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from relay.console import Connection
+    from relay.cli.command import Connection
 
 __all__ = ["Action", "Outcome", "refusals", "resolve"]
 

@@ -12,11 +12,11 @@ from uuid import UUID
 
 import typer
 
-from relay import events
-from relay.console import CommandError, Exit, connect
-from relay.event_text import summary
-from relay.output import line, note, plain, print_json, screen_width, timestamp
-from relay.story import Delivery, Story, tell
+from relay.cli import events
+from relay.cli.command import CommandError, Exit, connect
+from relay.cli.event_text import summary
+from relay.cli.output import line, note, plain, print_json, screen_width, timestamp
+from relay.cli.story import Delivery, Story, tell
 from service.settings import load_settings
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import typer
 from typer.exceptions import TyperException
 
-from relay import dead_letter_commands, queues, story_command
-from relay.console import CommandError, Exit
-from relay.output import ReaderGoneError, error, note
-from relay.purge_command import purge
-from relay.status_command import status
+from relay.cli import dead_letter_commands, event_commands, queue_commands
+from relay.cli.command import CommandError, Exit
+from relay.cli.output import ReaderGoneError, error, note
+from relay.cli.purge_command import purge
+from relay.cli.status_command import status
 from service.errors import ConfigurationError
 from service.settings import load_settings
 
@@ -54,8 +54,8 @@ def relay() -> int:
 
 app.command()(status)
 app.add_typer(dead_letter_commands.app, name="dead-letters")
-app.add_typer(story_command.app, name="events")
-app.add_typer(queues.app, name="queues")
+app.add_typer(event_commands.app, name="events")
+app.add_typer(queue_commands.app, name="queues")
 app.command()(purge)
 
 

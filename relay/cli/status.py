@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from relay.console import CommandError, connect
+from relay.cli.command import CommandError, connect
 from relay.publisher import BrokerUnavailableError, QueueRefusedError, make_publisher
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
-    from relay.console import Connection
+    from relay.cli.command import Connection
     from relay.publisher import Publisher
     from service.settings import BrokerSettings, Settings
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from relay.console import CommandError, Exit, connect, whoami
-from relay.output import Column, age, compact, line, note, plain, print_json, table
+from relay.cli.command import CommandError, Exit, connect, whoami
+from relay.cli.output import Column, age, compact, line, note, plain, print_json, table
 from service.settings import load_settings
 from service.text import storable
 

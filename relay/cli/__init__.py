@@ -1,0 +1,1 @@
+"""The command `outbox`: what it asks, does and prints."""
