@@ -47,7 +47,7 @@ app = typer.Typer(
 def relay() -> int:
     """Run the relay. It hands over whatever is due, until SIGTERM or Ctrl-C."""
     # Its brokers' clients are needed by no other command.
-    from relay.loop import run
+    from relay.process.loop import run
 
     return asyncio.run(run(load_settings()))
 

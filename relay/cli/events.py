@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from relay.cli.command import parse_moment
-from relay.purge import first_id_after
+from relay.process.purge import first_id_after
 from service.text import storable
 
 if TYPE_CHECKING:

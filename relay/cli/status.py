@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, make_publisher
 from relay.cli.command import CommandError, connect
-from relay.publisher import BrokerUnavailableError, QueueRefusedError, make_publisher
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
+    from relay.brokers.sender import Publisher
     from relay.cli.command import Connection
-    from relay.publisher import Publisher
     from service.settings import BrokerSettings, Settings
 
 __all__ = ["BrokerQueue", "Completed", "Counts", "Pause", "Status", "gather"]

@@ -6,8 +6,8 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING
 
-import relay.loop
-from relay.wakeup import Wakeup
+import relay.process.loop
+from relay.process.wakeup import Wakeup
 from service.settings import load_settings
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class _Polling(Wakeup):
 
 def main() -> int:
     """Run it until SIGTERM."""
-    vars(relay.loop)["Wakeup"] = _Polling
-    return asyncio.run(relay.loop.run(load_settings()))
+    vars(relay.process.loop)["Wakeup"] = _Polling
+    return asyncio.run(relay.process.loop.run(load_settings()))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def commit_before_publish() -> None:
     def forget(module: Any) -> None:
         _replace(module, "_TAKE", _DUE_AGAIN, "$5::interval * 100000")
 
-    @when_imported("relay.loop")
+    @when_imported("relay.process.loop")
     def patch(module: Any) -> None:
         async def dispatch(self: Any, connection: Any, name: str, queue: Any) -> int:
             limit = await self._room(name, queue)

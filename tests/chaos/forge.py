@@ -26,9 +26,9 @@ from typing import Any
 _PRELOADED = (
     "dramatiq.cli",
     "relay.cli.app",
-    "relay.loop",
-    "relay.rabbitmq_publisher",
-    "relay.redis_publisher",
+    "relay.process.loop",
+    "relay.brokers.rabbitmq_sender",
+    "relay.brokers.redis_sender",
     "tests.chaos.app",
     "uvicorn.lifespan.on",
     "uvicorn.main",

@@ -118,17 +118,17 @@ def _api(module: Any) -> None:
     _around(module, "commit", "api.before_commit", "api.after_commit")
 
 
-@when_imported("relay.redis_publisher")
+@when_imported("relay.brokers.redis_sender")
 def _redis(module: Any) -> None:
     _around(module.RedisPublisher, "publish", "relay.before_publish", "relay.after_publish")
 
 
-@when_imported("relay.rabbitmq_publisher")
+@when_imported("relay.brokers.rabbitmq_sender")
 def _rabbitmq(module: Any) -> None:
     _around(module.RabbitmqPublisher, "publish", "relay.before_publish", "relay.after_publish")
 
 
-@when_imported("relay.loop")
+@when_imported("relay.process.loop")
 def _relay(module: Any) -> None:
     inner = module.Relay._dispatch
 

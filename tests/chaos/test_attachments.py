@@ -26,10 +26,10 @@ GAPS = (*API_GAPS, *RELAY_GAPS, *WORKER_GAPS)
 
 _PLANTED = """
 import hashlib, sys
-import relay.loop, service.outbox.delivery
+import relay.process.loop, service.outbox.delivery
 from service.ledger import delivering, dispatching
 parts = [value for module in (delivering, dispatching) for value in vars(module).values() if isinstance(value, str)]
-parts += [relay.loop.Relay._dispatch.__qualname__, service.outbox.delivery.Delivery._begin.__qualname__]
+parts += [relay.process.loop.Relay._dispatch.__qualname__, service.outbox.delivery.Delivery._begin.__qualname__]
 print(hashlib.sha256("".join(parts).encode()).hexdigest())
 """
 

@@ -119,7 +119,7 @@ def test_an_unexpected_traceback_is_found() -> None:
         json.dumps({"event": given_up.format("unexpected connection_lost() call"), "logger": "asyncio"})
     )
     assert is_traceback(json.dumps({"event": given_up.format("of ours"), "logger": "asyncio"}))
-    assert not is_traceback(json.dumps({"event": "relay.started", "logger": "relay.loop"}))
+    assert not is_traceback(json.dumps({"event": "relay.started", "logger": "relay.process.loop"}))
 
 
 def test_a_password_in_a_log_is_found() -> None:

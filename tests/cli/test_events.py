@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from relay.cli import events
-from relay.purge import first_id_after
+from relay.process.purge import first_id_after
 from service.outbox.events import new_event_id
 from tests.cli.conftest import json_literal
 

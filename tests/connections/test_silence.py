@@ -20,8 +20,8 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from relay.rabbitmq_line import Line
-from relay.redis_publisher import RedisPublisher
+from relay.brokers.rabbitmq_channel import Line
+from relay.brokers.redis_sender import RedisPublisher
 from service.dev.places import ROOT
 from service.dev.postgres import Postgres
 from service.dev.valkey import Valkey

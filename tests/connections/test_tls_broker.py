@@ -11,7 +11,7 @@ import pytest
 import redis
 from pydantic import SecretStr
 
-from relay.publisher import BrokerUnavailableError, make_publisher
+from relay.brokers.sender import BrokerUnavailableError, make_publisher
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker
 from tests.connections.gate import gate

@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from relay.cli import command
-from relay.session import Sessions
+from relay.process.relay_session import Sessions
 from service.database import driver
 from service.database.driver import DRIVER_ERRORS
 from service.database.engine import create_engine

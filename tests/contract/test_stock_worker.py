@@ -14,7 +14,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import default_middleware
 from pydantic import SecretStr
 
-from relay.publisher import Publisher, make_publisher
+from relay.brokers.sender import Publisher, make_publisher
 from service.ledger.message import Handover
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker

@@ -12,7 +12,7 @@ import pytest
 from fastapi import APIRouter
 from pydantic import SecretStr
 
-from relay.loop import Relay
+from relay.process.loop import Relay
 from service.api import create_app
 from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql

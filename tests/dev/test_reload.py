@@ -23,7 +23,7 @@ _DEAF = "import signal\nsignal.signal(15, signal.SIG_IGN)\n" + _PROGRAM
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    for folder in ("service/dev", "service/domains/orders", "relay", "tests"):
+    for folder in ("service/dev", "service/domains/orders", "relay/process", "tests"):
         (tmp_path / folder).mkdir(parents=True)
     return tmp_path
 
@@ -53,7 +53,9 @@ def look(clone: Path, api: Process) -> Callable[[], None]:
     return lambda: up.look(watch, [api], supervisor)
 
 
-@pytest.mark.parametrize("name", ["service/api.py", "service/domains/orders/routes.py", "relay/loop.py", ".env"])
+@pytest.mark.parametrize(
+    "name", ["service/api.py", "service/domains/orders/routes.py", "relay/process/loop.py", ".env"]
+)
 def test_a_new_a_saved_and_a_removed_file_are_changes(clone: Path, name: str) -> None:
     watch, file = Watch(clone, period=0), clone / name
     file.write_text("a = 1\n")

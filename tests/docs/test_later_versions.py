@@ -75,7 +75,7 @@ def template(tmp_path: Path) -> _Git:
     for name in (*_FILES, *_LOCKS):
         shutil.copy(ROOT / name, made.folder)
     made.done("git init -q -b main && git add -A && git commit -qm One")
-    made.write("relay/purge.py", "# the version that copies are made of\n")
+    made.write("relay/process/purge.py", "# the version that copies are made of\n")
     made.done("git add -A && git commit -qm Two")
     return made
 
@@ -110,7 +110,7 @@ def _next_version(template: _Git) -> None:
         template.write(lock, f"{template.read(lock)}sniffio==1.3.0\n")
     template.write("service/domains/orders/consumers.py", "# changed\n")
     template.write("service/domains/orders/more.py", "# new\n")
-    template.write("relay/purge.py", "# mended\n")
+    template.write("relay/process/purge.py", "# mended\n")
     template.write("migrations/ledger/2027_01_01_next.py", "# next\n")
     template.done("git add -A && git commit -qm Three")
 
@@ -133,7 +133,7 @@ def test_it_takes_the_next_version(template: _Git, tmp_path: Path, how: str) -> 
     assert copy.done("git status --short") == ""
     assert copy.read("README.md") == "# Mine\n"
     assert [folder.name for folder in (copy.folder / "service/domains").iterdir() if folder.is_dir()] == ["mine"]
-    assert copy.read("relay/purge.py") == "# mended\n"
+    assert copy.read("relay/process/purge.py") == "# mended\n"
     assert (copy.folder / "migrations/ledger/2027_01_01_next.py").exists()
     assert all(each in copy.read("pyproject.toml") for each in ('"my-shop"', '"humanize>', '"colorama>'))
     assert all(each in copy.read("compose.yaml") for each in ('"-Q", "mine"]', "postgres:19"))

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from relay.loop import Relay
+from relay.process.loop import Relay
 from service.database import driver
 from service.database.engine import create_engine
 from service.database.sessions import session_factory

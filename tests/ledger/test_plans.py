@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from relay.redis_publisher import RedisPublisher
+from relay.brokers.redis_sender import RedisPublisher
 from service.outbox.running.runner import Runner
 from tests.ledger.test_relay import running
 from tests.real_servers import TEMPLATE

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from relay.loop import Relay
+from relay.process.loop import Relay
 from service.database.engine import create_engine
 from service.database.sessions import session_factory, transaction
 from service.dev.places import server_account

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy.engine import make_url
 
-from relay.sparing import Sparing
-from relay.wakeup import Wakeup
+from relay.process.sparing import Sparing
+from relay.process.wakeup import Wakeup
 from service.errors import ConfigurationError
 from tests.ledger.proxy import Link, Proxy, proxy, socket_of
 from tests.ledger.test_relay import dispatched, running, sleeping
@@ -37,8 +37,8 @@ async def through_a_proxy(settings: Settings) -> AsyncIterator[Proxy]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof that notifications arrive takes seconds; here it may take less."""
-    monkeypatch.setattr("relay.wakeup._PATIENCE", (0.5, 0.5))
-    monkeypatch.setattr("relay.wakeup._ANSWER", 0.5)
+    monkeypatch.setattr("relay.process.wakeup._PATIENCE", (0.5, 0.5))
+    monkeypatch.setattr("relay.process.wakeup._ANSWER", 0.5)
 
 
 def listens(link: Link) -> bool:

@@ -14,8 +14,8 @@ from uuid import UUID, uuid4
 import pytest
 import redis.asyncio
 
-from relay.loop import Relay
-from relay.redis_publisher import RedisPublisher
+from relay.brokers.redis_sender import RedisPublisher
+from relay.process.loop import Relay
 from service.database.driver import connect
 from service.ledger.dispatching import NO_FLOOR, Pauses, queue_heads, take_due
 from service.ledger.message import Handover
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-    from relay.publisher import Publisher
+    from relay.brokers.sender import Publisher
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.ledger.dispatching import QueueHead
@@ -96,7 +96,7 @@ async def test_an_event_right_after_another_is_not_kept_waiting(
     ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pause before another look is for rows that are due and locked, not for those that were just handed over."""
-    monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 100.0)
+    monkeypatch.setattr("relay.process.loop.SHORTEST_SLEEP", 100.0)
     async with running(settings):
         for expected in range(1, 5):
             await ledger.publish()
@@ -449,7 +449,7 @@ async def test_a_backlog_of_an_outage_is_handed_over_in_whole_batches_at_once(
         tried = len(publisher.asked) + 1
         await until(lambda: len(publisher.asked) > tried)
         assert await counted(ledger) == [(0, 0, "pending", rows)]
-        monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 100.0)
+        monkeypatch.setattr("relay.process.loop.SHORTEST_SLEEP", 100.0)
         own_valkey.start()
         await until(lambda: all_dispatched(ledger, rows))
     assert publisher.sizes == [settings.outbox.batch_size] * (rows // settings.outbox.batch_size)
@@ -515,8 +515,8 @@ async def test_a_round_serves_somebody_however_long_a_look_takes(
 ) -> None:
     """A look is due again all the time; each queue still has its turn, the one first that has waited longest."""
     queues, settings.outbox.batch_size = 20, 1
-    monkeypatch.setattr("relay.loop._LOOK_EVERY", 0.0)
-    monkeypatch.setattr("relay.loop._LOOKING", 0)
+    monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 0.0)
+    monkeypatch.setattr("relay.process.loop._LOOKING", 0)
     await ledger.connection.execute(ONE_EACH, queues, 3 * queues)
     publisher = Watched(settings.broker)
     async with running(settings, publisher):
@@ -538,8 +538,8 @@ async def test_looks_that_take_long_come_seldom(
         return heads
 
     settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
-    monkeypatch.setattr("relay.loop.queue_heads", slow_heads)
-    monkeypatch.setattr("relay.loop._LOOK_EVERY", 0.1)
+    monkeypatch.setattr("relay.process.loop.queue_heads", slow_heads)
+    monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 0.1)
     await ledger.connection.execute(MANY, 20_000)
     async with running(settings):
         await until(lambda: len(looks) > 4, timeout=30)
@@ -558,9 +558,9 @@ async def test_a_look_that_takes_too_long_is_told_of_but_not_each_time(
         await connection.execute("SELECT pg_sleep(0.02)")
         return await queue_heads(connection)
 
-    monkeypatch.setattr("relay.loop.queue_heads", counted_heads)
-    monkeypatch.setattr("relay.loop._SLOW_LOOK", 0.01)
-    monkeypatch.setattr("relay.loop._LOOK_EVERY", 0.0)
+    monkeypatch.setattr("relay.process.loop.queue_heads", counted_heads)
+    monkeypatch.setattr("relay.process.loop._SLOW_LOOK", 0.01)
+    monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 0.0)
     settings.outbox.batch_size = 1
     async with running(settings):
         await ledger.connection.execute(ONE_EACH, 3, 30)
@@ -577,7 +577,7 @@ async def test_a_queue_that_was_empty_does_not_wait_for_the_next_look(
     async with running(settings):
         await until(lambda: all_dispatched(ledger, 1))
         await ledger.connection.execute("DELETE FROM outbox_message")
-        monkeypatch.setattr("relay.loop._LOOK_EVERY", 1_000.0)
+        monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 1_000.0)
         await ledger.connection.execute(MANY, 20_000)
         await until(lambda: some_dispatched(ledger))
         await ledger.connection.execute(ONE_EACH, 1, 1)
@@ -594,7 +594,7 @@ async def test_a_full_queue_keeps_nobody_awake(
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The relay sleeps beside it, and is woken by what another queue is given."""
-    monkeypatch.setattr("relay.loop.SHORTEST_SLEEP", 100.0)
+    monkeypatch.setattr("relay.process.loop.SHORTEST_SLEEP", 100.0)
     settings.outbox.high_water_mark, settings.outbox.batch_size, settings.outbox.lease = 10, 4, 600
     await ledger.connection.execute(MANY, 30)
     async with running(settings):

@@ -145,7 +145,7 @@ async def test_a_relay_that_freezes_in_mid_batch_gives_its_rows_back(
 async def test_it_purges_by_itself(ledger: Ledger, environment: dict[str, str], tmp_path: Path) -> None:
     (old,) = await ledger.publish()
     await ledger.connection.execute("UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp()")
-    (tmp_path / "sitecustomize.py").write_text("import relay.purge\nrelay.purge.EVERY = 0.2\n")
+    (tmp_path / "sitecustomize.py").write_text("import relay.process.purge\nrelay.process.purge.EVERY = 0.2\n")
     sooner = {"PYTHONPATH": f"{tmp_path}:{os.curdir}", "OUTBOX__KEEP_COMPLETED": "0"}
     async with relay(environment | sooner, tmp_path / "log"):
         await until(lambda: is_gone(ledger, old))

@@ -12,8 +12,8 @@ import pytest
 import redis.asyncio
 from pydantic import SecretStr
 
-from relay.publisher import BrokerUnavailableError
-from relay.redis_publisher import RedisPublisher
+from relay.brokers.redis_sender import RedisPublisher
+from relay.brokers.sender import BrokerUnavailableError
 from service.dev.valkey import Valkey
 from service.ledger.message import Handover
 from service.settings import BrokerSettings

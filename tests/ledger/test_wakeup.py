@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import pytest
 
-from relay.wakeup import Wakeup
+from relay.process.wakeup import Wakeup
 from service.ledger import delivering
 from service.ledger.dispatching import queue_heads
 from tests.waiting import until
@@ -256,7 +256,7 @@ async def test_a_ghost_sleeper_is_ended(
 ) -> None:
     """A stopped relay process would hold the sleeper's lock for ever, and every commit would notify it."""
     shorter = "s.SESSION.update({name: '1s' for name in s.SESSION if name == 'idle_session_timeout'})"
-    (tmp_path / "sitecustomize.py").write_text(f"import relay.session as s\n{shorter}\n")
+    (tmp_path / "sitecustomize.py").write_text(f"import relay.process.relay_session as s\n{shorter}\n")
     with (tmp_path / "log").open("wb") as log:
         path = f"{tmp_path}:{os.curdir}"
         ghost = await asyncio.create_subprocess_exec(

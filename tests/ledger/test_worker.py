@@ -17,7 +17,7 @@ import pytest
 import redis.asyncio
 from pydantic import SecretStr
 
-from relay.loop import Relay
+from relay.process.loop import Relay
 from tests.ledger import domain
 from tests.waiting import until
 

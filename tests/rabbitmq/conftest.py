@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from relay.loop import Relay
+from relay.process.loop import Relay
 from tests.ledger.conftest import Ledger, connection, ledger
 from tests.rabbitmq.node import amqp, node, rabbitmq
 from tests.waiting import until

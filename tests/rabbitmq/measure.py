@@ -21,7 +21,7 @@ import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from pydantic import SecretStr
 
-from relay.loop import Relay
+from relay.process.loop import Relay
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
 from service.telemetry.logs import configure_logging
 from tests.ledger.domain import SCHEMA

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from relay.rabbitmq_publisher import RabbitmqPublisher
+from relay.brokers.rabbitmq_sender import RabbitmqPublisher
 from tests.ledger import domain
 from tests.ledger.test_relay import dispatched, running
 from tests.rabbitmq.test_publisher import count, to_queue_process

@@ -14,10 +14,10 @@ import pytest
 from aiormq import DeliveryError
 from pydantic import SecretStr
 
-from relay.publisher import BrokerUnavailableError, QueueRefusedError, make_publisher
-from relay.rabbitmq_batch import publish_batch
-from relay.rabbitmq_line import Line
-from relay.rabbitmq_publisher import RabbitmqPublisher
+from relay.brokers.rabbitmq_batch import publish_batch
+from relay.brokers.rabbitmq_channel import Line
+from relay.brokers.rabbitmq_sender import RabbitmqPublisher
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, make_publisher
 from service.ledger.message import Handover
 from service.settings import BrokerSettings
 from tests.waiting import until

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from relay.wakeup import LONGEST_SLEEP
+from relay.process.wakeup import LONGEST_SLEEP
 from service.database.driver import open_connection
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import asyncpg
 
-    from relay.wakeup import Wakeup
+    from relay.process.wakeup import Wakeup
     from service.settings import DatabaseSettings
 
     Connection = asyncpg.Connection[asyncpg.Record]

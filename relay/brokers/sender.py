@@ -60,9 +60,9 @@ class Publisher(Protocol):
 def make_publisher(settings: BrokerSettings) -> Publisher:
     """The publisher for the broker that `BROKER__URL` names."""
     if settings.is_rabbitmq:
-        from relay.rabbitmq_publisher import RabbitmqPublisher
+        from relay.brokers.rabbitmq_sender import RabbitmqPublisher
 
         return RabbitmqPublisher(settings)
-    from relay.redis_publisher import RedisPublisher
+    from relay.brokers.redis_sender import RedisPublisher
 
     return RedisPublisher(settings)

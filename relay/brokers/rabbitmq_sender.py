@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryError
 
-from relay.publisher import BrokerUnavailableError, QueueRefusedError
-from relay.rabbitmq_batch import count, publish_batch
-from relay.rabbitmq_line import Line
+from relay.brokers.rabbitmq_batch import count, publish_batch
+from relay.brokers.rabbitmq_channel import Line
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.ledger.message import Handover, encode
 
 if TYPE_CHECKING:

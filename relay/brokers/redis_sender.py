@@ -32,7 +32,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from relay.publisher import BrokerUnavailableError, QueueRefusedError
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.ledger.message import Handover, encode
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from uuid import uuid4
 
 import asyncpg
 
-from relay.lane import Lane
-from relay.publisher import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
-from relay.purge import purge_regularly
-from relay.session import SESSION, Sessions
-from relay.sparing import Sparing
-from relay.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
+from relay.brokers.sender import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
+from relay.process.known_queue import Lane
+from relay.process.purge import purge_regularly
+from relay.process.relay_session import SESSION, Sessions
+from relay.process.sparing import Sparing
+from relay.process.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
 from service.backoff import backoff
 from service.database.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError

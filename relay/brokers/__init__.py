@@ -1,0 +1,1 @@
+"""What the relay needs of a broker, and how each of them does it."""

@@ -1,0 +1,1 @@
+"""The relay itself: it hands every due delivery over to the broker."""
