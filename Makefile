@@ -30,10 +30,10 @@ test: $(STAMP) ## Run the tests in parallel on PostgreSQL and Valkey (ARGS="-k n
 	@$(PY) -m pytest -q -n $(JOBS) --maxprocesses 8 --dist worksteal -m "$(MARK)" $(ARGS)
 
 chaos: $(STAMP) ## Attack the running system for 20 minutes (SCENARIO=a,b SEED=1 for one; SLOW=1: recovery times as shipped)
-	@$(PY) -m tests.chaos --scenario '$(SCENARIO)' --seed '$(SEED)' $(if $(SLOW),--slow)
+	@$(PY) -m tests.proof.chaos --scenario '$(SCENARIO)' --seed '$(SEED)' $(if $(SLOW),--slow)
 
 bench: $(STAMP) $(VENV)/.bench ## Measure it beside what else there is, in 20 minutes (QUICK=1: in 4; ONLY=relay,api; OUT=folder)
-	@$(PY) -m tests.bench $(if $(QUICK),--quick) --only '$(ONLY)' $(if $(OUT),--out '$(OUT)')
+	@$(PY) -m tests.proof.bench $(if $(QUICK),--quick) --only '$(ONLY)' $(if $(OUT),--out '$(OUT)')
 
 dev: $(STAMP) ## Run everything until Ctrl-C; the data stays for the next time
 	@$(PY) -m service.dev dev

@@ -1,6 +1,6 @@
 """Fixtures on real servers, which are this run's own: never the developer's database, whatever the environment says.
 
-Whatever a test starts ends with it (`tests/leftovers.py`); a test that leaves something running has failed.
+Whatever a test starts ends with it (`tests/servers/leftovers.py`); a test that leaves something running has failed.
 
 Two kinds of database: `database_url` is a copy of the migrated template, for whatever needs real commits, processes or
 more than one connection; `rolled_back_session` is a transaction that is rolled back, for tests of a domain's logic.
@@ -26,8 +26,8 @@ from service.database.sessions import SessionFactory, session_factory
 from service.dev.postgres import Postgres, psql
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
-from tests.leftovers import Leftovers
-from tests.real_servers import TEMPLATE, RealServers, Where, copy_of, outside_environment
+from tests.servers.leftovers import Leftovers
+from tests.servers.real_servers import TEMPLATE, RealServers, Where, copy_of, outside_environment
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -46,33 +46,33 @@ CLOCK = {
 _HERE = Path(__file__).parent
 
 _SLOW = (
-    "api/test_standby.py",
-    "bench/",
-    "chaos/",
-    "connections/test_silence.py",
-    "connections/test_silent_death.py",
-    "connections/test_tls_broker.py",
-    "contract/test_hostile_bodies.py",
-    "contract/test_plain_actors.py",
-    "contract/test_stock_worker.py",
-    "deploy/",
-    "dev/test_leftovers.py",
-    "docs/test_adoption.py",
-    "docs/test_guide.py",
-    "ledger/test_accept.py",
-    "ledger/test_bad_queues.py",
-    "ledger/test_deploys.py",
-    "ledger/test_failover.py",
-    "ledger/test_lost_database.py",
-    "ledger/test_orphans.py",
-    "ledger/test_outages.py",
-    "ledger/test_pooler.py",
-    "ledger/test_reconnects.py",
-    "ledger/test_relay_process.py",
-    "ledger/test_shutdown.py",
-    "ledger/test_stalled_logs.py",
-    "rabbitmq/",
-    "template/",
+    "service/api/test_standby.py",
+    "proof/bench/",
+    "proof/chaos/",
+    "proof/connections/test_silence.py",
+    "proof/connections/test_silent_death.py",
+    "proof/connections/test_tls_broker.py",
+    "proof/contract/test_hostile_bodies.py",
+    "proof/contract/test_plain_actors.py",
+    "proof/contract/test_stock_worker.py",
+    "service/deploy/",
+    "service/dev/test_leftovers.py",
+    "service/docs/test_adoption.py",
+    "service/docs/test_guide.py",
+    "proof/ledger/test_accept.py",
+    "proof/ledger/test_bad_queues.py",
+    "proof/ledger/test_deploys.py",
+    "proof/ledger/test_failover.py",
+    "proof/ledger/test_lost_database.py",
+    "proof/ledger/test_orphans.py",
+    "proof/ledger/test_outages.py",
+    "proof/ledger/test_pooler.py",
+    "proof/ledger/test_reconnects.py",
+    "proof/ledger/test_relay_process.py",
+    "proof/ledger/test_shutdown.py",
+    "proof/ledger/test_stalled_logs.py",
+    "proof/rabbitmq/",
+    "service/template/",
 )
 
 DOMAIN_SETTINGS: dict[str, str] = {}

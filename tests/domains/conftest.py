@@ -10,7 +10,7 @@ import structlog
 from service.api import create_app
 from service.dev.sink import Sink
 from service.outbox.testing import InlineWorker, inline_worker
-from tests.api.serving import serve
+from tests.service.api.serving import serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

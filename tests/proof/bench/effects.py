@@ -1,0 +1,97 @@
+"""How many effects a second one worker process has: with the ledger, without it, and on two other queues."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import asyncpg
+import dramatiq
+
+from tests.proof.bench.drain import once
+from tests.proof.bench.plain import plain_broker
+from tests.proof.bench.stage import INSERT
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from tests.proof.bench.stage import Connection, Stage
+
+__all__ = ["ledger", "peer", "plain"]
+
+_SPAN = "SELECT count(*) AS count, extract(epoch FROM max(at) - min(at))::float8 AS seconds FROM bench_effect"
+_DISTINCT = "SELECT count(DISTINCT order_id) FROM bench_effect"
+
+
+async def _rate(connection: Connection, expected: int) -> float:
+    """Effects per second, from the first to the last."""
+    await until(lambda: _at_least(connection, expected), timeout=600, every=0.2)
+    row = await connection.fetchrow(_SPAN)
+    assert row is not None
+    assert row["count"] == expected == await connection.fetchval(_DISTINCT)
+    return float(row["count"] / row["seconds"])
+
+
+async def _at_least(connection: Connection, expected: int) -> bool:
+    newest: int = await connection.fetchval("SELECT coalesce(max(id), 0) FROM bench_effect")
+    return newest >= expected
+
+
+async def ledger(stage: Stage, count: int, threads: int, *, relaying: bool) -> float:
+    """Effects per second of the service's worker.
+
+    Args:
+        stage: The servers.
+        count: Events, all written before the worker starts.
+        threads: Worker threads.
+        relaying: Whether the relay works beside it, or has put all in the broker before the worker starts.
+    """
+    async with stage.database() as database:
+        connection = await asyncpg.connect(database)
+        try:
+            if relaying:
+                async with (
+                    stage.relay(database, OUTBOX__HIGH_WATER_MARK="5000"),
+                    stage.worker(database, threads=threads),
+                ):
+                    await connection.execute(INSERT, count)
+                    return await _rate(connection, count)
+            async with stage.relay(database, OUTBOX__REDISPATCH_AFTER="600"):
+                await connection.execute(INSERT, count)
+                await until(lambda: stage.waiting() >= count, timeout=60)
+            async with stage.worker(database, threads=threads):
+                return await _rate(connection, count)
+        finally:
+            await connection.close()
+
+
+async def plain(stage: Stage, count: int, threads: int) -> float:
+    """Effects per second of Dramatiq's own worker and broker, all messages sent before it starts."""
+    async with stage.database() as database:
+        connection = await asyncpg.connect(database)
+        sender = plain_broker(stage.settings(database).broker)
+        sender.declare_queue("bench")
+        try:
+            for _ in range(count):
+                message: dramatiq.Message[None] = dramatiq.Message("bench", "bench.effect", (str(uuid4()),), {}, {})
+                sender.enqueue(message)
+            async with stage.worker(database, app="plain", threads=threads):
+                return await _rate(connection, count)
+        finally:
+            sender.close()
+            await connection.close()
+
+
+async def peer(stage: Stage, name: str, count: int, concurrency: int, *, tuned: bool) -> float:
+    """Effects per second of another library's worker, all jobs written before it starts."""
+    module = f"tests.proof.bench.peers.{name}"
+    async with stage.database("template1") as database:
+        environment = stage.environment(database)
+        await once(module, "prepare", environment=environment)
+        connection = await asyncpg.connect(database)
+        try:
+            await once(module, "load", str(count), environment=environment)
+            arguments = ("--concurrency", str(concurrency), *(("--tuned",) if tuned else ()))
+            async with stage.running(module, "worker", *arguments, environment=environment, ready="ready"):
+                return await _rate(connection, count)
+        finally:
+            await connection.close()

@@ -1,0 +1,295 @@
+"""The benchmark's sections: which sides are measured in turns, how often, and what is to be reached."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tests.proof.bench import cold, cost, drain, effects, flat, latency, writers
+from tests.proof.bench.figures import Figure
+from tests.proof.bench.peers import PROMISES, QUEUES, RELAYS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.proof.bench.stage import Stage
+
+__all__ = ["SECTIONS", "Result"]
+
+
+@dataclass
+class Result:
+    """What was measured so far."""
+
+    figures: list[Figure] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    plots: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
+    """Sections that were given up: a process did not come up, or something took too long."""
+    wrong: list[str] = field(default_factory=list)
+    """Sections whose rows, messages or effects did not add up."""
+
+    def add(self, *figures: Figure) -> None:
+        """Add lines to the table."""
+        self.figures.extend(figures)
+
+
+class Section(Protocol):
+    """Measures and adds to the result."""
+
+    async def __call__(self, stage: Stage, result: Result, *, quick: bool) -> None: ...
+
+
+Sides = dict[str, "Callable[[], Awaitable[float]]"]
+
+
+async def _in_turns(sides: Sides, rounds: int) -> dict[str, list[float]]:
+    """Every side once a round, in another order each time."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name in random.sample(list(sides), len(sides)):
+            values[name].append(await sides[name]())
+    return values
+
+
+def _peers_installed() -> bool:
+    return importlib.util.find_spec("txoutbox") is not None
+
+
+async def relay(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain to Valkey."""
+    sides: Sides = {
+        "relay": lambda: drain.relay(stage, 50_000 if quick else 100_000),
+        "claim": lambda: drain.claim_alone(stage, 50_000 if quick else 100_000),
+        "loop": lambda: drain.loop(stage, 5_000 if quick else 10_000),
+    }
+    values = await _in_turns(sides, 2 if quick else 4)
+    ours = values["relay"]
+    name, unit = "relay drain, PostgreSQL to Valkey", "rows/s"
+    result.add(
+        Figure(name, unit, ours, "loop of SELECT, enqueue, UPDATE", values["loop"], at_least=15),
+        Figure(name, unit, ours, "its statement alone, no broker", values["claim"], at_least=0.6),
+    )
+    result.plots["relay-peers"] = {
+        "this relay": Figure("", "", ours).value,
+        "the loop of tutorials": Figure("", "", values["loop"]).value,
+    }
+
+
+async def relay_peers(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain to Valkey beside two other libraries' relays."""
+    if not _peers_installed():
+        return
+    sides: Sides = {"relay": lambda: drain.relay(stage, 50_000)}
+    for name in RELAYS:
+        sides[f"{name}, tuned"] = lambda name=name: drain.peer(stage, name, 3_000 if quick else 15_000, tuned=True)  # type: ignore[misc]
+        if not quick:
+            sides[name] = lambda name=name: drain.peer(stage, name, 5_000, tuned=False)  # type: ignore[misc]
+    values = await _in_turns(sides, 1 if quick else 2)
+    ours = values.pop("relay")
+    targets = {"txoutbox, tuned": 4.0, "faststream_outbox, tuned": 15.0}
+    for name, theirs in values.items():
+        result.add(
+            Figure("relay drain, PostgreSQL to Valkey", "rows/s", ours, name, theirs, at_least=targets.get(name))
+        )
+    plot = result.plots.setdefault("relay-peers", {"this relay": Figure("", "", ours).value})
+    plot |= {name: Figure("", "", theirs).value for name, theirs in values.items()}
+
+
+async def rabbitmq(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain to RabbitMQ."""
+    if stage.rabbitmq is None:
+        result.texts.append("RabbitMQ is not installed here: its figures are missing.")
+        return
+    sides: Sides = {
+        "relay": lambda: drain.relay(stage, 10_000 if quick else 30_000, "rabbitmq"),
+        "loop": lambda: drain.loop(stage, 2_000 if quick else 5_000, "rabbitmq"),
+    }
+    values = await _in_turns(sides, 1 if quick else 3)
+    against = "loop with confirm_delivery=True"
+    result.add(
+        Figure("relay drain to RabbitMQ, confirmed", "rows/s", values["relay"], against, values["loop"], at_least=3.5)
+    )
+
+
+async def commits(stage: Stage, result: Result, *, quick: bool) -> None:
+    """What the wake-up costs those who commit."""
+    seconds = 3 if quick else 5
+    for writers_ in (16, 64):
+        sides: Sides = {
+            "gated": lambda n=writers_: writers.commits(stage, n, seconds, gated=True),  # type: ignore[misc]
+            "without": lambda n=writers_: writers.commits(stage, n, seconds, gated=False),  # type: ignore[misc]
+        }
+        values = await _in_turns(sides, 1 if quick else 3)
+        name = f"commits of {writers_} writers, with wake-up"
+        result.add(
+            Figure(name, "commits/s", values["gated"], "no trigger, relay polls", values["without"], at_least=0.85)
+        )
+
+
+async def api(stage: Stage, result: Result, *, quick: bool) -> None:
+    """What publishing costs a request."""
+    paths = ["/order/0", "/order/1", "/order/2", "/order/4", "/row/0", "/row/1"]
+    values = await writers.requests(stage, paths, 2 if quick else 5, 1_600 if quick else 3_200)
+    versus = "the same handler without"
+    for consumers, target in ((1, 0.9), (2, None), (4, None)):
+        name = f"POST of an order with an event, consumers: {consumers}"
+        ours = values[f"/order/{consumers}"]
+        result.add(Figure(name, "requests/s", ours, versus, values["/order/0"], at_least=target))
+    name = "POST of one row, the least a handler can do, with an event"
+    result.add(Figure(name, "requests/s", values["/row/1"], versus, values["/row/0"]))
+
+
+async def idle_latency(stage: Stage, result: Result, *, quick: bool) -> None:
+    """From commit to the start of the consumer, nothing else to do."""
+    count = 100 if quick else 250
+    curves: dict[str, Any] = {}
+    for broker in ("valkey", *(("rabbitmq",) if stage.rabbitmq else ())):
+        ours = await latency.idle(stage, count, broker)
+        base = await latency.idle_baseline(stage, count, broker)
+        name, versus = f"commit to start, idle, {broker}", "no ledger, stock broker"
+        result.add(
+            Figure(f"{name}, p50", "ms", [ours.p50], versus, [base.p50], at_most=10),
+            Figure(f"{name}, p99", "ms", [ours.p99], versus, [base.p99], at_most=50),
+        )
+        curves[f"this, {broker}"] = {"p50": ours.p50, "p99": ours.p99, "worst": ours.worst}
+        curves[f"stock Dramatiq, {broker}, no database"] = {"p50": base.p50, "p99": base.p99, "worst": base.worst}
+    result.plots["latency"] = curves
+
+
+async def worker(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Effects a second of one worker process, and the latency at 60 % of that."""
+    count = 4_000 if quick else 6_000
+    sides: Sides = {
+        "ledger": lambda: effects.ledger(stage, count, 8, relaying=False),
+        "plain": lambda: effects.plain(stage, count, 8),
+        "whole path": lambda: effects.ledger(stage, count, 8, relaying=True),
+    }
+    values = await _in_turns(sides, 1 if quick else 3)
+    name = "effects of one worker process, 8 threads"
+    result.add(Figure(name, "effects/s", values["ledger"], "same actor, no ledger", values["plain"], at_least=0.75))
+    whole = Figure("effects with the relay at work beside it", "effects/s", values["whole path"])
+    result.add(whole)
+    found = await latency.under_load(stage, whole.value * 0.6, 4 if quick else 10)
+    result.add(Figure("commit to start at 60 % of that, p99", "ms", [found.p99], at_most=100),
+               Figure("commit to start at 60 % of that, p50", "ms", [found.p50]))  # fmt: skip
+
+
+async def queue_peers(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Effects a second beside two queues in PostgreSQL."""
+    if not _peers_installed():
+        return
+    count = 2_000 if quick else 6_000
+    sides: Sides = {"this": lambda: effects.ledger(stage, count, 8, relaying=True)}
+    for name in QUEUES:
+        sides[f"{name}, tuned"] = lambda name=name: effects.peer(stage, name, count, 8, tuned=True)  # type: ignore[misc]
+        if not quick:
+            sides[name] = lambda name=name: effects.peer(stage, name, count, 8, tuned=False)  # type: ignore[misc]
+    values = await _in_turns(sides, 1 if quick else 2)
+    ours = values.pop("this")
+    for name, theirs in values.items():
+        result.add(Figure("effects with transactional enqueue", "effects/s", ours, name, theirs))
+    result.plots["queue-peers"] = {"this, relay and worker": Figure("", "", ours).value}
+    result.plots["queue-peers"] |= {name: Figure("", "", theirs).value for name, theirs in values.items()}
+    result.texts.append("\n".join(f"{name}: {PROMISES[name]}" for name in (*RELAYS, *QUEUES)))
+
+
+async def backlog(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain as the backlog grows."""
+    # The short ones take a tenth of a second, so there are more of them.
+    lengths = {10_000: 3, 100_000: 1} if quick else {10_000: 4, 100_000: 2, 1_000_000: 2}
+    todo = [length for length, times in lengths.items() for _ in range(times)]
+    values: dict[int, list[float]] = defaultdict(list)
+    for length in random.sample(todo, len(todo)):
+        values[length].append(await flat.backlog(stage, length))
+    short, *_, long = lengths
+    name = f"drain of a backlog of {long:,}"
+    result.add(Figure(name, "rows/s", values[long], f"of {short:,}", values[short], at_least=0.85))
+    result.plots["backlog"] = {str(each): Figure("", "", values[each]).value for each in lengths}
+
+
+async def cold_queue(stage: Stage, result: Result, *, quick: bool) -> None:
+    """How long a cold queue waits beside a hot one that is full or drains."""
+    events = 50 if quick else 200
+    hot = (0, 50_000) if quick else (0, 300_000, 1_000_000)
+    for how, none, measure in (
+        ("full", "none", cold.beside_full),
+        ("draining", f"one kept at {cold.SHORT}", cold.beside_draining),
+    ):
+        found: dict[int, list[latency.Latency]] = defaultdict(list)
+        for backlog in random.sample(hot, len(hot)):
+            found[backlog].append(await measure(stage, backlog, events))
+        base = found.pop(0)
+        for backlog, ours in sorted(found.items()):
+            name = f"commit to hand-over of a cold queue beside {backlog:,} {how}"
+            result.add(
+                Figure(f"{name}, p50", "ms", [each.p50 for each in ours], none, [each.p50 for each in base]),
+                Figure(f"{name}, p99", "ms", [each.p99 for each in ours], none, [each.p99 for each in base],
+                       at_most_times=2),
+            )  # fmt: skip
+    new = await cold.beside_draining(stage, hot[-1], 20 if quick else 40, new=True)
+    name = f"commit to hand-over of a new queue beside {hot[-1]:,} draining"
+    result.add(Figure(f"{name}, p50", "ms", [new.p50]), Figure(f"{name}, worst", "ms", [new.worst]))
+
+
+async def held(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain while a transaction keeps dead rows alive."""
+    before, rows = (60_000, 30_000) if quick else (300_000, 100_000)
+    sides: Sides = {
+        "held": lambda: flat.held_transaction(stage, before, rows, held=True),
+        "free": lambda: flat.held_transaction(stage, before, rows, held=False),
+    }
+    values = await _in_turns(sides, 1 if quick else 3)
+    name = f"drain after {before:,} rows with a transaction held open"
+    result.add(Figure(name, "rows/s", values["held"], "none held", values["free"], at_least=0.8))
+
+
+async def history(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The drain and the claims with much history, and while it is purged, each in turns with a database without any."""
+    kept, rows = (300_000, 30_000) if quick else (5_000_000, 100_000)
+    for name, pairs in (await flat.history(stage, kept, rows, 2 if quick else 4)).items():
+        full, empty = (list(side) for side in zip(*pairs, strict=True))
+        result.add(Figure(name, "rows/s", full, "empty history", empty, at_least=0.85))
+
+
+async def relays(stage: Stage, result: Result, *, quick: bool) -> None:
+    """A burst after a rest, and two relays."""
+    rows = 60_000 if quick else 300_000
+    pairs = [await flat.burst_after_rest(stage, rows) for _ in range(1 if quick else 2)]
+    warm, rested = [each[0] for each in pairs], [each[1] for each in pairs]
+    result.add(Figure(f"burst of {rows:,} onto an idle relay", "rows/s", rested, "warm relay", warm, at_least=0.85))
+    sides: Sides = {str(n): lambda n=n: flat.two_relays(stage, rows, n) for n in (1, 2)}  # type: ignore[misc]
+    values = await _in_turns(sides, 1 if quick else 3)
+    result.add(Figure("two relays", "rows/s", values["2"], "one", values["1"], at_least=0.95))
+
+
+async def memory(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Whether anything grows."""
+    for name, sizes in (
+        ("relay", await flat.relay_memory(stage, 100_000 if quick else 1_000_000, 4)),
+        ("worker", await flat.worker_memory(stage, 8_000 if quick else 100_000, 4)),
+    ):
+        shown = " ".join(f"{each:.0f}" for each in sizes)
+        growth = [sizes[-1] - sizes[0]]
+        result.add(Figure(f"memory of the {name} from first to last quarter", "MiB", growth, at_most=5, note=shown))
+
+
+async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
+    """Where the time of one event goes, and what doing nothing costs."""
+    result.texts.append(cost.table(await cost.per_event(stage, 1_600 if quick else 3_200)))
+    for name, (busy, transactions) in (await cost.idle(stage, 5 if quick else 30)).items():
+        result.add(
+            Figure(f"idle {name}, CPU", "% of a core", [busy], at_most=1),
+            Figure(f"idle {name}, PostgreSQL", "transactions/min", [transactions], at_most=30),
+        )
+
+
+SECTIONS: dict[str, Section] = {
+    "relay": relay, "relay-peers": relay_peers, "rabbitmq": rabbitmq, "commits": commits, "api": api,
+    "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog,
+    "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "costs": costs,
+}  # fmt: skip
+"""In the order in which they run."""

@@ -1,0 +1,63 @@
+"""The processes that are attacked: `create_app` for Uvicorn and `setup_broker` for Dramatiq."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import dramatiq
+from fastapi import APIRouter
+from pydantic import BaseModel
+from sqlalchemy import text
+
+import service.api
+from service.http.idempotency import IdempotentRoute
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.outbox import publish
+from service.settings import load_settings
+from service.telemetry.logs import configure_logging
+from service.worker import build
+from tests.proof.chaos.domain import PLAIN_POISON, POISON, PlainlyPoisoned, Poisoned, ThingMade
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+__all__ = ["create_app", "setup_broker"]
+
+router = APIRouter(route_class=IdempotentRoute)
+
+
+class Thing(BaseModel):
+    """What is asked for, and what was stored."""
+
+    subject_id: UUID
+    how: str = ""
+
+
+@router.post("/things", status_code=201)
+async def make_thing(body: Thing, session: Session) -> Thing:
+    """Store a thing and publish it."""
+    await session.execute(
+        text("INSERT INTO thing VALUES (:subject, :how)"), {"subject": body.subject_id, "how": body.how}
+    )
+    if body.how in POISON:
+        publish(session, Poisoned(subject_id=body.subject_id, how=body.how))
+    elif body.how in PLAIN_POISON:
+        publish(session, PlainlyPoisoned(subject_id=body.subject_id, how=body.how))
+    else:
+        publish(session, ThingMade(subject_id=body.subject_id, how=body.how))
+    return body
+
+
+def create_app() -> FastAPI:
+    """The service's own application, with the suite's routes."""
+    app = service.api.create_app()
+    app.include_router(router)
+    return app
+
+
+def setup_broker() -> None:
+    """A broker with the suite's consumers only."""
+    settings = load_settings()
+    configure_logging(settings.log_format, settings.log_level)
+    dramatiq.set_broker(build(settings))

@@ -1,0 +1,110 @@
+"""Planted bugs: systems that the checker must accuse, or it proves nothing about the one that it acquits.
+
+`CHAOS_BUG` names one. Each changes the service's modules as they are imported, and refuses to start where the code it
+changes is not there any more.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from tests.proof.chaos.patching import when_imported
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+__all__ = ["BUGS"]
+
+_DUE_AGAIN = "$5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3))"
+
+
+def _replace(module: Any, name: str, old: str, new: str) -> None:
+    statement: str = getattr(module, name)
+    if old not in statement:
+        raise SystemExit(f"cannot plant the bug: {module.__name__}.{name} is another statement by now")
+    setattr(module, name, statement.replace(old, new))
+
+
+def no_fence() -> None:
+    """Whoever finishes completes the row, whether it is still theirs or not."""
+
+    @when_imported("service.ledger.delivering")
+    def patch(module: Any) -> None:
+        fence = f"AND claim_token = $2 AND {module._STATE} IN ('running', 'dispatched')"
+        _replace(module, "_COMPLETE", fence, "AND $2::uuid IS NOT NULL")
+
+
+def complete_before_effect() -> None:
+    """The row is ticked off first, and then the work is done."""
+
+    @when_imported("service.outbox.delivery")
+    def patch(module: Any) -> None:
+        begin = module.Delivery._begin
+
+        @asynccontextmanager
+        async def begin_completed(self: Any) -> AsyncIterator[Any]:
+            async with self._sessions(mark=str(self._claim.token)) as session:
+                driver = await self._start(session)
+                await session.execute(module.text("SELECT 1"))
+                await self._complete(driver)
+                await module.commit(session)
+
+            async def nothing(*_: Any) -> None:
+                """It is completed already."""
+
+            self._complete = nothing
+            async with begin(self) as session:
+                yield session
+
+        module.Delivery._begin = begin_completed
+
+
+def commit_before_publish() -> None:
+    """The relay marks rows as handed over for good, commits, and only then hands them over."""
+
+    @when_imported("service.ledger.dispatching")
+    def forget(module: Any) -> None:
+        _replace(module, "_TAKE", _DUE_AGAIN, "$5::interval * 100000")
+
+    @when_imported("relay.process.loop")
+    def patch(module: Any) -> None:
+        async def dispatch(self: Any, connection: Any, name: str, queue: Any) -> int:
+            limit = await self._room(name, queue)
+            if limit <= 0:
+                return 0
+            async with connection.transaction():
+                batch = await self._take(connection, name, queue, limit)
+            if batch is None:
+                return 0
+            queue.depth = await self._publisher.publish(name, batch.rows, module.uuid4().hex[:16])
+            return len(batch.rows)
+
+        module.Relay._dispatch = dispatch
+
+
+def narrow_claim() -> None:
+    """A worker takes only what it can see to be dispatched, so one that is faster than the relay's commit misses it."""
+
+    @when_imported("service.ledger.delivering")
+    def patch(module: Any) -> None:
+        for name in ("_CLAIM", "_CLAIM_FREE"):
+            _replace(module, name, module._CLAIMABLE, f"{module._STATE} = 'dispatched'")
+
+
+def heartbeat_without_token() -> None:
+    """A worker that came back to life keeps alive the lease of whoever has its row by now."""
+
+    @when_imported("service.ledger.delivering")
+    def patch(module: Any) -> None:
+        _replace(module, "_HEARTBEAT", " AND message.claim_token = lease.token", "")
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    each.__name__: each
+    for each in (no_fence, complete_before_effect, commit_before_publish, narrow_claim, heartbeat_without_token)
+}
+
+if os.environ.get("CHAOS_BUG"):
+    BUGS[os.environ["CHAOS_BUG"]]()

@@ -1,0 +1,42 @@
+"""Reads what the database says: the business tables, and what the ledger still has to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tests.proof.chaos.checker import Tables
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["read_tables"]
+
+_TABLES = """
+SELECT (SELECT coalesce(sum(total), 0) FROM shard)::bigint,
+       (SELECT count(*) FROM outbox_message WHERE state <> 'completed'),
+       (SELECT coalesce(max(attempts), 0) FROM outbox_message WHERE consumer NOT LIKE 'chaos.suffer%'),
+       (SELECT count(*) FROM outbox_message WHERE dispatches >= 2)
+"""
+
+_STATES = "SELECT payload ->> 'subject_id', consumer, state FROM outbox_message"
+
+
+async def read_tables(connection: asyncpg.Connection[asyncpg.Record]) -> Tables:
+    """All of it, as of one moment."""
+    totals = await connection.fetchrow(_TABLES)
+    assert totals is not None
+    return Tables(
+        things=_counted(await connection.fetch("SELECT subject_id FROM thing")),
+        bookings=_counted(await connection.fetch("SELECT subject_id FROM booking")),
+        shard_total=totals[0],
+        dead=set(_counted(await connection.fetch("SELECT payload ->> 'subject_id' FROM dead_letter"))),
+        open_rows=totals[1],
+        states={(row[0], row[1]): row[2] for row in await connection.fetch(_STATES)},
+        attempts=totals[2],
+        redispatched=totals[3],
+    )
+
+
+def _counted(rows: list[asyncpg.Record]) -> Counter[str]:
+    return Counter(str(row[0]) for row in rows)

@@ -1,0 +1,14 @@
+"""Every attack, in the order of the sweep; importing this registers them."""
+
+from tests.proof.chaos.scenarios import (  # noqa: F401
+    failover,
+    network,
+    operators,
+    planted,
+    poison,
+    postgres,
+    processes,
+    rabbitmq,
+    recovery,
+    valkey,
+)

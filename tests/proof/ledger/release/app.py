@@ -1,0 +1,48 @@
+"""API and worker of the release that the environment variable RELEASE names: `older` or `newer`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import dramatiq
+from fastapi import APIRouter
+
+import service.api
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.outbox import Event, publish
+from service.settings import load_settings
+from service.telemetry.logs import configure_logging
+from service.worker import build
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+__all__ = ["create_app", "setup_broker"]
+
+_EVENTS: tuple[type[Event], ...] = importlib.import_module(f"tests.proof.ledger.release.{os.environ['RELEASE']}").EVENTS
+_router = APIRouter()
+
+
+@_router.post("/releases", status_code=201)
+async def publish_each(session: Session) -> None:
+    """Publish one event of each type, with whatever fields this release knows."""
+    for event in _EVENTS:
+        fields = {"added": 9, "weight": 2000, "unit": "g"} if event.event_version == 2 else {"added": 9, "weight": 2}
+        publish(session, event.model_validate({"subject_id": uuid4(), **fields}))
+
+
+def create_app() -> FastAPI:
+    """The service's own application, with a route that publishes."""
+    app = service.api.create_app()
+    app.include_router(_router)
+    return app
+
+
+def setup_broker() -> None:
+    """A broker with this release's consumers only."""
+    settings = load_settings()
+    configure_logging(settings.log_format, settings.log_level)
+    dramatiq.set_broker(build(settings))

@@ -1,0 +1,418 @@
+"""Real worker processes under the stock Dramatiq CLI, with a relay on the test's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import psutil
+import pytest
+import redis.asyncio
+from pydantic import SecretStr
+
+from relay.process.loop import Relay
+from tests.proof.ledger import domain
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from service.dev.valkey import Valkey
+    from service.outbox import Event
+    from service.settings import Settings
+    from tests.proof.ledger.conftest import Ledger
+
+
+class Worker:
+    """A Dramatiq master with its children."""
+
+    def __init__(self, environment: dict[str, str], log: Path, *arguments: str) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dramatiq", "tests.proof.ledger.app:setup_broker", *arguments],
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
+
+    def children(self) -> list[psutil.Process]:
+        """The processes that run consumers, and Python's own helpers beside them."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, within: float = 60) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(within)
+        except subprocess.TimeoutExpired:
+            for each in self.children():
+                each.kill()
+            self.process.kill()
+            raise
+
+    def says(self, text: str) -> bool:
+        """Whether the log has it."""
+        return text in self.log.read_text()
+
+
+@asynccontextmanager
+async def working(
+    environment: dict[str, str], settings: Settings, tmp_path: Path, *arguments: str
+) -> AsyncIterator[Worker]:
+    """A worker and a relay."""
+    arguments = arguments or ("-p", "1", "-t", "4")
+    worker = Worker(environment, tmp_path / "worker.log", *arguments)
+    try:
+        async with relaying(settings):
+            await until(lambda: worker.says("ready for action"))
+            yield worker
+    finally:
+        await asyncio.to_thread(worker.stop)
+
+
+@asynccontextmanager
+async def relaying(settings: Settings) -> AsyncIterator[None]:
+    """A relay on the test's loop."""
+    relay = Relay(settings)
+    task = asyncio.create_task(relay.run())
+    try:
+        yield
+    finally:
+        relay.stop()
+        await task
+
+
+async def is_state(ledger: Ledger, message_id: UUID, state: str) -> bool:
+    return await ledger.state(message_id) == state
+
+
+async def test_effects_of_many_events_happen_once(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path):
+        ids = [await ledger.publish() for _ in range(50)]
+        await until(lambda: all_completed(ledger))
+    assert [await ledger.effects(each[0]) for each in ids] == [1] * 50
+
+
+async def all_completed(ledger: Ledger) -> bool:
+    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state <> 'completed'")
+
+
+@pytest.mark.slow
+async def test_a_plain_def_consumer_runs_fails_and_is_limited(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path) as worker:
+        (fine,) = await ledger.publish(domain.Computed(subject_id=uuid4()))
+        (begins,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="begin"))
+        (fails,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="fail"))
+        (spins,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="spin"))
+        await until(lambda: is_state(ledger, fine, "completed"))
+        await until(lambda: is_state(ledger, begins, "dead"))
+        await until(lambda: is_state(ledger, fails, "dead"))
+
+        async def limited() -> bool:
+            row = await ledger.row(spins) or await ledger.dead_letter(spins)
+            return row is not None and "TimeLimitExceeded" in row["errors"]
+
+        await until(limited)
+        await until(lambda: is_state(ledger, spins, "dead"))
+        assert worker.process.poll() is None
+    letter = await ledger.dead_letter(begins)
+    assert letter is not None
+    assert "`def` consumer cannot call begin()" in letter["reason"]
+
+
+async def test_what_a_killed_worker_ran_runs_again(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path) as worker:
+        (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="slow"))
+        await until(lambda: is_state(ledger, message_id, "running"))
+        for child in worker.children():
+            child.kill()
+        worker.process.kill()
+        worker.process.wait()
+        second = Worker(environment, tmp_path / "second.log", "-p", "1", "-t", "4")
+        try:
+            await until(lambda: is_state(ledger, message_id, "completed"))
+        finally:
+            await asyncio.to_thread(second.stop)
+    row = await ledger.row(message_id)
+    assert row is not None
+    assert row["attempts"] == 2
+    assert await ledger.effects(message_id) == 1
+
+
+async def until_dead(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, folder: Path, poison: UUID
+) -> int:
+    """Start a worker when the last has ended, as a supervisor does; how many were lost until the dead letter."""
+    relay = Relay(settings)
+    task = asyncio.create_task(relay.run())
+    try:
+        for number in range(5):
+            worker = Worker(environment, folder / f"{number}.log", "-p", "1", "-t", "1")
+            try:
+                await until(lambda process=worker.process: gone_or_dead(process, ledger, poison))  # type: ignore[misc]
+            finally:
+                await asyncio.to_thread(worker.stop)
+            if await ledger.dead_letter(poison):
+                return number
+            assert worker.process.returncode in (1, 70)
+    finally:
+        relay.stop()
+        await task
+    raise AssertionError("it is not dead")
+
+
+@pytest.mark.parametrize(
+    ("event", "attempts"),
+    [
+        (domain.Happened(subject_id=uuid4(), how="kill"), 3),
+        (domain.Happened(subject_id=uuid4(), how="block_for_ever"), 3),
+        (domain.Computed(subject_id=uuid4(), how="stick"), 2),
+    ],
+    ids=["kills its process", "blocks the event loop", "blocks its thread"],
+)
+@pytest.mark.slow
+async def test_poison_that_costs_its_worker_ends_as_a_dead_letter(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, event: Event, attempts: int
+) -> None:
+    """Dramatiq's master ends when a child has; a supervisor starts the next."""
+    environment["OUTBOX__TIME_LIMIT"] = "1000"
+    (poison,) = await ledger.publish(event)
+    neighbours = [(await ledger.publish())[0] for _ in range(10)]
+    assert await until_dead(ledger, environment, settings, tmp_path, poison) == attempts
+    letter = await ledger.dead_letter(poison)
+    assert letter is not None
+    assert letter["reason"] == "worker lost"
+    assert letter["attempts"] == attempts + 1
+    assert await ledger.effects(poison) == 0
+    async with working(environment, settings, tmp_path):
+        await until(lambda: all_completed(ledger))
+    assert [await ledger.effects(each) for each in neighbours] == [1] * 10
+
+
+@pytest.mark.slow
+async def test_a_worker_that_stood_still_is_not_taken_for_stuck(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path) as worker:
+        (message_id,) = await ledger.publish(domain.Computed(subject_id=uuid4(), how="nap"))
+        await until(lambda: is_state(ledger, message_id, "running"))
+        family = worker.children()
+        for each in family:
+            each.suspend()
+        await asyncio.sleep(7)  # the fault itself, longer than limit, grace and lease
+        for each in family:
+            each.resume()
+        await until(lambda: is_state(ledger, message_id, "completed"))
+        assert await asyncio.to_thread(worker.stop) == 0
+
+
+async def is_dead(ledger: Ledger, message_id: UUID) -> bool:
+    return await ledger.dead_letter(message_id) is not None
+
+
+async def gone_or_dead(process: subprocess.Popen[bytes], ledger: Ledger, message_id: UUID) -> bool:
+    return process.poll() is not None or await is_dead(ledger, message_id)
+
+
+async def test_sigterm_releases_what_does_not_end_in_the_grace(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    environment |= {"OUTBOX__SHUTDOWN_GRACE": "0.5", "OUTBOX__TIME_LIMIT": "60000"}
+    async with working(environment, settings, tmp_path) as worker:
+        (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang"))
+        await until(lambda: is_state(ledger, message_id, "running"))
+        assert await asyncio.to_thread(worker.stop) == 0
+        row = await ledger.row(message_id)
+    assert row is not None
+    assert row["attempts"] == 0
+    assert row["state"] in ("pending", "dispatched")
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["in Python", "in a call that nothing interrupts"])
+async def test_sigterm_releases_a_def_consumer_that_does_not_end_in_the_grace(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, at_once: bool
+) -> None:
+    environment |= {"OUTBOX__SHUTDOWN_GRACE": "0.5", "OUTBOX__TIME_LIMIT": "60000"}
+    arguments = ("-p", "1", "-t", "4") + (("--worker-shutdown-timeout", "2000") if at_once else ())
+    async with working(environment, settings, tmp_path, *arguments) as worker:
+        event = domain.Endured(subject_id=uuid4(), seconds=60, at_once=at_once)
+        *_, message_id = await ledger.publish(event)
+        await until(lambda: is_state(ledger, message_id, "running"))
+        assert await asyncio.to_thread(worker.stop) == 0
+        row = await ledger.row(message_id)
+    assert row is not None
+    assert row["attempts"] == 0
+    assert row["state"] in ("pending", "dispatched")
+
+
+async def test_bodies_nobody_can_run_hurt_no_neighbour(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    """Stock Dramatiq strands the neighbours of the first and loses a thread to the second."""
+    client = redis.asyncio.Redis.from_url(settings.broker.redis_url)
+    key = f"{settings.broker.namespace}:ledger"
+    other_queue = json.dumps(
+        {"queue_name": "nowhere", "actor_name": "ledger.react", "args": [str(uuid4())], "kwargs": {},
+         "options": {"redis_message_id": "b"}, "message_id": "b", "message_timestamp": 1}
+    )  # fmt: skip
+    bad: dict[str, str | bytes] = {
+        "a": b"\xff not json",
+        "b": other_queue,
+        "c": b"{}",
+        "d": b"[]",
+        "e": b"null",
+        "f": b'{"options": 3}',
+        "g": other_queue.replace("nowhere", "ledger").replace('"ledger.react"', "[]").replace('"b"', '"g"'),
+    }
+    for name, body in bad.items():
+        await client.hset(f"{key}.msgs", name, body)
+        await client.rpush(key, name)
+    ids = [await ledger.publish() for _ in range(20)]
+    async with working(environment, settings, tmp_path, "-p", "1", "-t", "2"):
+        await until(lambda: all_completed(ledger))
+
+        async def drained() -> bool:
+            return not await client.exists(f"{key}.msgs", key)
+
+        await until(drained)
+    await client.aclose()
+    assert [await ledger.effects(each[0]) for each in ids] == [1] * 20
+
+
+async def push(settings: Settings, queue: str, fields: dict[str, object]) -> None:
+    """Push a body as Dramatiq's would be, but for what `fields` say."""
+    unique = str(uuid4())
+    body = {"actor_name": "ledger.react", "args": [], "kwargs": {}, "message_id": unique, "message_timestamp": 1,
+            "queue_name": queue, **fields}  # fmt: skip
+    body["options"] = {"redis_message_id": unique, **fields["options"]}  # type: ignore[dict-item]
+    key = f"{settings.broker.namespace}:{queue}"
+    async with redis.asyncio.Redis.from_url(settings.broker.redis_url) as client:
+        await client.hset(f"{key}.msgs", unique, json.dumps(body))
+        await client.rpush(key, unique)
+
+
+FOREIGN_OPTIONS: list[dict[str, object]] = [
+    {"time_limit": 1},
+    {"max_age": 1},
+    {"on_success": "ledger.react", "pipe_target": {"queue_name": "ledger"}},
+    *[dict[str, object](eta=99_999_999_999_999) for _ in range(6)],
+]
+"""More `eta` than the worker of the tests below prefetches."""
+
+
+@pytest.mark.parametrize("suffix", ["", ".DQ"])
+@pytest.mark.slow
+async def test_options_in_a_body_reach_no_delivery(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, suffix: str
+) -> None:
+    """Dramatiq would keep the last in memory until 5138, fetch nothing more, and end the run of the first."""
+    ids = [await ledger.happen("slower") for _ in FOREIGN_OPTIONS]
+    for message_id, options in zip(ids, FOREIGN_OPTIONS, strict=True):
+        await push(settings, f"ledger{suffix}", {"args": [str(message_id)], "options": options})
+    worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "3")
+    try:
+        await until(lambda: all_completed(ledger))
+    finally:
+        await asyncio.to_thread(worker.stop)
+    assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE attempts <> 1") == 0
+
+
+async def test_messages_with_odd_arguments_are_dropped(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    client = redis.asyncio.Redis.from_url(settings.broker.redis_url)
+    key = f"{settings.broker.namespace}:ledger"
+    odd: list[object] = ["not a uuid", 7, None, {}, str(uuid4())]
+    for actor, argument in itertools.product(("ledger.react", "nobody.knows"), odd):
+        unique = str(uuid4())
+        body = {"queue_name": "ledger", "actor_name": actor, "args": [argument], "kwargs": {},
+                "options": {"redis_message_id": unique}, "message_id": unique, "message_timestamp": 1}  # fmt: skip
+        await client.hset(f"{key}.msgs", unique, json.dumps(body))
+        await client.rpush(key, unique)
+    async with working(environment, settings, tmp_path, "-p", "1", "-t", "1") as worker:
+        (message_id,) = await ledger.publish()
+        await until(lambda: is_state(ledger, message_id, "completed"))
+    await client.aclose()
+    assert not worker.says("not a uuid")
+
+
+async def test_the_doorbell_rings_for_an_idle_worker(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, own_valkey: Valkey, tmp_path: Path
+) -> None:
+    """A worker whose own next look is an hour away asks the broker for nothing until something is there."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import service.worker.doorbell as d\n"
+        "consume = d.DoorbellRedisBroker.consume\n"
+        "d.DoorbellRedisBroker.consume = lambda self, queue_name, prefetch=1, timeout=0: "
+        "consume(self, queue_name, prefetch=prefetch, timeout=3_600_000)\n"
+    )
+    environment |= {"PYTHONPATH": f"{tmp_path}:{os.curdir}", "BROKER__URL": own_valkey.url}
+    settings.broker.url = SecretStr(own_valkey.url)
+    async with working(environment, settings, tmp_path) as worker:
+        for _ in range(3):
+            looks = await until(lambda: looks_while_idle(settings))
+            (message_id,) = await ledger.publish()
+            await until(lambda each=message_id: is_state(ledger, each, "completed"))  # type: ignore[misc]
+            assert await calls(settings) > looks
+        for each in worker.children():
+            each.kill()  # its consumers would listen for an hour
+        worker.process.kill()
+
+
+async def calls(settings: Settings) -> int:
+    """Scripts that the broker has run: what a worker fetches with, and the relay hands over with."""
+    async with redis.asyncio.Redis.from_url(settings.broker.redis_url) as client:
+        stats = await client.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
+
+
+async def looks_while_idle(settings: Settings) -> int | None:
+    """How often it was asked, once nobody has asked for three seconds, in which a poller looks at least twice."""
+    before = await calls(settings)
+    await asyncio.sleep(3)
+    return before if before and before == await calls(settings) else None
+
+
+async def test_a_dead_thread_ends_the_process(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    """Dramatiq would go on without it, and keep up its heartbeat."""
+    script = tmp_path / "site" / "sitecustomize.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import os, threading, time\n"
+        "def die():\n"
+        f"    while not os.path.exists({str(tmp_path / 'now')!r}): time.sleep(0.02)\n"
+        "    raise RuntimeError('a thread dies')\n"
+        "import dramatiq.worker as w\n"
+        "start = w.Worker.start\n"
+        "def patched(self):\n"
+        "    start(self); threading.Thread(target=die, daemon=True).start()\n"
+        "w.Worker.start = patched\n"
+    )
+    environment["PYTHONPATH"] = str(script.parent)
+    worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "1")
+    try:
+        await until(lambda: worker.says("ready for action"))
+        (tmp_path / "now").touch()
+        await until(lambda: worker.process.poll() is not None)
+    finally:
+        await asyncio.to_thread(worker.stop)
+    assert worker.says("worker.thread_died")
+    assert worker.process.returncode != 0

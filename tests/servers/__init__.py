@@ -1,0 +1,1 @@
+"""Real servers, and all that a test starts."""

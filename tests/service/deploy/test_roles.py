@@ -1,0 +1,211 @@
+"""With the grants of `migrations/roles.sql` everything works, and nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from fastapi import APIRouter
+from pydantic import SecretStr
+
+from relay.process.loop import Relay
+from service.api import create_app
+from service.dev.places import ROOT, ServerError
+from service.dev.postgres import psql
+from service.http.idempotency import IdempotentRoute
+from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.outbox import accept, publish
+from service.settings import DatabaseSettings, Settings
+from tests.proof.ledger import domain
+from tests.proof.ledger.test_worker import Worker
+from tests.servers.real_servers import migrate
+from tests.service.api.serving import serve
+from tests.service.deploy.conftest import Roles, apply_roles
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from tests.servers.real_servers import Where
+
+router = APIRouter(route_class=IdempotentRoute)
+
+
+@router.post("/happen/{how}", status_code=201)
+async def happen(how: str, session: Session) -> None:
+    """Publish an event, and accept the same one from elsewhere."""
+    event = domain.Happened(subject_id=uuid4(), how="" if how == "well" else how)
+    publish(session, event)
+    await accept(session, f"elsewhere-{event.subject_id}", event)
+
+
+def _settings(settings: Settings, url: str) -> Settings:
+    return settings.model_copy(update={"database": DatabaseSettings(url=SecretStr(url))})
+
+
+def _outbox(environment: Mapping[str, str], roles: Roles, *arguments: str) -> str:
+    command = [sys.executable, "-m", "relay", *arguments]
+    given = {**environment, "DATABASE__URL": roles.relay}
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def test_every_process_does_its_work(
+    roles: Roles, settings: Settings, environment: dict[str, str], tmp_path: Path
+) -> None:
+    worker = Worker({**environment, "DATABASE__URL": roles.app}, tmp_path / "worker.log", "-p", "1", "-t", "2")
+    relay = Relay(_settings(settings, roles.relay))
+    running = asyncio.create_task(relay.run())
+    app = create_app(_settings(settings, roles.app))
+    app.include_router(router)
+    try:
+        async with serve(app) as client:
+            assert (await client.get("/health/ready")).status_code == 200
+            for how in ("well", "fail", "die"):
+                for _ in range(2):
+                    answer = await client.post(f"/happen/{how}", headers={"Idempotency-Key": how})
+                    assert answer.status_code == 201, answer.text
+        await until(lambda: _said(roles, "SELECT count(*) FROM effect") == "2")
+        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "4")
+        await asyncio.to_thread(_operate, environment, roles)
+        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "7")
+    finally:
+        relay.stop()
+        await running
+        await asyncio.to_thread(worker.stop)
+
+
+def _said(roles: Roles, query: str) -> str:
+    return psql(roles.migrator, query)
+
+
+def _operate(environment: Mapping[str, str], roles: Roles) -> None:
+    """What a person does at the command line."""
+    assert "ledger.react" in _outbox(environment, roles, "status")
+    assert "ledger.react" in _outbox(environment, roles, "dead-letters", "list")
+    event = _said(roles, "SELECT event_id FROM dead_letter ORDER BY id LIMIT 1")
+    assert "dead letter" in _outbox(environment, roles, "events", "show", event).lower()
+    _outbox(environment, roles, "queues", "pause", "--all", "--why", "a test")
+    _outbox(environment, roles, "queues", "resume", "--all")
+    _outbox(environment, roles, "dead-letters", "discard", "1", "--why", "a test")
+    _outbox(environment, roles, "dead-letters", "replay", "2", "3", "4", "--yes", "--why", "a test")
+    psql(roles.migrator, "UPDATE idempotency_key SET created_at = created_at - interval '1 year'")
+    purged = _outbox(environment, roles, "purge", "--older-than", "0s")
+    assert purged.split() == ["Removed", "2", "completed", "rows", "and", "3", "HTTP", "idempotency", "keys."]
+
+
+REFUSED = [
+    ("app", "CREATE TABLE mine ()"),
+    ("app", "CREATE TEMPORARY TABLE mine ()"),
+    ("app", "DROP TABLE effect"),
+    ("app", "TRUNCATE effect"),
+    ("app", "UPDATE outbox_message SET payload = '{}'"),
+    ("app", "UPDATE outbox_message SET dispatches = 0"),
+    ("app", "UPDATE dead_letter SET resolution = 'discarded'"),
+    ("app", "DELETE FROM dead_letter"),
+    ("app", "DELETE FROM accepted_event"),
+    ("app", "UPDATE idempotency_key SET body = ''"),
+    ("app", "DELETE FROM paused_queue"),
+    ("app", "UPDATE alembic_version SET version_num = ''"),
+    ("relay", "CREATE TABLE mine ()"),
+    ("relay", "SELECT FROM effect"),
+    ("relay", "SELECT body FROM idempotency_key"),
+    ("relay", "SELECT FROM accepted_event"),
+    ("relay", "UPDATE outbox_message SET payload = '{}'"),
+    ("relay", "UPDATE outbox_message SET claim_token = NULL"),
+    ("relay", "UPDATE dead_letter SET payload = '{}'"),
+    ("relay", "DELETE FROM dead_letter"),
+    ("relay", "UPDATE dead_letter SET resolved_role = 'somebody'"),
+    ("relay", "INSERT INTO dead_letter SELECT * FROM dead_letter"),
+]
+
+
+def test_everything_else_is_refused(roles: Roles) -> None:
+    for role, statement in REFUSED:
+        with pytest.raises(ServerError, match=r"permission denied|must be owner"):
+            psql(getattr(roles, role), statement)
+            pytest.fail(f"{role} may {statement}")
+
+
+_DIE = """
+INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
+    dispatches, created_at, errors, reason, resolution, resolved_at, resolved_by)
+SELECT gen_random_uuid(), gen_random_uuid(), 'a.b', 1, 'c', 'q', '{{}}', '{{}}', 1, 1, now(), '[]', 'r', {}
+"""
+_OPEN = _DIE.format("NULL, NULL, NULL")
+_RESOLVED = _DIE.format("'discarded', now(), 'ann'")
+
+
+def test_a_resolved_dead_letter_stays_as_it_is(roles: Roles) -> None:
+    psql(roles.app, _OPEN)
+    psql(
+        roles.relay, "UPDATE dead_letter SET resolution = 'discarded', resolved_at = '2001-01-01', resolved_by = 'ann'"
+    )
+    record = "SELECT resolved_by, resolved_role, resolved_at > died_at FROM dead_letter"
+    relay = psql(roles.relay, "SELECT session_user")
+    assert psql(roles.relay, record) == f"ann|{relay}|t"
+    for role, statement in (
+        ("relay", "UPDATE dead_letter SET resolved_by = 'bob'"),
+        ("relay", "UPDATE dead_letter SET resolution = NULL, resolved_at = NULL"),
+        ("app", _RESOLVED),
+    ):
+        with pytest.raises(ServerError, match="permission denied"):
+            psql(getattr(roles, role), statement)
+            pytest.fail(f"{role} may {statement}")
+    assert psql(roles.relay, record) == f"ann|{relay}|t"
+    psql(roles.migrator, "DELETE FROM dead_letter")
+    psql(roles.migrator, _RESOLVED)
+
+
+def test_nobody_may_anything_until_the_second_run(empty_database: Roles) -> None:
+    apply_roles(empty_database.admin)
+    migrate(empty_database.migrator)
+    psql(empty_database.migrator, _OPEN)
+    for role in (empty_database.app, empty_database.relay):
+        for statement in (
+            "SELECT FROM outbox_message",
+            "DELETE FROM dead_letter",
+            "UPDATE alembic_version SET version_num = ''",
+        ):
+            with pytest.raises(ServerError, match="permission denied"):
+                psql(role, statement)
+
+
+def test_no_right_is_enough_to_delete_dead_letters(roles: Roles) -> None:
+    psql(roles.app, _OPEN)
+    psql(roles.migrator, "GRANT ALL ON dead_letter TO PUBLIC")
+    for role in (roles.app, roles.relay):
+        with pytest.raises(ServerError, match="permission denied"):
+            psql(role, "DELETE FROM dead_letter")
+
+
+def test_a_database_whose_name_needs_quotes(awkwardly_named_database: Roles) -> None:
+    apply_roles(awkwardly_named_database.admin)
+    migrate(awkwardly_named_database.migrator)
+    apply_roles(awkwardly_named_database.admin)
+    assert psql(awkwardly_named_database.app, "SELECT count(*) FROM outbox_message") == "0"
+
+
+def test_a_name_too_long_for_its_roles_is_refused(servers: Where) -> None:
+    name = "long_" + "x" * 50
+    psql(servers.postgres, f"CREATE DATABASE {name}")
+    try:
+        with pytest.raises(AssertionError, match="54 bytes"):
+            apply_roles(servers.postgres.replace("/postgres?", f"/{name}?"))
+    finally:
+        psql(servers.postgres, f"DROP DATABASE {name}")
+
+
+def test_a_database_of_one_role_is_converted(migrated_database: Roles) -> None:
+    for _ in range(2):
+        apply_roles(migrated_database.superuser)
+    psql(migrated_database.migrator, "ALTER TABLE outbox_message ADD COLUMN later int")
+    with pytest.raises(ServerError, match="must be owner"):
+        psql(migrated_database.app, "ALTER TABLE outbox_message DROP COLUMN later")
+    assert psql(migrated_database.app, "SELECT count(*) FROM outbox_message") == "0"

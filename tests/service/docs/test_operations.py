@@ -1,0 +1,103 @@
+"""What `relay/README.md` says: its commands run in the order in which they stand, and its table has every setting."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.cli.app import main
+from service.dev.postgres import psql
+from service.outbox.events import delivery_id, new_event_id
+from service.settings import DatabaseSettings, OutboxSettings
+from tests.service.docs.pages import OPERATIONS, README, blocks
+from tests.service.docs.settings_table import BEGIN, END, settings_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_DEAD_LETTER = """
+INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
+                         dispatches, created_at, errors, reason)
+VALUES ('{id}', '{event_id}', 'order.confirmed', 1, 'orders.send_confirmation', 'email', '{{}}', '{{}}', 1, 1,
+        clock_timestamp(), '[{{"type": "MailRefusedError", "message": "{message}"}}]', 'failed 9 times')
+"""
+
+_MESSAGES = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, created_at)
+SELECT gen_random_uuid(), gen_random_uuid(), 'order.confirmed', 1, 'orders.send_confirmation', queue, '{}', '{}',
+       '2026-01-01'
+FROM unnest(ARRAY['email', 'stock']) AS queue
+"""
+
+# What a command of the pages may end with, where that is not 0.
+_ENDS = {"outbox status --fail-if": 1}
+
+
+def _commands(page: Path) -> list[str]:
+    return re.findall(r"^ *\$ (outbox .*)$", page.read_text(), re.MULTILINE)
+
+
+@pytest.fixture
+def dead_letters(database_url: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Three dead letters, numbered from 1, and the environment of the command; the id of the first one's event."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    events = [new_event_id() for _ in range(3)]
+    for event_id, message in zip(events, ("451 later", "550 no such user", "451 later"), strict=True):
+        letter = _DEAD_LETTER.format(id=delivery_id(event_id, 1), event_id=event_id, message=message)
+        psql(database_url, letter)
+    return str(events[0])
+
+
+def test_the_commands_run_in_their_order(
+    dead_letters: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = _commands(OPERATIONS) + _commands(README)
+    assert len(commands) >= 15
+    for command in commands:
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        with pytest.raises(SystemExit) as ended:
+            main(shlex.split(command.replace("EVENT_ID", dead_letters))[1:])
+        expected = next((code for start, code in _ENDS.items() if command.startswith(start)), 0)
+        assert int(ended.value.code or 0) == expected, f"{command}\n{capsys.readouterr()}"
+
+
+def test_deliveries_in_doubt_can_be_declared_done(database_url: str) -> None:
+    [statement] = [block.text for block in blocks(OPERATIONS, "sql")]
+    psql(database_url, _MESSAGES)
+    psql(database_url, statement)
+    open_ = psql(database_url, "SELECT queue FROM outbox_message WHERE state <> 'completed'")
+    assert open_.split() == ["stock"]
+
+
+def test_the_table_has_every_setting() -> None:
+    table = OPERATIONS.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert table == settings_table(), "run: .venv/bin/python -m tests.service.docs.settings_table"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "value"),
+    [
+        ("handed over again after 60, 120, 240 and then every 480 seconds", OutboxSettings().redispatch_after == 60),
+        ("the end of the lease, 30 s after", OutboxSettings().lease == 30),
+        ("OUTBOX__SHUTDOWN_GRACE (20 s)  <  --worker-shutdown-timeout", OutboxSettings().shutdown_grace == 20),
+        ("`DATABASE__POOL_SIZE` (10)", DatabaseSettings.model_fields["pool_size"].default == 10),
+        ("`OUTBOX__KEEP_COMPLETED` (7 days)", OutboxSettings().keep_completed == 7 * 86_400),
+        ("`OUTBOX__UNKNOWN_CONSUMER_AFTER`", OutboxSettings().unknown_consumer_after == 86_400),
+    ],
+)
+def test_the_figures_are_those_of_the_settings(sentence: str, value: bool) -> None:
+    assert value, sentence
+    assert sentence in OPERATIONS.read_text()
+
+
+def test_every_variable_that_a_page_names_exists() -> None:
+    known = set(re.findall(r"`([A-Z_]+)` \|", settings_table()))
+    assert {"DATABASE__URL", "OUTBOX__LEASE"} <= known
+    for page in (OPERATIONS, README):
+        named = set(re.findall(r"\b(?:DATABASE|BROKER|OUTBOX|API|SMTP)__[A-Z_]*[A-Z]\b", page.read_text()))
+        assert named <= known, page
