@@ -43,38 +43,6 @@ CLOCK = {
 }
 """The settings of `OutboxSettings` that tests shorten, as environment variables have them."""
 
-_HERE = Path(__file__).parent
-
-_SLOW = (
-    "service/api/test_standby.py",
-    "proof/bench/",
-    "proof/chaos/",
-    "proof/connections/test_silence.py",
-    "proof/connections/test_silent_death.py",
-    "proof/connections/test_tls_broker.py",
-    "proof/contract/test_hostile_bodies.py",
-    "proof/contract/test_plain_actors.py",
-    "proof/contract/test_stock_worker.py",
-    "service/deploy/",
-    "service/dev/test_leftovers.py",
-    "service/docs/test_adoption.py",
-    "service/docs/test_guide.py",
-    "proof/ledger/test_accept.py",
-    "proof/ledger/test_bad_queues.py",
-    "proof/ledger/test_deploys.py",
-    "proof/ledger/test_failover.py",
-    "proof/ledger/test_lost_database.py",
-    "proof/ledger/test_orphans.py",
-    "proof/ledger/test_outages.py",
-    "proof/ledger/test_pooler.py",
-    "proof/ledger/test_reconnects.py",
-    "proof/ledger/test_relay_process.py",
-    "proof/ledger/test_shutdown.py",
-    "proof/ledger/test_stalled_logs.py",
-    "proof/rabbitmq/",
-    "service/template/",
-)
-
 DOMAIN_SETTINGS: dict[str, str] = {}
 """What the settings that domains add are in every test, by variable."""
 
@@ -95,13 +63,6 @@ def pytest_configure(config: pytest.Config) -> None:
         # In a shell's background; the commands that a test interrupts would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Leftovers())
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes long, by its place."""
-    for item in items:
-        if item.path.relative_to(_HERE).as_posix().startswith(_SLOW):
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)

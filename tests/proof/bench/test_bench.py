@@ -19,6 +19,8 @@ from tests.waiting import InVainError
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run it."""

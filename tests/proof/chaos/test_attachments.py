@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from tests.proof.chaos.world import Ground
 
+pytestmark = pytest.mark.slow
+
 GAPS = (*API_GAPS, *RELAY_GAPS, *WORKER_GAPS)
 
 _PLANTED = """

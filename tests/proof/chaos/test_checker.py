@@ -10,6 +10,8 @@ import pytest
 from tests.proof.chaos.checker import Fault, Request, Tables, judge
 from tests.proof.chaos.sink import Copy
 
+pytestmark = pytest.mark.slow
+
 SUBJECT = "11111111-1111-4111-8111-111111111111"
 OTHER = "22222222-2222-4222-8222-222222222222"
 ASKED = Request("key", SUBJECT, "", sent=100.0, accepted=101.0)

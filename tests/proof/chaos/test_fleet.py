@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tests.proof.chaos.scenario import Attack
     from tests.proof.chaos.world import Ground
 
+pytestmark = pytest.mark.slow
+
 _READY = "import os, signal, sys, time; print('relay.started', flush=True)"
 _WAITS = f"{_READY}; time.sleep(60)"
 _ENDS_WELL = f"{_READY}; signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"

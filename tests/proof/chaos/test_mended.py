@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from service.dev.valkey import Valkey
     from service.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 BROKEN = asyncpg.InternalClientError("cannot switch to state 15; another operation (2) is in progress")
 
 

@@ -25,7 +25,7 @@ HONEST = (
     "deaths_in_mid_effect",  # the healthy twin of the one below
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("name", HONEST)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from asyncpg.transaction import Transaction
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 MINUTE = timedelta(seconds=60)
 PAUSES = Pauses(MINUTE, MINUTE, MINUTE)

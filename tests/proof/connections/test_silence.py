@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from tests.proof.rabbitmq.server import Rabbitmq
     from tests.servers.real_servers import Where
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 15
 _GETFD = 438  # pidfd_getfd, the same on every architecture
 

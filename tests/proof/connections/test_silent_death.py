@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tests.proof.ledger.processes import Processes, Started
     from tests.servers.real_servers import Where
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def namespace() -> Iterator[Namespace]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tests.proof.connections.gate import Streams
     from tests.proof.rabbitmq.server import Rabbitmq
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     # certificate, whether the CA is trusted, whether it connects
     ("right", True, True),

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from tests.proof.rabbitmq.server import Rabbitmq
 
+pytestmark = pytest.mark.slow
+
 QUEUES = ("ledger", "ledger.DQ")
 
 texts = st.text(st.characters(exclude_categories=()), max_size=20)  # lone surrogates, too

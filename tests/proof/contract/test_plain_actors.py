@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from tests.proof.rabbitmq.server import Rabbitmq
 
+pytestmark = pytest.mark.slow
+
 QUEUE = "ledger"
 
 

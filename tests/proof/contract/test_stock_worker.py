@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from tests.proof.rabbitmq.server import Rabbitmq
 
+pytestmark = pytest.mark.slow
+
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tests.proof.ledger.processes import Started
     from tests.servers.real_servers import Where
 
+pytestmark = pytest.mark.slow
+
 _SENDER = "tests.proof.ledger.services.sender:setup_broker"
 _RECEIVER = "tests.proof.ledger.services.receiver:setup_broker"
 _API = "tests.proof.ledger.services.receiver:create_app"

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import pytest
 import redis.asyncio
 
 from tests.proof.ledger import domain
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from service.dev.valkey import Valkey
     from service.settings import Settings
     from tests.proof.ledger.conftest import Ledger
+
+pytestmark = pytest.mark.slow
 
 INTO = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import httpx
 import psutil
+import pytest
 
 from tests.proof.ledger import domain
 from tests.proof.ledger.test_outages import effects_once
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
     from tests.proof.ledger.processes import Processes, Started
     from tests.proof.rabbitmq.server import Rabbitmq
+
+pytestmark = pytest.mark.slow
 
 _API = "tests.proof.ledger.release.app:create_app"
 _WORKER = "tests.proof.ledger.release.app:setup_broker"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tests.proof.ledger.processes import Processes, Started
     from tests.servers.real_servers import Where
 
+pytestmark = pytest.mark.slow
+
 _DELIVERIES = 5
 """How many rows a request of the application below writes."""
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from service.dev.postgres import Postgres
     from service.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 class Mortal:
     """A ledger in a PostgreSQL of this test's own, and how to look at it after it was away."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
     from tests.proof.ledger.processes import Processes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 async def test_they_stop_as_if_they_had_been_told_to(

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from service.dev.valkey import Valkey
     from service.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def own_broker(settings: Settings, environment: dict[str, str], own_valkey: Valkey) -> Valkey:

@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
     from tests.servers.real_servers import Where
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin") is None,
-    reason="NOT TESTED: PgBouncer is not installed (on Debian: apt install pgbouncer)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin") is None,
+        reason="NOT TESTED: PgBouncer is not installed (on Debian: apt install pgbouncer)",
+    ),
+]
 
 
 @contextmanager

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
 
+pytestmark = pytest.mark.slow
+
 
 @asynccontextmanager
 async def through_a_proxy(settings: Settings) -> AsyncIterator[Proxy]:

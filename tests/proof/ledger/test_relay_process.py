@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from service.settings import Settings
     from tests.proof.ledger.conftest import Ledger
 
+pytestmark = pytest.mark.slow
+
 
 @asynccontextmanager
 async def relay(environment: dict[str, str], log: Path) -> AsyncIterator[Process]:

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import httpx
 import psutil
+import pytest
 
 from service.dev.places import ROOT
 from service.dev.servers import free_port
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from service.settings import Settings
     from tests.proof.ledger.conftest import Ledger
+
+pytestmark = pytest.mark.slow
 
 _EVENTS = 200
 """At DEBUG, each of them logs more than a kilobyte; the pipes on the way hold 64 each."""

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
+import pytest
+
 from relay.brokers.rabbitmq_sender import RabbitmqPublisher
 from tests.proof.ledger import domain
 from tests.proof.ledger.test_relay import dispatched, running
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
     from tests.proof.rabbitmq.conftest import Running
     from tests.proof.rabbitmq.server import Rabbitmq
+
+pytestmark = pytest.mark.slow
 
 
 async def test_a_queue_deleted_at_its_mark_is_declared_anew_and_filled_again(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from tests.proof.rabbitmq.server import Rabbitmq
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def broker(rabbitmq: Rabbitmq) -> Iterator[Broker]:

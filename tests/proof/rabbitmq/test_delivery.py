@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tests.proof.rabbitmq.conftest import Running
     from tests.proof.rabbitmq.server import Rabbitmq
 
+pytestmark = pytest.mark.slow
+
 T = 2
 """`redispatch_after` of the tests' settings, in seconds."""
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from tests.proof.rabbitmq.server import Rabbitmq
 
+pytestmark = pytest.mark.slow
+
 
 def batch(size: int = 3) -> list[Handover]:
     return [Handover(str(uuid4()), "ledger.react", None) for _ in range(size)]

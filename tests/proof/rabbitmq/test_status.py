@@ -6,6 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import pytest
+
 from relay.cli.status import Status, gather
 from tests.proof.ledger import domain
 from tests.proof.rabbitmq.test_bad_queues import hanging
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
     from tests.proof.rabbitmq.conftest import Running
     from tests.proof.rabbitmq.server import Rabbitmq
+
+pytestmark = pytest.mark.slow
 
 
 def states(status: Status) -> dict[str, str]:

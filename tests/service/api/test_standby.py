@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from tests.servers.real_servers import Where
     from tests.service.api.conftest import MakeApp
 
+pytestmark = pytest.mark.slow
+
 STORED = "SELECT (SELECT count(*) FROM probe) || ' rows, ' || (SELECT count(*) FROM outbox_message) || ' messages'"
 KEY = {"Idempotency-Key": "k"}
 

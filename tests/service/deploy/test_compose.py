@@ -18,6 +18,8 @@ from service.http.protocol import BoundedProtocol
 from service.outbox.consumers import registered_consumers
 from service.settings import ApiSettings, OutboxSettings
 
+pytestmark = pytest.mark.slow
+
 COMPOSE = (ROOT / "compose.yaml").read_text()
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TEST_IMAGE") != "1", reason="set TEST_IMAGE=1; it takes a minute"),
     pytest.mark.timeout(600),
 ]

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from tests.servers.real_servers import Where
 
+pytestmark = pytest.mark.slow
+
 router = APIRouter(route_class=IdempotentRoute)
 
 

@@ -17,6 +17,8 @@ from tests.waiting import until_sync
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 _CONFTEST = """
 from tests.servers.leftovers import Leftovers
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from tests.servers.real_servers import Where
 
+pytestmark = pytest.mark.slow
+
 _EXISTING = Path(__file__).parent / "existing"
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 TABLES = """
 SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class
 WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace
