@@ -19,7 +19,7 @@ from service.network.sockets import notice_silence, tls_context
 if TYPE_CHECKING:
     from service.settings import BrokerSettings
 
-__all__ = ["Line"]
+__all__ = ["OneChannel"]
 
 # It logs every frame and, with a traceback, every connection that is lost; the relay reports the loss in one line.
 logging.getLogger("aiormq").setLevel(logging.CRITICAL)
@@ -46,8 +46,8 @@ class _Transport(TransportFactory):
             self._writer.transport.abort()
 
 
-class Line:
-    """A connection and a channel with publisher confirms. It is opened once and never mended."""
+class OneChannel:
+    """A connection and a channel with sender confirms. It is opened once and never mended."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         address = URL(settings.url.get_secret_value())

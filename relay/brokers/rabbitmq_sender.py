@@ -1,4 +1,4 @@
-"""Hands batches to RabbitMQ: publisher confirms, mandatory, a whole batch in flight at once.
+"""Hands batches to RabbitMQ: sender confirms, mandatory, a whole batch in flight at once.
 
 Queues are declared with the arguments of Dramatiq's own broker, whose workers may come first: any difference is
 refused. Its queues for delayed and for dead messages are left to the workers.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryError
 
 from relay.brokers.rabbitmq_batch import count, publish_batch
-from relay.brokers.rabbitmq_channel import Line
+from relay.brokers.rabbitmq_channel import OneChannel
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.ledger.message import Handover, encode
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from service.settings import BrokerSettings
 
-__all__ = ["RabbitmqPublisher"]
+__all__ = ["RabbitmqSender"]
 
 T = TypeVar("T")
 
@@ -50,19 +50,19 @@ class _SilentError(Exception):
     """There was no answer in time."""
 
 
-class RabbitmqPublisher:
-    """The publisher for `amqp://` and `amqps://`."""
+class RabbitmqSender:
+    """The sender for `amqp://` and `amqps://`."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._settings = settings
         self._quorum = settings.quorum_queues
         self._timeout = settings.publish_timeout
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[str, OneChannel] = {}
         self._probing = asyncio.Lock()
         self._given_up: set[asyncio.Task[Any]] = set()
 
-    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:  # noqa: ARG002
-        """See `Publisher.publish`.
+    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:  # noqa: ARG002
+        """See `Sender.hand_over`.
 
         A repeated hand-over is queued twice; the second copy finds nothing to claim.
         """
@@ -71,11 +71,11 @@ class RabbitmqPublisher:
         return await self._ask(queue, lambda channel: publish_batch(channel, queue, messages))
 
     async def depth(self, queue: str) -> int:
-        """See `Publisher.depth`."""
+        """See `Sender.depth`."""
         return await self._ask(queue, lambda channel: count(channel, queue))
 
     async def inspect(self, queue: str) -> int | None:
-        """See `Publisher.inspect`."""
+        """See `Sender.inspect`."""
 
         async def question(channel: Channel) -> int:
             await count(channel, queue)
@@ -90,11 +90,11 @@ class RabbitmqPublisher:
             raise
 
     async def ping(self) -> None:
-        """See `Publisher.ping`."""
+        """See `Sender.ping`."""
         await self._ping(self._timeout)
 
     async def close(self) -> None:
-        """See `Publisher.close`."""
+        """See `Sender.close`."""
         lines = list(self._lines.values())
         self._lines.clear()
         await asyncio.gather(*(line.close() for line in lines))
@@ -131,7 +131,7 @@ class RabbitmqPublisher:
         """Ask on a line, which is given up after any failure: the next question opens another."""
         line = self._lines.get(name)
         if line is None or line.ended:
-            line = self._lines[name] = Line(self._settings)
+            line = self._lines[name] = OneChannel(self._settings)
         # A task of its own, because aiormq cancels who waits on a connection that ends.
         task = asyncio.ensure_future(self._talk(line, name, question, declare=declare))
         try:
@@ -144,7 +144,9 @@ class RabbitmqPublisher:
             self._give_up(name, line, task)
             raise
 
-    async def _talk(self, line: Line, name: str, question: Callable[[Channel], Awaitable[T]], *, declare: bool) -> T:
+    async def _talk(
+        self, line: OneChannel, name: str, question: Callable[[Channel], Awaitable[T]], *, declare: bool
+    ) -> T:
         channel = line.channel
         if channel is None:
             channel = await line.open()
@@ -158,7 +160,7 @@ class RabbitmqPublisher:
             arguments["x-queue-type"] = "quorum"
         await channel.queue_declare(queue, durable=True, arguments=arguments)
 
-    def _give_up(self, name: str, line: Line, task: asyncio.Task[Any]) -> None:
+    def _give_up(self, name: str, line: OneChannel, task: asyncio.Task[Any]) -> None:
         if self._lines.get(name) is line:
             del self._lines[name]
         line.abort()
@@ -173,7 +175,7 @@ class RabbitmqPublisher:
             task.exception()
 
 
-async def _watch(line: Line, task: asyncio.Task[Any], seconds: float) -> None:
+async def _watch(line: OneChannel, task: asyncio.Task[Any], seconds: float) -> None:
     """Wait until the task is done."""
     deadline = time.monotonic() + seconds
     while not task.done():

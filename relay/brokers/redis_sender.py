@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from service.settings import BrokerSettings
 
-__all__ = ["RedisPublisher"]
+__all__ = ["RedisSender"]
 
 # The bodies of a group differ only in the rows' ids and traces, so the script is sent those, end to end, and the pieces
 # between them. Only a push onto an empty queue rings: every waiting worker has seen it empty since.
@@ -117,8 +117,8 @@ _BROKER_AT_FAULT_CODES = ("OOM", "READONLY", "LOADING", "NOAUTH", "MISCONF", "NO
                           "WRONGPASS")  # fmt: skip
 
 
-class RedisPublisher:
-    """The publisher for `redis://` and `valkey://`."""
+class RedisSender:
+    """The sender for `redis://` and `valkey://`."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         self._namespace = settings.namespace
@@ -134,8 +134,8 @@ class RedisPublisher:
         self._script = self._client.register_script(_SCRIPT)
         self._probe = self._client.register_script(_PROBE_SCRIPT)
 
-    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
-        """See `Publisher.publish`."""
+    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+        """See `Sender.hand_over`."""
         list_key = f"{self._namespace}:{queue}"
         arguments = [transaction, f"{self._namespace}:__heartbeats__", f"{self._namespace}:__acks__.", f".{queue}"]
         for (consumer, traced), rows in _groups(batch).items():
@@ -145,23 +145,23 @@ class RedisPublisher:
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
     async def depth(self, queue: str) -> int:
-        """See `Publisher.depth`."""
+        """See `Sender.depth`."""
         return int(await self._call(self._client.llen(f"{self._namespace}:{queue}")))
 
     async def inspect(self, queue: str) -> int | None:
-        """See `Publisher.inspect`. A list without messages is one that does not exist."""
+        """See `Sender.inspect`. A list without messages is one that does not exist."""
         await self._call(self._client.hlen(f"{self._namespace}:{queue}.msgs"))
         return await self.depth(queue)
 
     async def ping(self) -> None:
-        """See `Publisher.ping`."""
+        """See `Sender.ping`."""
         try:
             await self._call(self._probe(keys=[f"{self._namespace}:__outbox_probe__"]))
         except QueueRefusedError as error:
             raise BrokerUnavailableError(str(error)) from error
 
     async def close(self) -> None:
-        """See `Publisher.close`."""
+        """See `Sender.close`."""
         await self._client.aclose()
 
     async def _call(self, command: Awaitable[Any]) -> Any:

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from service.ledger.message import Handover
-    from service.settings import BrokerSettings
-
-__all__ = ["BrokerUnavailableError", "Publisher", "QueueRefusedError", "make_publisher"]
+__all__ = ["BrokerUnavailableError", "QueueRefusedError", "Sender"]
 
 
 class BrokerUnavailableError(Exception):
@@ -25,10 +23,10 @@ class QueueRefusedError(Exception):
     """The broker is fine but this queue takes nothing: missing, of another type or with other arguments."""
 
 
-class Publisher(Protocol):
+class Sender(Protocol):
     """A broker connection that is made when it is first used and made anew after an error."""
 
-    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
         """Hand over a batch and return how many messages then wait in the queue.
 
         Args:
@@ -55,14 +53,3 @@ class Publisher(Protocol):
 
     async def close(self) -> None:
         """End the connection."""
-
-
-def make_publisher(settings: BrokerSettings) -> Publisher:
-    """The publisher for the broker that `BROKER__URL` names."""
-    if settings.is_rabbitmq:
-        from relay.brokers.rabbitmq_sender import RabbitmqPublisher
-
-        return RabbitmqPublisher(settings)
-    from relay.brokers.redis_sender import RedisPublisher
-
-    return RedisPublisher(settings)

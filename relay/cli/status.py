@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, make_publisher
+from relay.brokers.factory import make_sender
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from relay.cli.command import CommandError, connect
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
 
-    from relay.brokers.sender import Publisher
+    from relay.brokers.sender import Sender
     from relay.cli.command import Connection
     from service.settings import BrokerSettings, Settings
 
@@ -146,19 +147,19 @@ class Status:
 async def gather(settings: Settings, *, exact: bool = False) -> Status:
     """Ask PostgreSQL and the broker, neither of which need be there."""
     status = Status(_address(settings.broker))
-    publisher = make_publisher(settings.broker.model_copy(update={"publish_timeout": _QUEUE_PATIENCE}))
+    sender = make_sender(settings.broker.model_copy(update={"publish_timeout": _QUEUE_PATIENCE}))
     try:
         status.broker_problem, _ = await asyncio.gather(
-            _ping(publisher, status.broker), _ask_database(status, settings, exact)
+            _ping(sender, status.broker), _ask_database(status, settings, exact)
         )
         if status.broker_problem is None:
-            await _ask_queues(status, publisher, settings.outbox.high_water_mark)
+            await _ask_queues(status, sender, settings.outbox.high_water_mark)
     finally:
-        await publisher.close()
+        await sender.close()
     return status
 
 
-async def _ask_queues(status: Status, publisher: Publisher, mark: int) -> None:
+async def _ask_queues(status: Status, sender: Sender, mark: int) -> None:
     """Ask the broker about every queue with open deliveries."""
     names = {queue for (queue, _), counts in status.consumers.items() if counts.is_open}
     status.queues = dict.fromkeys(sorted(names), BrokerQueue("unknown"))
@@ -166,16 +167,16 @@ async def _ask_queues(status: Status, publisher: Publisher, mark: int) -> None:
 
     async def ask(name: str) -> None:
         async with turn:
-            status.queues[name] = await _inspect(publisher, name, mark)
+            status.queues[name] = await _inspect(sender, name, mark)
 
     with suppress(TimeoutError):
         async with asyncio.timeout(_QUEUES_PATIENCE):
             await asyncio.gather(*map(ask, names))
 
 
-async def _inspect(publisher: Publisher, name: str, mark: int) -> BrokerQueue:
+async def _inspect(sender: Sender, name: str, mark: int) -> BrokerQueue:
     try:
-        waiting = await publisher.inspect(name)
+        waiting = await sender.inspect(name)
     except (BrokerUnavailableError, QueueRefusedError) as error:
         return BrokerQueue("refused", problem=str(error))
     if waiting is None:
@@ -222,10 +223,10 @@ async def _add(status: Status, connection: Connection, statement: str) -> None:
         status.consumers.setdefault(key, Counts()).update(counted)
 
 
-async def _ping(publisher: Publisher, address: str) -> str | None:
+async def _ping(sender: Sender, address: str) -> str | None:
     try:
         async with asyncio.timeout(_BROKER_PATIENCE):
-            await publisher.ping()
+            await sender.ping()
     except (BrokerUnavailableError, QueueRefusedError) as error:
         return f"cannot use the broker at {address} ({error}): is it running, and is BROKER__URL right?"
     except TimeoutError:

@@ -1,7 +1,7 @@
 """What a relay remembers of one queue between two hand-overs.
 
 A queue that was refused rests, each time for longer up to a bound, and is then tried apart from the others: it may hang
-for as long as the publisher waits, and would hold all of them up.
+for as long as the sender waits, and would hold all of them up.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from service.ledger.dispatching import NO_FLOOR
 if TYPE_CHECKING:
     from service.ledger.dispatching import Floor
 
-__all__ = ["Lane"]
+__all__ = ["KnownQueue"]
 
 _SHORTEST_REST = 250
 _LONGEST_REST = 5_000
 """Milliseconds."""
 
 
-class Lane:
+class KnownQueue:
     """One queue, as this relay knows it. Times are those of the event loop, in seconds.
 
     Attributes:

@@ -18,8 +18,9 @@ from uuid import uuid4
 
 import asyncpg
 
-from relay.brokers.sender import BrokerUnavailableError, Publisher, QueueRefusedError, make_publisher
-from relay.process.known_queue import Lane
+from relay.brokers.factory import make_sender
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, Sender
+from relay.process.known_queue import KnownQueue
 from relay.process.purge import purge_regularly
 from relay.process.relay_session import SESSION, Sessions
 from relay.process.sparing import Sparing
@@ -73,7 +74,7 @@ def _reason(error: BaseException) -> str:
 class Relay:
     """One relay. `run` until `stop`."""
 
-    def __init__(self, settings: Settings, publisher: Publisher | None = None) -> None:
+    def __init__(self, settings: Settings, sender: Sender | None = None) -> None:
         self._sessions = Sessions(settings.database)
         self._outbox = settings.outbox
         self._pauses = Pauses(
@@ -81,10 +82,10 @@ class Relay:
             timedelta(milliseconds=settings.outbox.min_backoff),
             timedelta(milliseconds=settings.outbox.max_backoff),
         )
-        self._publisher = publisher or make_publisher(settings.broker)
+        self._sender = sender or make_sender(settings.broker)
         self._stopping = asyncio.Event()
         self._wakeup: Wakeup | None = None
-        self._lanes: dict[str, Lane] = {}
+        self._queues: dict[str, KnownQueue] = {}
         self._heads: list[QueueHead] = []
         self._due: list[str] = []
         self._look_at = 0.0
@@ -111,7 +112,7 @@ class Relay:
             if self._trial is not None:
                 self._trial.cancel()
                 await asyncio.wait((self._trial,), timeout=2)
-            await self._publisher.close()
+            await self._sender.close()
 
     async def _serve_until_stopped(self) -> None:
         attempt = 0
@@ -171,7 +172,7 @@ class Relay:
         now = self._now()
         if now - began > _SLOW_LOOK and now >= self._warn_at:
             self._warn_at = now + _WARN_EVERY
-            _log.warning("relay.slow_look", seconds=round(now - began, 1), queues=len(self._lanes))
+            _log.warning("relay.slow_look", seconds=round(now - began, 1), queues=len(self._queues))
         return now + max(every, _LOOKING * (now - began))
 
     async def _look(self, connection: asyncpg.Connection[asyncpg.Record]) -> float:
@@ -181,14 +182,14 @@ class Relay:
         self._sparing.heard(self._now())
         self._due = [head.queue for head in self._heads if head.due_in <= 0]
         for head in self._heads:
-            self._lanes.setdefault(head.queue, Lane()).floor = NO_FLOOR
+            self._queues.setdefault(head.queue, KnownQueue()).floor = NO_FLOOR
         self._look_at = self._next(began, _LOOK_EVERY)
         return self._due_in()
 
     async def _glance(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
         """See which of the known queues have something due: one that was empty must not wait for the next look."""
         began = self._now()
-        self._due = await due_queues(connection, {name: lane.floor for name, lane in self._lanes.items()})
+        self._due = await due_queues(connection, {name: known.floor for name, known in self._queues.items()})
         self._glance_at = self._next(began, _GLANCE_EVERY)
 
     async def _round(self, connection: asyncpg.Connection[asyncpg.Record]) -> int:
@@ -198,50 +199,50 @@ class Relay:
         """
         self._end_trial()
         moved, served = 0, False
-        for name in sorted(self._due, key=lambda name: self._lanes[name].served_at):
+        for name in sorted(self._due, key=lambda name: self._queues[name].served_at):
             if self._stopping.is_set() or (served and self._must_look()):
                 break
-            lane = self._lanes[name]
-            if not lane.refused:
-                moved += await self._give(connection, name, lane)
+            known = self._queues[name]
+            if not known.refused:
+                moved += await self._give(connection, name, known)
                 served = True
-            elif self._trial is None and lane.rests_for(self._now()) <= 0:
+            elif self._trial is None and known.rests_for(self._now()) <= 0:
                 self._tried = name
-                self._trial = asyncio.create_task(self._try_apart(name, lane))
+                self._trial = asyncio.create_task(self._try_apart(name, known))
         return moved
 
-    async def _give(self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane) -> int:
+    async def _give(self, connection: asyncpg.Connection[asyncpg.Record], name: str, known: KnownQueue) -> int:
         """Hand a batch over. If it fails and the broker is well all the same, then the queue is at fault."""
         try:
-            return await self._dispatch(connection, name, lane)
+            return await self._dispatch(connection, name, known)
         except QueueRefusedError as error:
-            self._refuse(name, lane, error)
+            self._refuse(name, known, error)
         except BrokerUnavailableError as error:
             if await self._wait_for_broker(connection, error) == 1:
-                self._refuse(name, lane, error)
+                self._refuse(name, known, error)
         return 0
 
-    def _refuse(self, name: str, lane: Lane, error: Exception) -> None:
-        pause = lane.refuse(self._now())
+    def _refuse(self, name: str, known: KnownQueue, error: Exception) -> None:
+        pause = known.refuse(self._now())
         _log.warning("relay.queue_refused", queue=name, error=str(error), retry_in=round(pause, 2))
 
-    async def _try_apart(self, name: str, lane: Lane) -> None:
+    async def _try_apart(self, name: str, known: KnownQueue) -> None:
         """Try a queue that was refused, on a connection of its own: the others go on meanwhile."""
         try:
             connection = await self._sessions.connect("outbox-relay-apart")
             try:
                 await bound_waits(connection, **SESSION)
-                moved = await self._dispatch(connection, name, lane)
+                moved = await self._dispatch(connection, name, known)
             finally:
                 await connection.close(timeout=2)
-            if not moved and self._is_full(lane):
-                lane.refused = 0  # it is full, and says so
+            if not moved and self._is_full(known):
+                known.refused = 0  # it is full, and says so
             elif not moved:
-                lane.rest(self._now())  # another relay is trying it
+                known.rest(self._now())  # another relay is trying it
         except (QueueRefusedError, BrokerUnavailableError) as error:
-            self._refuse(name, lane, error)
+            self._refuse(name, known, error)
         except DRIVER_ERRORS as error:
-            _log.warning("relay.database_unavailable", error=_reason(error), retry_in=round(lane.rest(self._now()), 2))
+            _log.warning("relay.database_unavailable", error=_reason(error), retry_in=round(known.rest(self._now()), 2))
         finally:
             self._tried = ""
             if self._wakeup is not None:
@@ -252,37 +253,37 @@ class Relay:
             trial, self._trial = self._trial, None
             trial.result()
 
-    async def _dispatch(self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane) -> int:
-        lane.served_at = self._now()
-        limit = await self._room(name, lane)
+    async def _dispatch(self, connection: asyncpg.Connection[asyncpg.Record], name: str, known: KnownQueue) -> int:
+        known.served_at = self._now()
+        limit = await self._room(name, known)
         if limit <= 0:
             return 0
         try:
             async with connection.transaction():
-                batch = await self._take(connection, name, lane, limit)
+                batch = await self._take(connection, name, known, limit)
                 if batch is None:
                     return 0
                 if batch.rows:
-                    lane.depth = await self._publisher.publish(name, batch.rows, uuid4().hex[:16])
+                    known.depth = await self._sender.hand_over(name, batch.rows, uuid4().hex[:16])
         except _CONFLICTS as error:
             _log.warning("relay.conflict", queue=name, error=_reason(error))
             return 0
-        lane.floor, lane.refused = batch.floor, 0
+        known.floor, known.refused = batch.floor, 0
         if batch.suspects:
             _log.warning("relay.workers_lost", queue=name, messages=batch.suspects)
-        _log.debug("relay.dispatched", queue=name, messages=len(batch.rows), waiting=lane.depth)
+        _log.debug("relay.dispatched", queue=name, messages=len(batch.rows), waiting=known.depth)
         return len(batch.rows) + batch.suspects
 
-    async def _room(self, name: str, lane: Lane) -> int:
+    async def _room(self, name: str, known: KnownQueue) -> int:
         """How many rows the queue may take now: a backlog waits in PostgreSQL, where it cannot fill the broker."""
-        if self._is_full(lane):
-            lane.depth = await self._publisher.depth(name)
-        return min(self._outbox.batch_size, self._outbox.high_water_mark - lane.depth)
+        if self._is_full(known):
+            known.depth = await self._sender.depth(name)
+        return min(self._outbox.batch_size, self._outbox.high_water_mark - known.depth)
 
     async def _take(
-        self, connection: asyncpg.Connection[asyncpg.Record], name: str, lane: Lane, limit: int
+        self, connection: asyncpg.Connection[asyncpg.Record], name: str, known: KnownQueue, limit: int
     ) -> Batch | None:
-        floors = (lane.floor, NO_FLOOR) if lane.floor != NO_FLOOR else (NO_FLOOR,)
+        floors = (known.floor, NO_FLOOR) if known.floor != NO_FLOOR else (NO_FLOOR,)
         expired_leases = not self._sparing.active(self._now())
         for floor in floors:
             batch = await take_due(connection, name, floor, limit, self._pauses, expired_leases=expired_leases)
@@ -302,7 +303,7 @@ class Relay:
             await connection.execute("SELECT 1")
             self._sparing.heard(self._now())
             try:
-                await self._publisher.ping()
+                await self._sender.ping()
             except BrokerUnavailableError:
                 continue
             _log.info("relay.broker_back", probes=attempt)
@@ -316,11 +317,11 @@ class Relay:
     def _rests_for(self, name: str) -> float:
         if name == self._tried:
             return float("inf")  # the end of its trial ends the sleep
-        lane = self._lanes[name]
-        return max(lane.rests_for(self._now()), SHORTEST_SLEEP if self._is_full(lane) else 0)
+        known = self._queues[name]
+        return max(known.rests_for(self._now()), SHORTEST_SLEEP if self._is_full(known) else 0)
 
-    def _is_full(self, lane: Lane) -> bool:
-        return lane.depth >= self._outbox.high_water_mark
+    def _is_full(self, known: KnownQueue) -> bool:
+        return known.depth >= self._outbox.high_water_mark
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

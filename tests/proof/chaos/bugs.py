@@ -78,7 +78,7 @@ def commit_before_publish() -> None:
                 batch = await self._take(connection, name, queue, limit)
             if batch is None:
                 return 0
-            queue.depth = await self._publisher.publish(name, batch.rows, module.uuid4().hex[:16])
+            queue.depth = await self._sender.hand_over(name, batch.rows, module.uuid4().hex[:16])
             return len(batch.rows)
 
         module.Relay._dispatch = dispatch

@@ -120,12 +120,12 @@ def _api(module: Any) -> None:
 
 @when_imported("relay.brokers.redis_sender")
 def _redis(module: Any) -> None:
-    _around(module.RedisPublisher, "publish", "relay.before_publish", "relay.after_publish")
+    _around(module.RedisSender, "hand_over", "relay.before_publish", "relay.after_publish")
 
 
 @when_imported("relay.brokers.rabbitmq_sender")
 def _rabbitmq(module: Any) -> None:
-    _around(module.RabbitmqPublisher, "publish", "relay.before_publish", "relay.after_publish")
+    _around(module.RabbitmqSender, "hand_over", "relay.before_publish", "relay.after_publish")
 
 
 @when_imported("relay.process.loop")

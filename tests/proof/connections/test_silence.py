@@ -20,8 +20,8 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from relay.brokers.rabbitmq_channel import Line
-from relay.brokers.redis_sender import RedisPublisher
+from relay.brokers.rabbitmq_channel import OneChannel
+from relay.brokers.redis_sender import RedisSender
 from service.dev.places import ROOT
 from service.dev.postgres import Postgres
 from service.dev.valkey import Valkey
@@ -122,22 +122,22 @@ async def test_every_socket_of_the_shipped_commands(over_tcp: tuple[int, int], p
 
 async def test_redis_in_this_process(own_tcp_valkey: Valkey) -> None:
     settings = BrokerSettings(url=SecretStr(own_tcp_valkey.url))
-    publisher, broker = RedisPublisher(settings), make_broker(settings, [])
-    await publisher.ping()
-    ours = publisher._client.connection_pool._available_connections[0]
+    sender, broker = RedisSender(settings), make_broker(settings, [])
+    await sender.ping()
+    ours = sender._client.connection_pool._available_connections[0]
     assert ours._writer is not None
     assert _short_enough(ours._writer.get_extra_info("socket"))
     client: Any = broker.client  # type: ignore[attr-defined]
     with client.pubsub() as doorbell:
         doorbell.subscribe("any")
         assert _short_enough(doorbell.connection._sock)
-    await publisher.close()
+    await sender.close()
     broker.close()
 
 
 async def test_rabbitmq(rabbitmq: Rabbitmq) -> None:
     settings = BrokerSettings(url=SecretStr(rabbitmq.url))
-    line = Line(settings)
+    line = OneChannel(settings)
     await line.open()
     writer = line._transport._writer
     assert writer is not None

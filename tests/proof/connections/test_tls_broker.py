@@ -11,7 +11,8 @@ import pytest
 import redis
 from pydantic import SecretStr
 
-from relay.brokers.sender import BrokerUnavailableError, make_publisher
+from relay.brokers.factory import make_sender
+from relay.brokers.sender import BrokerUnavailableError
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker
 from tests.proof.connections.gate import gate
@@ -37,11 +38,11 @@ CASES = [
 
 
 async def _relay(settings: BrokerSettings) -> None:
-    publisher = make_publisher(settings)
+    sender = make_sender(settings)
     try:
-        await publisher.ping()
+        await sender.ping()
     finally:
-        await publisher.close()
+        await sender.close()
 
 
 async def _worker(settings: BrokerSettings) -> None:

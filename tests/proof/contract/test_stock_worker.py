@@ -14,7 +14,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import default_middleware
 from pydantic import SecretStr
 
-from relay.brokers.sender import Publisher, make_publisher
+from relay.brokers.factory import make_sender
 from service.ledger.message import Handover
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import aiormq
     from dramatiq.broker import Broker
 
+    from relay.brokers.sender import Sender
     from tests.proof.rabbitmq.server import Rabbitmq
 
 pytestmark = pytest.mark.slow
@@ -113,19 +114,19 @@ def stock(request: pytest.FixtureRequest) -> Iterator[Stock]:
 
 
 @pytest.fixture
-async def publisher(stock: Stock) -> AsyncIterator[Publisher]:
-    publisher = make_publisher(stock.settings)
-    yield publisher
-    await publisher.close()
+async def sender(stock: Stock) -> AsyncIterator[Sender]:
+    sender = make_sender(stock.settings)
+    yield sender
+    await sender.close()
 
 
 def batch(size: int = 20) -> list[Handover]:
     return [Handover(str(uuid4()), "plain.record", TRACE if number % 2 else None) for number in range(size)]
 
 
-async def test_each_body_equals_the_message_that_it_decodes_to(stock: Stock, publisher: Publisher) -> None:
+async def test_each_body_equals_the_message_that_it_decodes_to(stock: Stock, sender: Sender) -> None:
     rows = batch()
-    await publisher.publish("ledger", rows, "t")
+    await sender.hand_over("ledger", rows, "t")
     bodies = await stock.bodies()
     bodies = sorted(bodies, key=lambda body: [row.id for row in rows].index(json.loads(body)["message_id"]))
     assert [json.loads(body)["message_id"] for body in bodies] == [row.id for row in rows]
@@ -139,7 +140,7 @@ async def test_each_body_equals_the_message_that_it_decodes_to(stock: Stock, pub
 
 @pytest.mark.parametrize("first", ["the worker", "the relay"])
 async def test_a_stock_worker_runs_each_message_once_and_nothing_remains(
-    stock: Stock, publisher: Publisher, first: str
+    stock: Stock, sender: Sender, first: str
 ) -> None:
     """Whoever comes first declares the queues; the other must find them to be what it would have declared."""
     ran: list[str] = []
@@ -148,12 +149,12 @@ async def test_a_stock_worker_runs_each_message_once_and_nothing_remains(
     )
     rows = batch()
     if first == "the relay":
-        await publisher.publish("ledger", rows, "t")
+        await sender.hand_over("ledger", rows, "t")
     worker = dramatiq.Worker(stock.broker, worker_timeout=100, worker_threads=2)
     worker.start()
     try:
         if first == "the worker":
-            await publisher.publish("ledger", rows, "t")
+            await sender.hand_over("ledger", rows, "t")
         await until(lambda: len(ran) >= len(rows))
     finally:
         # What is not acknowledged by then goes back into its queue.
@@ -166,14 +167,14 @@ async def test_a_stock_worker_runs_each_message_once_and_nothing_remains(
 @pytest.mark.parametrize("first", ["the worker", "the relay"])
 async def test_relay_and_worker_declare_the_same_queues(rabbitmq: Rabbitmq, quorum: bool, first: str) -> None:
     settings = BrokerSettings(url=SecretStr(rabbitmq.url), quorum_queues=quorum)
-    broker, publisher = make_broker(settings, []), make_publisher(settings)
+    broker, sender = make_broker(settings, []), make_sender(settings)
     try:
         if first == "the worker":
             broker.consume("ledger", timeout=100).close()
-        await publisher.publish("ledger", batch(1), "t")
+        await sender.hand_over("ledger", batch(1), "t")
         consumer = broker.consume("ledger", timeout=100)
         await until(lambda: next(consumer))
         consumer.close()
     finally:
-        await publisher.close()
+        await sender.close()
         broker.close()

@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from relay.brokers.redis_sender import RedisPublisher
+from relay.brokers.redis_sender import RedisSender
 from service.outbox.running.runner import Runner
 from tests.proof.ledger.test_relay import running
 from tests.servers.real_servers import TEMPLATE
@@ -69,12 +69,12 @@ async def test_the_relay_does_not_crawl_over_what_it_has_handed_over(
 async def drained(settings: Settings, **options: int) -> None:
     """Let a relay hand all rows over; seen from the broker, because a look into the ledger would count as reading."""
     patient = settings.outbox.model_copy(update={"high_water_mark": 2 * ROWS, "redispatch_after": 600} | options)
-    publisher = RedisPublisher(settings.broker)
+    sender = RedisSender(settings.broker)
 
     async def all_waiting() -> bool:
-        return await publisher.depth("ledger") == ROWS
+        return await sender.depth("ledger") == ROWS
 
-    async with running(settings.model_copy(update={"outbox": patient}), publisher):
+    async with running(settings.model_copy(update={"outbox": patient}), sender):
         await until(all_waiting)
 
 

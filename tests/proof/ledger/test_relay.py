@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 import pytest
 import redis.asyncio
 
-from relay.brokers.redis_sender import RedisPublisher
+from relay.brokers.redis_sender import RedisSender
 from relay.process.loop import Relay
 from service.database.driver import connect
 from service.ledger.dispatching import NO_FLOOR, Pauses, queue_heads, take_due
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-    from relay.brokers.sender import Publisher
+    from relay.brokers.sender import Sender
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.ledger.dispatching import QueueHead
@@ -38,9 +38,9 @@ PAUSES = Pauses(timedelta(seconds=60), timedelta(seconds=10), timedelta(seconds=
 
 
 @asynccontextmanager
-async def running(settings: Settings, publisher: Publisher | None = None) -> AsyncIterator[Relay]:
+async def running(settings: Settings, sender: Sender | None = None) -> AsyncIterator[Relay]:
     """A relay on the test's loop."""
-    relay = Relay(settings, publisher)
+    relay = Relay(settings, sender)
     task = asyncio.create_task(relay.run())
     try:
         yield relay
@@ -158,16 +158,16 @@ async def test_bodies_whose_list_was_deleted_are_removed(
     key = f"{settings.broker.namespace}:ledger"
     held = f"{settings.broker.namespace}:__acks__.worker.ledger"
     ids = [str(uuid4()) for _ in range(4)]
-    publisher = RedisPublisher(settings.broker)
-    await publisher.publish("ledger", [Handover(ids[0], "ledger.react", None)], "t1")
+    sender = RedisSender(settings.broker)
+    await sender.hand_over("ledger", [Handover(ids[0], "ledger.react", None)], "t1")
     await broker.zadd(f"{settings.broker.namespace}:__heartbeats__", {"worker": 1})
     await broker.sadd(held, str(await broker.lpop(key)))
-    await publisher.publish("ledger", [Handover(ids[1], "ledger.react", None)], "t2")
+    await sender.hand_over("ledger", [Handover(ids[1], "ledger.react", None)], "t2")
     assert await broker.hlen(f"{key}.msgs") == 2
     await broker.delete(key, held)
-    await publisher.publish("ledger", [Handover(ids[2], "ledger.react", None)], "t3")
-    await publisher.publish("ledger", [Handover(ids[3], "ledger.react", None)], "t4")
-    await publisher.close()
+    await sender.hand_over("ledger", [Handover(ids[2], "ledger.react", None)], "t3")
+    await sender.hand_over("ledger", [Handover(ids[3], "ledger.react", None)], "t4")
+    await sender.close()
     assert await broker.hkeys(f"{key}.msgs") == [f"{ids[2]}:t3", f"{ids[3]}:t4"]
 
 
@@ -244,12 +244,12 @@ async def count_is(broker: redis.asyncio.Redis, settings: Settings, count: int) 
 
 async def test_a_repeated_call_within_a_transaction_queues_once(settings: Settings, ledger: Ledger) -> None:
     """A later transaction must not be suppressed by it: its dispatch is needed."""
-    publisher = RedisPublisher(settings.broker)
+    sender = RedisSender(settings.broker)
     batch = [Handover(str(uuid4()), "ledger.react", None)]
-    assert await publisher.publish("ledger", batch, "t1") == 1
-    assert await publisher.publish("ledger", batch, "t1") == 1
-    assert await publisher.publish("ledger", batch, "t2") == 2
-    await publisher.close()
+    assert await sender.hand_over("ledger", batch, "t1") == 1
+    assert await sender.hand_over("ledger", batch, "t1") == 1
+    assert await sender.hand_over("ledger", batch, "t2") == 2
+    await sender.close()
 
 
 async def test_a_broker_outage_counts_against_no_event(ledger: Ledger, settings: Settings, own_valkey: Valkey) -> None:
@@ -284,15 +284,15 @@ async def test_a_trace_of_another_form_is_left_out_and_its_neighbours_keep_their
 ) -> None:
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     traces = {str(uuid4()): each for each in (trace, "odd", None, trace.upper(), trace)}
-    publisher = RedisPublisher(settings.broker)
-    await publisher.publish("ledger", [Handover(each, "ledger.react", traces[each]) for each in traces], "t")
-    await publisher.close()
+    sender = RedisSender(settings.broker)
+    await sender.hand_over("ledger", [Handover(each, "ledger.react", traces[each]) for each in traces], "t")
+    await sender.close()
     bodies = map(json.loads, await broker.hvals(f"{settings.broker.namespace}:ledger.msgs"))
     passed_on = {body["message_id"]: body["options"].get("traceparent") for body in bodies}
     assert passed_on == {each: trace if traces[each] == trace else None for each in traces}
 
 
-class Watched(RedisPublisher):
+class Watched(RedisSender):
     """Notes when it is asked for something, and the sizes of the batches that it handed over."""
 
     def __init__(self, settings: BrokerSettings) -> None:
@@ -301,9 +301,9 @@ class Watched(RedisPublisher):
         self.sizes: list[int] = []
         self.queues: list[str] = []
 
-    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
         self.asked.append(time.monotonic())
-        waiting = await super().publish(queue, batch, transaction)
+        waiting = await super().hand_over(queue, batch, transaction)
         self.sizes.append(len(batch))
         self.queues.append(queue)
         return waiting
@@ -318,22 +318,22 @@ async def test_a_broker_that_is_away_is_asked_less_and_less_often(
 ) -> None:
     settings.broker.url = type(settings.broker.url)(own_valkey.url)
     own_valkey.stop()
-    publisher = Watched(settings.broker)
+    sender = Watched(settings.broker)
     await ledger.publish()
-    async with running(settings, publisher):
-        await until(lambda: len(publisher.asked) > 4)
-    assert publisher.asked[4] - publisher.asked[0] > 0.05 + 0.1 + 0.2 + 0.4
+    async with running(settings, sender):
+        await until(lambda: len(sender.asked) > 4)
+    assert sender.asked[4] - sender.asked[0] > 0.05 + 0.1 + 0.2 + 0.4
 
 
 async def test_a_queue_that_refuses_is_asked_less_and_less_often(
     ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis
 ) -> None:
     await broker.set(f"{settings.broker.namespace}:ledger", "not a list")
-    publisher = Watched(settings.broker)
+    sender = Watched(settings.broker)
     await ledger.publish()
-    async with running(settings, publisher):
-        await until(lambda: len(publisher.asked) > 3)
-    assert publisher.asked[3] - publisher.asked[0] > 0.125 + 0.25 + 0.5
+    async with running(settings, sender):
+        await until(lambda: len(sender.asked) > 3)
+    assert sender.asked[3] - sender.asked[0] > 0.125 + 0.25 + 0.5
 
 
 async def test_a_postgres_that_is_away_is_asked_less_and_less_often(settings: Settings) -> None:
@@ -441,18 +441,18 @@ async def test_a_backlog_of_an_outage_is_handed_over_in_whole_batches_at_once(
     settings.outbox.redispatch_after = 600
     settings.broker.url = type(settings.broker.url)(own_valkey.url)
     own_valkey.stop()
-    publisher = Watched(settings.broker)
+    sender = Watched(settings.broker)
     await ledger.publish()
-    async with running(settings, publisher):
-        await until(lambda: len(publisher.asked) > 3)
+    async with running(settings, sender):
+        await until(lambda: len(sender.asked) > 3)
         await ledger.connection.execute(MANY, rows - 1)
-        tried = len(publisher.asked) + 1
-        await until(lambda: len(publisher.asked) > tried)
+        tried = len(sender.asked) + 1
+        await until(lambda: len(sender.asked) > tried)
         assert await counted(ledger) == [(0, 0, "pending", rows)]
         monkeypatch.setattr("relay.process.loop.SHORTEST_SLEEP", 100.0)
         own_valkey.start()
         await until(lambda: all_dispatched(ledger, rows))
-    assert publisher.sizes == [settings.outbox.batch_size] * (rows // settings.outbox.batch_size)
+    assert sender.sizes == [settings.outbox.batch_size] * (rows // settings.outbox.batch_size)
     assert await counted(ledger) == [(1, 0, "dispatched", rows)]
 
 
@@ -518,10 +518,10 @@ async def test_a_round_serves_somebody_however_long_a_look_takes(
     monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 0.0)
     monkeypatch.setattr("relay.process.loop._LOOKING", 0)
     await ledger.connection.execute(ONE_EACH, queues, 3 * queues)
-    publisher = Watched(settings.broker)
-    async with running(settings, publisher):
+    sender = Watched(settings.broker)
+    async with running(settings, sender):
         await until(lambda: all_dispatched(ledger, 3 * queues), timeout=30)
-    assert [len(set(publisher.queues[first : first + queues])) for first in (0, queues, 2 * queues)] == [queues] * 3
+    assert [len(set(sender.queues[first : first + queues])) for first in (0, queues, 2 * queues)] == [queues] * 3
 
 
 async def test_looks_that_take_long_come_seldom(

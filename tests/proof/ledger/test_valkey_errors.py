@@ -12,7 +12,7 @@ import pytest
 import redis.asyncio
 from pydantic import SecretStr
 
-from relay.brokers.redis_sender import RedisPublisher
+from relay.brokers.redis_sender import RedisSender
 from relay.brokers.sender import BrokerUnavailableError
 from service.dev.valkey import Valkey
 from service.ledger.message import Handover
@@ -25,29 +25,29 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def publisher(url: str) -> AsyncIterator[RedisPublisher]:
-    opened = RedisPublisher(BrokerSettings(url=SecretStr(url)))
+async def sender(url: str) -> AsyncIterator[RedisSender]:
+    opened = RedisSender(BrokerSettings(url=SecretStr(url)))
     try:
         yield opened
     finally:
         await opened.close()
 
 
-async def publish(publisher: RedisPublisher) -> None:
-    await publisher.publish("ledger", [Handover(str(uuid4()), "ledger.react", None)], uuid4().hex)
+async def publish(sender: RedisSender) -> None:
+    await sender.hand_over("ledger", [Handover(str(uuid4()), "ledger.react", None)], uuid4().hex)
 
 
-async def is_blamed(publisher: RedisPublisher) -> None:
+async def is_blamed(sender: RedisSender) -> None:
     """The broker is at fault for a batch, and says itself that it would take none."""
     with pytest.raises(BrokerUnavailableError):
-        await publish(publisher)
+        await publish(sender)
     with pytest.raises(BrokerUnavailableError):
-        await publisher.ping()
+        await sender.ping()
 
 
-async def is_well(publisher: RedisPublisher) -> None:
-    await publisher.ping()
-    await publish(publisher)
+async def is_well(sender: RedisSender) -> None:
+    await sender.ping()
+    await publish(sender)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ async def is_well(publisher: RedisPublisher) -> None:
     ids=["OOM", "READONLY", "NOAUTH", "NOREPLICAS"],
 )
 async def test_a_server_that_takes_nothing(own_valkey: Valkey, fault: tuple[str, ...], cure: tuple[str, ...]) -> None:
-    async with redis.asyncio.Redis.from_url(own_valkey.url) as client, publisher(own_valkey.url) as ours:
+    async with redis.asyncio.Redis.from_url(own_valkey.url) as client, sender(own_valkey.url) as ours:
         await client.execute_command(*fault)
         await is_blamed(ours)
         await client.execute_command(*cure)
@@ -70,7 +70,7 @@ async def test_a_server_that_takes_nothing(own_valkey: Valkey, fault: tuple[str,
 
 async def test_a_replica_without_its_primary(own_valkey: Valkey) -> None:
     """MASTERDOWN"""
-    async with redis.asyncio.Redis.from_url(own_valkey.url) as client, publisher(own_valkey.url) as ours:
+    async with redis.asyncio.Redis.from_url(own_valkey.url) as client, sender(own_valkey.url) as ours:
         await client.execute_command("CONFIG", "SET", "replica-serve-stale-data", "no")
         await client.execute_command("REPLICAOF", "127.0.0.1", "1")
         await is_blamed(ours)
@@ -80,9 +80,9 @@ async def test_a_replica_without_its_primary(own_valkey: Valkey) -> None:
 
 async def test_a_wrong_password(server_folder: Path) -> None:
     with Valkey(server_folder / "valkey", tcp=True) as valkey:
-        async with publisher(f"redis://:wrong@127.0.0.1:{valkey.port}/0") as ours:
+        async with sender(f"redis://:wrong@127.0.0.1:{valkey.port}/0") as ours:
             await is_blamed(ours)
-        async with publisher(valkey.url) as ours:
+        async with sender(valkey.url) as ours:
             await is_well(ours)
 
 
@@ -91,7 +91,7 @@ async def test_a_server_that_cannot_save(server_folder: Path) -> None:
     folder = server_folder / "gone"
     folder.mkdir()
     with Valkey(server_folder / "valkey", settings={"enable-protected-configs": "yes"}) as valkey:
-        async with redis.asyncio.Redis.from_url(valkey.url) as client, publisher(valkey.url) as ours:
+        async with redis.asyncio.Redis.from_url(valkey.url) as client, sender(valkey.url) as ours:
             await client.config_set("dir", str(folder))
             await client.config_set("save", "3600 1000000")
             folder.rmdir()
@@ -124,7 +124,7 @@ async def test_a_server_that_is_loading_its_data(server_folder: Path) -> None:
         valkey.settings = slow
         valkey.stop()
         starting = asyncio.create_task(asyncio.to_thread(valkey.start))
-        async with publisher(valkey.url) as ours:
+        async with sender(valkey.url) as ours:
             await until(lambda: is_loading(valkey.url))
             await is_blamed(ours)
             await starting

@@ -145,7 +145,7 @@ async def test_a_prepared_transaction_wakes_a_sleeper_or_keeps_it_awake(
     assert await sleeper.look() <= 0
 
 
-async def test_nobody_falls_asleep_past_a_long_publisher(ledger: Ledger, sleeper: Sleeper, connect: Connect) -> None:
+async def test_nobody_falls_asleep_past_a_long_writer(ledger: Ledger, sleeper: Sleeper, connect: Connect) -> None:
     """It wrote while the relay was awake, so it did not notify; the relay looks again, soon, until it has committed."""
     writer = await connect()
     transaction = writer.transaction()

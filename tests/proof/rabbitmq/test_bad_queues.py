@@ -9,10 +9,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from relay.brokers.rabbitmq_sender import RabbitmqPublisher
+from relay.brokers.rabbitmq_sender import RabbitmqSender
 from tests.proof.ledger import domain
 from tests.proof.ledger.test_relay import dispatched, running
-from tests.proof.rabbitmq.test_publisher import count, to_queue_process
+from tests.proof.rabbitmq.test_sender import count, to_queue_process
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -62,16 +62,16 @@ async def handed_over_again(ledger: Ledger) -> bool:
     )
 
 
-class Watched(RabbitmqPublisher):
+class Watched(RabbitmqSender):
     """Knows how often it was asked to serve the queue `ledger`."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         super().__init__(settings)
         self.asked = 0
 
-    async def publish(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
         self.asked += queue == "ledger"
-        return await super().publish(queue, batch, transaction)
+        return await super().hand_over(queue, batch, transaction)
 
 
 @asynccontextmanager
@@ -87,15 +87,15 @@ async def hanging(rabbitmq: Rabbitmq) -> AsyncIterator[None]:
 async def test_a_queue_that_hangs_holds_no_other_up(
     ledger: Ledger, settings: Settings, rabbitmq: Rabbitmq, amqp: aiormq.Channel
 ) -> None:
-    publisher = Watched(settings.broker)
-    async with running(settings, publisher):
+    sender = Watched(settings.broker)
+    async with running(settings, sender):
         first, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
         await until(lambda: both_dispatched(ledger, first, fine))
         async with hanging(rabbitmq):
-            before = publisher.asked
+            before = sender.asked
             (stuck,) = await ledger.publish()
             for tries in (2, 3):
-                await until(lambda: publisher.asked >= before + tries)  # noqa: B023
+                await until(lambda: sender.asked >= before + tries)  # noqa: B023
                 _, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
                 await until(lambda: dispatched(ledger, fine), timeout=2)  # noqa: B023
             assert await ledger.state(stuck) == "pending"
