@@ -57,7 +57,7 @@ def told(settings: Settings, talkative: Postgres, own_valkey: Valkey) -> Setting
     """The test's settings, with servers that nobody else uses, and time for everything: no hand-over and no lease is
     repeated because the machine is busy."""
     database = settings.database.model_copy(update={"url": SecretStr(talkative.url(TEMPLATE))})
-    roomy = settings.outbox.model_copy(update={"high_water_mark": 10 * ROWS, "lease": 600})
+    roomy = settings.outbox.model_copy(update={"high_water_mark": 10 * ROWS, "lease": 600, "redispatch_after": 600})
     broker = settings.broker.model_copy(update={"url": SecretStr(own_valkey.url), "publish_timeout": 60.0})
     return settings.model_copy(update={"database": database, "broker": broker, "outbox": roomy})
 
