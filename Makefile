@@ -57,6 +57,7 @@ lint: $(STAMP) ## Check style, types and the layers
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 fmt: $(STAMP) ## Format and mend what can be mended
 	$(PY) -m ruff check --fix
