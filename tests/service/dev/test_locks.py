@@ -1,4 +1,4 @@
-"""The locks pin what `pyproject.toml` allows, whoever changed it: Dependabot raises a bound and leaves the locks to us."""
+"""The locks pin what `pyproject.toml` allows, also after Dependabot, which raises a bound and leaves them alone."""
 
 from __future__ import annotations
 
