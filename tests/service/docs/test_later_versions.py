@@ -17,12 +17,14 @@ from tests.service.docs.test_readme import stripped
 if TYPE_CHECKING:
     from pathlib import Path
 
+_NEWEST = "<!-- towncrier release notes start -->\n"
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed"),
 ]
 
-_FILES = ("pyproject.toml", "compose.yaml", "README.md", "Makefile")
+_FILES = ("pyproject.toml", "compose.yaml", "README.md", "Makefile", "CHANGELOG.md", ".gitattributes")
 _LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-bench.lock")
 
 
@@ -97,6 +99,8 @@ def _make_it_ours(copy: _Git) -> None:
     copy.edit("pyproject.toml", 'name = "outbox-service"', 'name = "my-shop"')
     copy.edit("pyproject.toml", '  "typer>', '  "humanize>=4",\n  "typer>')
     copy.edit("compose.yaml", '"-Q", "stock"]', '"-Q", "mine"]')
+    copy.edit("CHANGELOG.md", _NEWEST, f"{_NEWEST}\n## my-shop 1.0.0 (2027-01-01)\n\n- Ours.\n")
+    copy.write("service/mail.py", f"{copy.read('service/mail.py')}# ours\n")
     for lock in _LOCKS:
         copy.write(lock, f"{copy.read(lock)}humanize==4.0.0\n")
     copy.done("git add -A && git commit -qm Mine")
@@ -106,6 +110,9 @@ def _next_version(template: _Git) -> None:
     template.write("README.md", "# The next version\n")
     template.edit("pyproject.toml", '  "alembic>', '  "colorama>=0.4",\n  "alembic>')
     template.edit("compose.yaml", "image: postgres:18", "image: postgres:19")
+    template.edit("CHANGELOG.md", _NEWEST, f"{_NEWEST}\n## outbox-service 0.2.0 (2027-01-02)\n\n- Theirs.\n")
+    template.write("service/mail.py", f"# theirs\n{template.read('service/mail.py')}")
+    template.done("git mv service/mail.py service/mailing.py")
     for lock in _LOCKS:
         template.write(lock, f"{template.read(lock)}sniffio==1.3.0\n")
     template.write("service/domains/orders/consumers.py", "# changed\n")
@@ -137,6 +144,11 @@ def test_it_takes_the_next_version(template: _Git, tmp_path: Path, how: str) -> 
     assert (copy.folder / "migrations/ledger/2027_01_01_next.py").exists()
     assert all(each in copy.read("pyproject.toml") for each in ('"my-shop"', '"humanize>', '"colorama>'))
     assert all(each in copy.read("compose.yaml") for each in ('"-Q", "mine"]', "postgres:19"))
+    assert all(each in copy.read("CHANGELOG.md") for each in ("\n- Ours.\n", "\n- Theirs.\n", "service 0.1.0 ("))
+    moved = copy.read("service/mailing.py")
+    assert moved.startswith("# theirs\n")
+    assert moved.endswith("# ours\n"), "a change of ours goes with a file that the template moved"
+    assert "<<<<<<<" not in moved + copy.read("CHANGELOG.md")
     assert [copy.read(lock) for lock in _LOCKS] == [template.read(lock) for lock in _LOCKS]
     assert "Already up to date" in copy.done(merge)
 
