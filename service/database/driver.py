@@ -205,8 +205,12 @@ def _arguments(
 async def connect(settings: DatabaseSettings, application_name: str) -> asyncpg.Connection[asyncpg.Record]:
     """A connection for the ledger's own statements, its waits bounded."""
     connection = await open_connection(settings, application_name)
-    if not settings.pooler:
-        await bound_waits(connection)
+    try:
+        if not settings.pooler:
+            await bound_waits(connection)
+    except BaseException:
+        connection.terminate()
+        raise
     return connection
 
 

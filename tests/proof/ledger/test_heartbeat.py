@@ -149,20 +149,26 @@ async def test_a_runner_whose_closing_is_cut_short_still_ends_it(settings: Setti
     assert not heartbeat.is_alive()
 
 
-async def test_one_whose_connection_hangs_is_stopped_at_once(settings: Settings) -> None:
-    never = asyncio.Event()
+@pytest.mark.parametrize("transactions", [False, True])
+@pytest.mark.parametrize("at", [b"", b"set_config", b"outbox_message"])
+async def test_one_whose_connection_hangs_is_stopped_at_once(settings: Settings, at: bytes, transactions: bool) -> None:
+    """While it connects, makes the connection ready, or extends leases; and nothing is left on its loop."""
+    hangs, never = asyncio.Event(), asyncio.Event()
 
-    async def hang(_link: Link, _chunk: bytes) -> bytes:
-        await never.wait()
-        return b""
+    async def hang(_link: Link, chunk: bytes) -> bytes:
+        if at in chunk:
+            hangs.set()
+            await never.wait()
+        return chunk
 
     async with through_a_proxy(settings) as between:
         between.request = hang
-        async with beating(settings) as heartbeat:
-            await until(lambda: between.links)
+        async with beating(settings, transactions=transactions) as heartbeat:
+            await hangs.wait()
             async with asyncio.timeout(2):
                 await asyncio.to_thread(heartbeat.stop)
             assert not heartbeat.is_alive()
+    assert not asyncio.all_tasks(heartbeat._loop)
 
 
 async def test_one_that_cannot_be_stopped_in_time_does_not_fail_the_workers_exit() -> None:
