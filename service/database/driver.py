@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 
@@ -187,8 +187,7 @@ async def open_connection(settings: DatabaseSettings, application_name: str, **m
         else:
             # asyncpg has no option for it, and a connection that is being made has a timeout.
             notice_silence(connection._transport.get_extra_info("socket"), settings.silence_timeout)  # noqa: SLF001
-            opened: _Connection = connection
-            return opened
+            return cast("_Connection", connection)
     raise AssertionError("an address has a host")
 
 
@@ -196,9 +195,8 @@ def _arguments(
     settings: DatabaseSettings, address: PostgresAddress, application_name: str, more: dict[str, Any]
 ) -> dict[str, Any]:
     name = f"{application_name} {address.application_name}".rstrip()
-    arguments = {"dsn": address.dsn, "command_timeout": 30} | more
-    if settings.pooler:
-        arguments["statement_cache_size"] = 0
+    cache = {"statement_cache_size": 0} if settings.pooler else {}
+    arguments = {"dsn": address.dsn, "command_timeout": 30} | more | cache
     return arguments | {"server_settings": {"application_name": name} | more.get("server_settings", {})}
 
 
