@@ -118,24 +118,33 @@ async def test_a_claim_from_the_second_dispatch_on_is_on_disk(
         assert await worker.fetchval("SHOW synchronous_commit") == waits
 
 
-async def test_more_locked_rows_than_connections_hold_up_nobody_else(
-    ledger: Ledger, settings: Settings, worker_engine: AsyncEngine
-) -> None:
+@pytest.fixture
+async def patient_runner(settings: Settings, worker_engine: AsyncEngine) -> AsyncIterator[Runner]:
+    """One whose claims may wait for a long time."""
     settings.outbox.lease = 60
     runner = Runner(settings, worker_engine)
     await runner.open()
+    yield runner
+    await runner.close()
+
+
+async def test_more_locked_rows_than_connections_hold_up_nobody_else(
+    ledger: Ledger, patient_runner: Runner, connect: Connect
+) -> None:
+    deliver = patient_runner.deliver
     locked = [await ledger.happen() for _ in range(8)]
     free = [await ledger.happen("outside") for _ in range(4)]
-    async with ledger.connection.transaction():
-        await ledger.connection.execute("SELECT FROM outbox_message WHERE id = ANY($1) FOR UPDATE", locked)
-        waiting = [asyncio.create_task(runner.deliver(each)) for each in locked]
+    other = await connect()
+    async with other.transaction():
+        await other.execute("SELECT FROM outbox_message WHERE id = ANY($1) FOR UPDATE", locked)
+        waiting = [asyncio.create_task(deliver(each)) for each in locked]
+        # Not asked on `other`: a transaction goes on seeing the sessions that were there when it first looked.
         await until(lambda: somebody_waits(ledger))
         async with asyncio.timeout(30):
-            await asyncio.gather(*[runner.deliver(each) for each in free])
+            await asyncio.gather(*[deliver(each) for each in free])
         assert [await ledger.state(each) for each in free] == ["completed"] * 4
     await asyncio.gather(*waiting)
     assert [await ledger.state(each) for each in locked] == ["completed"] * 8
-    await runner.close()
 
 
 class Broken(Lender):
