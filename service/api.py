@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     install_handlers(app)
     app.include_router(health.router)
     for router in domains.routers():
-        app.include_router(router)
+        app.include_router(router, generate_unique_id_function=lambda route: route.name)
     install_openapi(app)
     return app
 

@@ -1,7 +1,8 @@
-"""Makes the OpenAPI document tell the truth about errors, so that no route has to.
+"""Makes the OpenAPI document tell the truth about errors, and what leads where, so that no route has to.
 
 Every operation can answer 422, 500, 503 and 504, one with a body also 400, 413 and 415. Routes add only what their own
-`BusinessError`s cause, with `problem_responses`.
+`BusinessError`s cause, with `problem_responses`, and with `created` that they make something: POST /orders is then
+linked to GET /orders/{order_id}, which lets the tests of the API try one after the other.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from service.http.problems import InvalidField, Problem, documented
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-__all__ = ["install_openapi"]
+__all__ = ["ID", "created", "install_openapi"]
 
+ID = "$response.body#/id"
+"""The id of what was just made, where a link passes it on."""
+
+_LOCATION = {"Location": {"description": "Where it is from now on", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
 _ALWAYS = {
     "500": documented("Something went wrong on our side"),
@@ -29,8 +34,18 @@ _WITH_BODY = {
 }
 
 
+def created(**links: tuple[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route that answers 201 with an `id`, and says in `Location` where to find what has it.
+
+    Args:
+        links: What else to do with it: the name of an operation, and a body with `ID` in it.
+    """
+    others = {name: {"operationId": operation, "requestBody": body} for name, (operation, body) in links.items()}
+    return {201: {"headers": _LOCATION, "links": others}}
+
+
 def install_openapi(app: FastAPI) -> None:
-    """Document the problem responses of every operation."""
+    """Document the problem responses of every operation, and its links."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -46,6 +61,7 @@ def install_openapi(app: FastAPI) -> None:
         for operations in document["paths"].values():
             for operation in operations.values():
                 _document(operation)
+        _link(document["paths"])
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -63,3 +79,12 @@ def _document(operation: dict[str, Any]) -> None:
     for status, response in usual.items():
         responses.setdefault(status, response)
     operation["responses"] = dict(sorted(responses.items()))
+
+
+def _link(paths: dict[str, Any]) -> None:
+    for path, operations in paths.items():
+        where, _, parameter = path.rpartition("/")
+        made = paths.get(where, {}).get("post", {}).get("responses", {}).get("201", {})
+        if "get" in operations and parameter.startswith("{") and "Location" in made.get("headers", {}):
+            get = {"operationId": operations["get"]["operationId"], "parameters": {parameter.strip("{}"): ID}}
+            made.setdefault("links", {})["get"] = get

@@ -13,39 +13,22 @@ from service.domains.orders.events import OrderPlaced
 from service.domains.orders.models import Order, OrderLine, OrderStatus, Product
 from service.domains.orders.schemas import OrderRead, PlaceOrder, ProductRead, ProductWrite
 from service.http.idempotency import IdempotentRoute
+from service.http.openapi import ID, created
 from service.http.pagination import Page, PageQuery, page_of
 from service.http.problems import problem_responses
 from service.http.request_session import Session
 from service.outbox import new_id, publish
 from service.telemetry.logs import get_logger
 
-__all__ = ["router"]
-
-# One line makes every POST of this router repeatable under an Idempotency-Key.
+# This class makes every POST of this router repeatable under an Idempotency-Key.
 router = APIRouter(route_class=IdempotentRoute)
 _log = get_logger(__name__)
 
-_LOCATION = {"Location": {"description": "Where it is from now on", "schema": {"type": "string"}}}
-_ID = "$response.body#/id"
-_PRODUCT_ADDED = {
-    "headers": _LOCATION,
-    "links": {
-        "get": {"operationId": "get_product", "parameters": {"product_id": _ID}},
-        "order": {
-            "operationId": "place_order",
-            "requestBody": {"email": "ada@example.com", "lines": [{"product_id": _ID, "quantity": 1}]},
-        },
-    },
-}
-_ORDER_PLACED = {
-    "headers": _LOCATION,
-    "links": {"get": {"operationId": "get_order", "parameters": {"order_id": _ID}}},
-}
+# The OpenAPI document tells how to order what was just added, and so the tests of the API do.
+_ORDER_IT = {"email": "ada@example.com", "lines": [{"product_id": ID, "quantity": 1}]}
 
 
-@router.post(
-    "/products", status_code=201, tags=["products"], operation_id="add_product", responses={201: _PRODUCT_ADDED}
-)
+@router.post("/products", status_code=201, tags=["products"], responses=created(order=("place_order", _ORDER_IT)))
 async def add_product(body: ProductWrite, session: Session, response: Response) -> ProductRead:
     """Add a product."""
     product = Product(id=new_id(), name=body.name, stock=body.stock, created_at=datetime.now(UTC))
@@ -54,19 +37,14 @@ async def add_product(body: ProductWrite, session: Session, response: Response) 
     return ProductRead.model_validate(product)
 
 
-@router.get("/products", tags=["products"], operation_id="list_products")
+@router.get("/products", tags=["products"])
 async def list_products(query: PageQuery, session: Session) -> Page[ProductRead]:
     """The products, the newest first."""
     rows, next_cursor = await page_of(session, select(Product), Product.id, query)
     return Page(items=[ProductRead.model_validate(row) for row in rows], next_cursor=next_cursor)
 
 
-@router.get(
-    "/products/{product_id}",
-    tags=["products"],
-    operation_id="get_product",
-    responses=problem_responses(UnknownProductError),
-)
+@router.get("/products/{product_id}", tags=["products"], responses=problem_responses(UnknownProductError))
 async def get_product(product_id: UUID, session: Session) -> ProductRead:
     """One product, with the stock that is left."""
     product = await session.get(Product, product_id)
@@ -75,13 +53,7 @@ async def get_product(product_id: UUID, session: Session) -> ProductRead:
     return ProductRead.model_validate(product)
 
 
-@router.post(
-    "/orders",
-    status_code=201,
-    tags=["orders"],
-    operation_id="place_order",
-    responses={201: _ORDER_PLACED, **problem_responses(UnknownProductError)},
-)
+@router.post("/orders", status_code=201, tags=["orders"], responses=created() | problem_responses(UnknownProductError))
 async def place_order(body: PlaceOrder, session: Session, tasks: BackgroundTasks, response: Response) -> OrderRead:
     """Place an order; whether the stock suffices is decided afterwards."""
     wanted = {line.product_id for line in body.lines}
@@ -95,25 +67,19 @@ async def place_order(body: PlaceOrder, session: Session, tasks: BackgroundTasks
     # Must happen: committed with the order, it survives every crash until a worker has done it.
     publish(session, OrderPlaced(order_id=order.id))
     # May be lost: runs in this process after the response, and is gone if the process ends before.
-    tasks.add_task(_note_order, order.id, len(order.lines))
+    tasks.add_task(_log.info, "order.noted", order_id=str(order.id), lines=len(order.lines))
     response.headers["Location"] = f"/orders/{order.id}"
     return OrderRead.model_validate(order)
 
 
-def _note_order(order_id: UUID, lines: int) -> None:
-    _log.info("order.noted", order_id=str(order_id), lines=lines)
-
-
-@router.get("/orders", tags=["orders"], operation_id="list_orders")
+@router.get("/orders", tags=["orders"])
 async def list_orders(query: PageQuery, session: Session) -> Page[OrderRead]:
     """The orders, the newest first."""
     rows, next_cursor = await page_of(session, select(Order), Order.id, query)
     return Page(items=[OrderRead.model_validate(row) for row in rows], next_cursor=next_cursor)
 
 
-@router.get(
-    "/orders/{order_id}", tags=["orders"], operation_id="get_order", responses=problem_responses(UnknownOrderError)
-)
+@router.get("/orders/{order_id}", tags=["orders"], responses=problem_responses(UnknownOrderError))
 async def get_order(order_id: UUID, session: Session) -> OrderRead:
     """One order."""
     order = await session.get(Order, order_id)
