@@ -1,9 +1,8 @@
-"""What is done about orders, outside the request. Each consumer opens its own session from the ids it is passed."""
+"""What is done about an order after the request. Each consumer opens its own session from the ids it is passed."""
 
 from __future__ import annotations
 
 from datetime import UTC
-from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
@@ -13,13 +12,6 @@ from service.domains.orders.events import OrderConfirmed, OrderPlaced, OrderReje
 from service.domains.orders.models import DailySales, Order, OrderStatus, Product
 from service.outbox import Delivery, Fail, consumer, publish
 
-if TYPE_CHECKING:
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-__all__ = ["count_sales", "reserve_stock", "send_confirmation", "send_rejection"]
-
 
 @consumer(OrderPlaced, queue="stock")
 async def reserve_stock(event: OrderPlaced, delivery: Delivery) -> None:
@@ -28,7 +20,10 @@ async def reserve_stock(event: OrderPlaced, delivery: Delivery) -> None:
         order = await session.get_one(Order, event.order_id, with_for_update=True)
         if order.status != OrderStatus.PLACED:
             return  # it was decided before: nothing to do
-        products = await _locked_products(session, [line.product_id for line in order.lines])
+        # Everyone locks in the order of the ids, so two orders for the same products wait rather than deadlock. The key
+        # is left out of the lock: an order that is being placed holds it through its lines' foreign key, in any order.
+        wanted = select(Product).where(Product.id.in_([line.product_id for line in order.lines])).order_by(Product.id)
+        products = {each.id: each for each in await session.scalars(wanted.with_for_update(key_share=True))}
         if any(products[line.product_id].stock < line.quantity for line in order.lines):
             order.status = OrderStatus.REJECTED
             publish(session, OrderRejected(order_id=order.id))
@@ -37,14 +32,6 @@ async def reserve_stock(event: OrderPlaced, delivery: Delivery) -> None:
             products[line.product_id].stock -= line.quantity
         order.status = OrderStatus.CONFIRMED
         publish(session, OrderConfirmed(order_id=order.id))
-
-
-async def _locked_products(session: AsyncSession, ids: list[UUID]) -> dict[UUID, Product]:
-    # Everyone locks in the order of the ids, so two orders for the same products wait rather than deadlock. The key is
-    # left out of the lock: an order that is being placed holds it through its lines' foreign key, in any order.
-    wanted = select(Product).where(Product.id.in_(ids)).order_by(Product.id)
-    rows = await session.scalars(wanted.with_for_update(key_share=True))
-    return {product.id: product for product in rows}
 
 
 @consumer(OrderPlaced, queue="stock")
@@ -59,21 +46,21 @@ async def count_sales(event: OrderPlaced, delivery: Delivery) -> None:
 @consumer(OrderConfirmed, queue="email", max_retries=8)
 async def send_confirmation(event: OrderConfirmed, delivery: Delivery) -> None:
     """Tell the customer that the order is confirmed."""
-    await _send(event.order_id, delivery, "is confirmed", "Thank you for your order. It is confirmed.")
+    await _send(event, delivery, "is confirmed", "Thank you for your order. It is confirmed.")
 
 
 @consumer(OrderRejected, queue="email", max_retries=8)
 async def send_rejection(event: OrderRejected, delivery: Delivery) -> None:
     """Tell the customer that the stock did not suffice."""
-    await _send(event.order_id, delivery, "cannot be fulfilled", "We are sorry: what you ordered is out of stock.")
+    await _send(event, delivery, "cannot be fulfilled", "We are sorry: what you ordered is out of stock.")
 
 
-async def _send(order_id: UUID, delivery: Delivery, outcome: str, text: str) -> None:
+async def _send(event: OrderConfirmed | OrderRejected, delivery: Delivery, outcome: str, text: str) -> None:
     async with delivery.read() as session:
-        order = await session.get_one(Order, order_id)
+        order = await session.get_one(Order, event.order_id)
     # No transaction is open while the mail server takes its time. The delivery is completed on return; a crash before
     # that sends the e-mail again, under the same Message-ID.
     try:
-        await mail.send(order.email, f"Order {order_id} {outcome}", text, idempotency_key=delivery.idempotency_key)
+        await mail.send(order.email, f"Order {order.id} {outcome}", text, idempotency_key=delivery.idempotency_key)
     except mail.MailRefusedError as refusal:
         raise Fail(f"the mail server refused the e-mail for good: {refusal}") from refusal

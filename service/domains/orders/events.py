@@ -6,8 +6,6 @@ from uuid import UUID
 
 from service.outbox import Event
 
-__all__ = ["OrderConfirmed", "OrderPlaced", "OrderRejected"]
-
 
 class OrderPlaced(Event, type="order.placed", version=1):
     """A customer placed an order."""

@@ -6,13 +6,11 @@ from datetime import date, datetime
 from enum import StrEnum
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, Date, ForeignKey, Integer, Text
+from sqlalchemy import CheckConstraint, ForeignKey, Text
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from service.database.base import Base
-
-__all__ = ["DailySales", "Order", "OrderLine", "OrderStatus", "Product"]
 
 
 class OrderStatus(StrEnum):
@@ -30,7 +28,7 @@ class Product(Base):
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(Text)
-    stock: Mapped[int] = mapped_column(Integer)
+    stock: Mapped[int]
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP(timezone=True))
 
     __table_args__ = (CheckConstraint("stock >= 0", name="stock"),)
@@ -57,7 +55,7 @@ class OrderLine(Base):
 
     order_id: Mapped[UUID] = mapped_column(ForeignKey("customer_order.id", ondelete="CASCADE"), primary_key=True)
     product_id: Mapped[UUID] = mapped_column(ForeignKey("product.id"), primary_key=True, index=True)
-    quantity: Mapped[int] = mapped_column(Integer)
+    quantity: Mapped[int]
 
     __table_args__ = (CheckConstraint("quantity > 0", name="quantity"),)
 
@@ -67,5 +65,5 @@ class DailySales(Base):
 
     __tablename__ = "daily_sales"
 
-    day: Mapped[date] = mapped_column(Date, primary_key=True)
-    orders: Mapped[int] = mapped_column(Integer)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    orders: Mapped[int]
