@@ -9,6 +9,7 @@ import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from service.dev.demo.example import HOLD_WORK, QUEUES
 from service.dev.demo.stage import Stage, wipe_namespace
 from service.dev.places import ServerError
 
@@ -45,7 +46,7 @@ async def _eventually(fault: Callable[[], Awaitable[int]], what: str) -> int:
 async def _work_held(stage: Stage) -> AsyncIterator[None]:
     """Let consumers wait for a lock: on a fast machine hardly anything would be in flight to be hit."""
     async with stage.database.acquire() as connection, connection.transaction():
-        await connection.execute("LOCK TABLE daily_sales IN SHARE MODE")
+        await connection.execute(HOLD_WORK)
         yield
 
 
@@ -135,7 +136,7 @@ async def wipe_broker(stage: Stage) -> int:
 
 
 async def _wipe_broker_once(stage: Stage) -> int:
-    queues = [f"{stage.namespace}:{queue}" for queue in ("stock", "email")]
+    queues = [f"{stage.namespace}:{queue}" for queue in QUEUES]
     deadline = time.monotonic() + _AIM_FOR
     while time.monotonic() < deadline:
         # Counted and wiped in one transaction of the broker, so the count is what was lost.

@@ -7,8 +7,8 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
+from service.dev.demo.example import Load
 from service.dev.demo.faults import kill_relay, kill_worker, wipe_broker
-from service.dev.demo.load import Load
 from service.dev.demo.stage import REJECTED, Stage, shortened, stage
 from service.dev.demo.verdict import Counts, Verdict, count, judge, latencies
 from service.dev.places import ServerError, clone_data, scratch

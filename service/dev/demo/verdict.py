@@ -9,31 +9,25 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.dev.demo.example import EFFECTS, ORDERS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from service.dev.demo.load import Load
+    from service.dev.demo.example import Load
     from service.dev.demo.stage import Stage
     from service.dev.sink import Mail
 
 __all__ = ["Counts", "Verdict", "count", "judge"]
 
-_COUNTS = """
-SELECT (SELECT count(*) FROM customer_order WHERE status = 'placed') AS undecided,
-       (SELECT count(*) FROM customer_order WHERE status = 'confirmed') AS confirmed,
-       (SELECT count(*) FROM customer_order WHERE status = 'rejected') AS rejected,
-       (SELECT coalesce(sum(orders), 0) FROM daily_sales)::bigint AS counted,
-       (SELECT coalesce(sum(stock), 0) FROM product)::bigint AS stock_left,
-       (SELECT coalesce(sum(quantity), 0) FROM order_line JOIN customer_order ON customer_order.id = order_id
-        WHERE status = 'confirmed')::bigint AS sold,
-       (SELECT count(*) FROM outbox_message WHERE state <> 'completed') AS open,
+_LEDGER = """
+SELECT (SELECT count(*) FROM outbox_message WHERE state <> 'completed') AS open,
        (SELECT count(*) FROM outbox_message WHERE state = 'completed') AS completed,
        (SELECT count(*) FROM outbox_message WHERE dispatches > 1) AS handed_over_again,
        (SELECT count(*) FROM dead_letter WHERE resolution IS NULL) AS dead,
        (SELECT count(DISTINCT event_id) FROM (SELECT event_id FROM outbox_message UNION ALL
                                               SELECT event_id FROM dead_letter) AS every_event) AS events
 """
-_ORDERS = "SELECT id::text, email FROM customer_order"
 # A delivery that was interrupted or replayed was started late because of what the demo did; it is counted apart.
 _LATENCY = """
 SELECT percentile_cont(ARRAY[0.5, 0.99]) WITHIN GROUP (ORDER BY extract(epoch FROM started_at - created_at))
@@ -76,9 +70,8 @@ class Verdict:
 
 async def count(stage: Stage) -> Counts:
     """Count what PostgreSQL holds."""
-    row = await stage.database.fetchrow(_COUNTS)
-    assert row is not None
-    return Counts(**dict(row))
+    [effects], [ledger] = await stage.database.fetch(EFFECTS), await stage.database.fetch(_LEDGER)
+    return Counts(**effects, **ledger)
 
 
 async def latencies(stage: Stage, *, interrupted: bool) -> tuple[float, float]:
@@ -90,7 +83,7 @@ async def latencies(stage: Stage, *, interrupted: bool) -> tuple[float, float]:
 async def judge(stage: Stage, load: Load, mails: list[Mail]) -> Verdict:
     """Compare the clients' record with PostgreSQL, and both with what the mail server received."""
     counts = await count(stage)
-    stored = {row["id"]: row["email"] for row in await stage.database.fetch(_ORDERS)}
+    stored = {row["id"]: row["email"] for row in await stage.database.fetch(ORDERS)}
     by_address: dict[str, set[str]] = defaultdict(set)
     for mail in mails:
         for recipient in mail.recipients:

@@ -8,7 +8,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from service.dev.demo.load import Load
+from service.dev.demo.example import Load
 from service.dev.demo.verdict import Verdict, count, judge
 from service.dev.sink import Mail
 
