@@ -16,6 +16,7 @@ from fastapi.sse import EventSourceResponse
 from service.api import create_app
 from service.dev.places import ROOT
 from service.dev.stack import api_command
+from service.http.openapi import ID, created
 from tests.servers.real_servers import outside_environment
 from tests.waiting import until_sync
 
@@ -107,3 +108,30 @@ def test_a_route_added_later_is_documented_too(settings: Settings) -> None:
     app.openapi()
     app.add_api_route("/later", lambda: None)
     assert "503" in app.openapi()["paths"]["/later"]["get"]["responses"]
+
+
+made = APIRouter(prefix="/made")
+
+
+@made.post("", status_code=201, responses=created(order=("get_order", {"wanted": [ID]})))
+async def _make() -> None: ...
+
+
+@made.get("/{made_id}")
+async def _get_made(made_id: int) -> None: ...
+
+
+@made.get("/{made_id}/parts")
+async def _get_parts(made_id: int) -> None: ...
+
+
+def test_what_was_made_leads_to_where_it_is(settings: Settings) -> None:
+    app = create_app(settings)
+    app.include_router(made)
+    paths = app.openapi()["paths"]
+    response = paths["/made"]["post"]["responses"]["201"]
+    assert set(response["headers"]) == {"Location"}
+    assert response["links"] == {
+        "order": {"operationId": "get_order", "requestBody": {"wanted": [ID]}},
+        "get": {"operationId": paths["/made/{made_id}"]["get"]["operationId"], "parameters": {"made_id": ID}},
+    }

@@ -130,7 +130,7 @@ def test_the_guide_works_as_it_stands(clone: Clone) -> None:
     none, one = "DOMAIN_SETTINGS: dict[str, str] = {}", 'DOMAIN_SETTINGS = {"REVIEWS__LANGUAGE_KEY": "key"}'
     assert none in conftest.read_text()
     conftest.write_text(conftest.read_text().replace(none, one))
-    assert "3 passed" in clone.sh("make test ARGS=tests/service/api/test_schemathesis.py")
+    assert "4 passed" in clone.sh("make test ARGS=tests/service/api/test_schemathesis.py")
 
 
 def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
