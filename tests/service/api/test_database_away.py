@@ -74,10 +74,12 @@ async def test_no_host_takes_writes(make_app: MakeApp, sql: Sql, database_url: s
 
 async def test_every_connection_is_busy(make_app: MakeApp, sql: Sql) -> None:
     async with serve(make_app(database={"pool_size": 1, "pool_timeout": 0.2})) as client:
-        busy = asyncio.create_task(client.get("/sleep/1"))
+        busy = asyncio.create_task(client.get("/sleep/60"))
         await until(lambda: sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == "1")
         assert_away(await client.post("/probes", json={"id": 1}))
-        assert (await busy).status_code == 200
+        sql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+        await busy
+        assert (await client.post("/probes", json={"id": 1})).status_code == 201
 
 
 async def test_a_statement_takes_too_long(make_app: MakeApp) -> None:
