@@ -96,7 +96,7 @@ async def misbehave(how: str, attempt: int) -> None:
     """What an ordinary event may be asked to do in its first attempts only."""
     match how, attempt:
         case "linger", 1:
-            await asyncio.sleep(25)
+            await asyncio.sleep(float(os.environ["CHAOS_LINGER"]))
         case "linger", 2:
             _die()
         case "held", _:

@@ -14,7 +14,8 @@ from tests.proof.chaos.world import LONGER_THAN_A_LEASE, SHORT, Plan, World
 
 WITHIN = 15
 _LONG_T = {**SHORT, "OUTBOX__REDISPATCH_AFTER": "60"}  # longer than the time to recover, however busy the machine
-_TIME_TO_LINGER = {**SHORT, "OUTBOX__TIME_LIMIT": "30000"}
+_TIME_TO_LINGER = {**SHORT, "OUTBOX__TIME_LIMIT": "120000", "CHAOS_LINGER": "25"}
+_FOR_EVER = {**_TIME_TO_LINGER, "CHAOS_LINGER": "100"}  # longer than is waited for, however busy the machine
 _ZOMBIES = Plan(gaps="worker.mid_effect=stop:1", struck="worker-1")
 _DEATHS = Plan(gaps="worker.mid_effect=kill:0.15")
 _DEAD_RELAYS = Plan(gaps=f"{RELAY_GAPS[0]}=kill:0.2")
@@ -98,7 +99,12 @@ async def zombie_lingers(world: World) -> None:
     await _linger(world)
 
 
-@scenario(replace(_LINGERING, bug="heartbeat_without_token"), rate=0, accuses="no booking (running)", within=WITHIN)
+@scenario(
+    replace(_LINGERING, settings=_FOR_EVER, bug="heartbeat_without_token"),
+    rate=0,
+    accuses="no booking (running)",
+    within=WITHIN,
+)
 async def bug_heartbeat_without_token(world: World) -> None:
     """The same where heartbeats match the id alone."""
     await _linger(world)
