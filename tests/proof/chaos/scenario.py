@@ -89,7 +89,7 @@ def scenario(
         slow: Run by `make chaos SLOW=1` alone.
         accuses: The system has a planted bug, and the checker must find this of it.
         attempts: How many a row may have used up at most, where no fault was its own.
-        lasts: Seconds that the attack may take; one that hangs has failed.
+        lasts: A third of the seconds that the attack may take; one that hangs has failed.
         holds: Seconds for which the broker may then hold copies that nobody needs any more.
         needs: Whether this machine has what the scenario needs.
     """
@@ -113,13 +113,13 @@ async def run(which: Scenario, seed: int, folder: Path, ground: Ground) -> Resul
     try:
         async with (
             asyncio.timeout(
-                _TO_START_AND_STOP + which.lasts + _MOST_PATIENCE * (which.within + which.holds) + world.settling
+                _TO_START_AND_STOP + _MOST_PATIENCE * (which.lasts + which.within + which.holds) + world.settling
             ),
             world,
         ):
             if which.rate:
                 world.ledger.start_load(which.rate)
-            async with asyncio.timeout(which.lasts):
+            async with asyncio.timeout(_MOST_PATIENCE * which.lasts):
                 await which.attack(world)
             await _recover(world, which, result)
         result.wrong += world.wrong()

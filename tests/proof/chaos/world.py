@@ -107,7 +107,7 @@ class World:
         self.postgres = Postgres(folder / "postgres", durable=False, settings={"synchronous_commit": "on"}, tcp=True)
         self.broker_server = Rabbitmq(folder / "rabbitmq") if plan.rabbitmq else Valkey(folder / "valkey", tcp=True)
         self._urls = (self.postgres.url(), self.broker_server.url)
-        self.fleet = Fleet(folder, ground.forge, self._killed_itself, plan.may_exit, max(45, self._grace * 3))
+        self.fleet = Fleet(folder, ground.forge, self._killed_itself, plan.may_exit, max(135, self._grace * 9))
         self.sink = Sink(folder / "sink.jsonl")
         self.network: Network
         self.ledger: Ledger

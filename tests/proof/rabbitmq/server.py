@@ -15,10 +15,12 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.dev.places import ServerError
 from service.dev.servers import Server, free_port, new_password
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Self
 
 __all__ = ["Rabbitmq", "programs"]
 
@@ -104,6 +106,16 @@ class Rabbitmq(Server):
     def free_memory(self) -> None:
         """End the memory alarm."""
         self.control("set_vm_memory_high_watermark", "0.6")
+
+    def start(self) -> Self:
+        """Start it, again where the machine was so busy that its name server did not answer the node in time."""
+        for _ in range(2):
+            try:
+                return super().start()
+            except ServerError as error:
+                if "nodistribution" not in str(error):
+                    raise
+        return super().start()
 
     def stop(self, mode: str | None = None) -> None:
         super().stop(mode)
