@@ -1,4 +1,4 @@
-"""The result as pictures: what the relay's README shows."""
+"""The result as pictures: what `docs/speed.md` shows."""
 
 from __future__ import annotations
 

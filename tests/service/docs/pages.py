@@ -11,11 +11,55 @@ from service.dev.places import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["GUIDE", "OPERATIONS", "README", "Block", "blocks"]
+__all__ = [
+    "ALL",
+    "BACKUPS",
+    "CONSUMERS",
+    "DELIVERY",
+    "DEPLOYS",
+    "DEVELOPING",
+    "DOCS",
+    "EXISTING_SERVICE",
+    "GUIDE",
+    "LATER_VERSIONS",
+    "MOVING",
+    "OPERATIONS",
+    "README",
+    "RUNNING",
+    "SETTINGS",
+    "Block",
+    "blocks",
+    "missing",
+    "text_of",
+]
 
 README = ROOT / "README.md"
-GUIDE = ROOT / "service" / "domains" / "README.md"
-OPERATIONS = ROOT / "relay" / "README.md"
+DOCS = ROOT / "docs"
+DELIVERY, DEVELOPING, RUNNING, DEPLOYS, BACKUPS, SETTINGS = (
+    DOCS / f"{name}.md" for name in ("delivery", "developing", "running", "deploys", "backups", "settings")
+)
+FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, LATER_VERSIONS, MOVING, EXISTING_SERVICE = (
+    DOCS / f"{name}.md"
+    for name in (
+        "first-feature", "consumers", "handlers", "changing", "later-versions", "moving", "existing-service"
+    )
+)  # fmt: skip
+
+GUIDE = (FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, SETTINGS, LATER_VERSIONS, MOVING, EXISTING_SERVICE)
+"""What a developer reads, in the order in which its code goes together."""
+
+OPERATIONS = (
+    RUNNING,
+    *(DOCS / f"{name}.md" for name in ("alerts", "dead-letters", "brokers")),
+    DEPLOYS,
+    BACKUPS,
+    DOCS / "speed.md",
+    SETTINGS,
+    DELIVERY,
+)
+"""What an operator reads."""
+
+ALL = tuple(sorted(DOCS.glob("*.md")))
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -33,7 +77,48 @@ class Block:
         return first.removeprefix("# ") if first.startswith("# ") else ""
 
 
-def blocks(page: Path, language: str = "") -> list[Block]:
-    """The blocks of a page in order, or those in one language."""
-    found = [Block(*match.groups()) for match in _BLOCK.finditer(page.read_text())]
+def text_of(*pages: Path) -> str:
+    """The pages, one after the other."""
+    return "\n".join(page.read_text() for page in pages)
+
+
+def blocks(*pages: Path, language: str = "") -> list[Block]:
+    """The blocks of some pages in order, or those in one language."""
+    found = [Block(*match.groups()) for match in _BLOCK.finditer(text_of(*pages))]
     return [block for block in found if language in ("", block.language)]
+
+
+def missing(page: Path) -> list[str]:
+    """What a page names between backticks or links to, and is not there: paths, pages, and headings of pages."""
+    text = page.read_text()
+    named = re.findall(r"`((?:service|relay|migrations|tests|docs)/[\w./]*\w/?)`", text)
+    wrong = [path for path in named if not _there(ROOT / path)]
+    for path, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)", text):
+        target = page.parent / path if path else page
+        if not _there(target) or (heading and target.exists() and heading not in _headings(target)):
+            wrong.append(f"{path}#{heading}")
+    return wrong
+
+
+_BUILT = tuple(ROOT / "service" / "domains" / name for name in ("reviews", "customers"))
+"""What the reader of a page makes."""
+
+_OF_THE_EXAMPLE = ("docs/an-order.md", "service/dev/demo", "service/domains/orders", "tests/domains/orders")
+
+
+def _there(path: Path) -> bool:
+    """Whether it exists, or is what a user may have deleted: all of the example, or all of the proof."""
+    path = path.resolve()
+    deleted = [ROOT / "tests" / "proof"]
+    if not (ROOT / "service" / "domains" / "orders").exists():
+        deleted += [ROOT / name for name in _OF_THE_EXAMPLE]
+    return path.exists() or any(
+        path.is_relative_to(each) for each in (*_BUILT, *(each for each in deleted if not each.exists()))
+    )
+
+
+def _headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

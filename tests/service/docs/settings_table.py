@@ -1,4 +1,4 @@
-"""The table of settings in `relay/README.md`, written by `python -m tests.service.docs.settings_table`."""
+"""The table of settings in `docs/settings.md`, written by `python -m tests.service.docs.settings_table`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, SecretStr
 
 from service.settings import Settings
-from tests.service.docs.pages import OPERATIONS
+from tests.service.docs.pages import SETTINGS
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -50,6 +50,6 @@ def _text(default: Any) -> str:
 
 
 if __name__ == "__main__":
-    page = OPERATIONS.read_text()
+    page = SETTINGS.read_text()
     section = f"{BEGIN}\n\n{settings_table()}\n\n{END}"
-    OPERATIONS.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: section, page, flags=re.DOTALL))
+    SETTINGS.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: section, page, flags=re.DOTALL))

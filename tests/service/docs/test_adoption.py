@@ -1,4 +1,4 @@
-"""A service that was there before takes over the ledger, as `service/domains/README.md` says."""
+"""A service that was there before takes over the ledger, as `docs/existing-service.md` says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from service.dev.places import ROOT
 from service.dev.postgres import psql
-from tests.service.docs.pages import GUIDE, blocks
+from tests.service.docs.pages import EXISTING_SERVICE, blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,13 +65,15 @@ def existing(server_folder: Path, servers: Where, environment: dict[str, str]) -
 
 def test_the_ledger_moves_into_an_existing_service(existing: Existing) -> None:
     existing.run("alembic", "upgrade", "head")
-    [configuration] = blocks(GUIDE, "ini")
-    [metadata] = [block for block in blocks(GUIDE, "python") if block.title == "in migrations/env.py"]
-    copy, upgrade = blocks(GUIDE, "bash")[-2:]
+    [configuration] = blocks(EXISTING_SERVICE, language="ini")
+    [metadata] = [
+        block for block in blocks(EXISTING_SERVICE, language="python") if block.title == "in migrations/env.py"
+    ]
+    copy, upgrade = blocks(EXISTING_SERVICE, language="bash")
     existing.run("sh", "-eu", "-c", copy.text)
-    [deletable] = re.findall(r"you can delete: ([^.]+\.py`.*?)\.\n", GUIDE.read_text(), re.DOTALL)
-    for name in re.findall(r"`(\w+\.py)`", deletable):
-        (existing.folder / "service" / name).unlink()
+    [deletable] = re.findall(r"you can delete: ([^.]+\.py`.*?)\.\n", EXISTING_SERVICE.read_text(), re.DOTALL)
+    for name in re.findall(r"`([\w/]+\.py)`", deletable):
+        (existing.folder / name).unlink()
     existing.edit(
         "alembic.ini", "script_location = migrations\n", f"script_location = migrations\n{configuration.text}"
     )
@@ -80,7 +82,7 @@ def test_the_ledger_moves_into_an_existing_service(existing: Existing) -> None:
     existing.run("alembic", "revision", "--autogenerate", "-m", "more", "--head", "0001@head")
     [revision] = (existing.folder / "migrations" / "versions").glob("*_more.py")
     assert "op." not in revision.read_text()
-    for block in blocks(GUIDE, "python"):
+    for block in blocks(EXISTING_SERVICE, language="python"):
         if block.title.startswith("file "):
             file = existing.folder / block.title.removeprefix("file ")
             file.parent.mkdir(exist_ok=True)

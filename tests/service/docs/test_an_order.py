@@ -41,13 +41,13 @@ def _assert_shown(parts: list[str], whole: str) -> None:
         whole = "\n" + whole
 
 
-@pytest.mark.parametrize("block", blocks(PAGE, "python"), ids=lambda block: block.title)
+@pytest.mark.parametrize("block", blocks(PAGE, language="python"), ids=lambda block: block.title)
 def test_an_excerpt_is_in_the_code(block: Block) -> None:
     _assert_shown(_parts(block.text.partition("\n")[2]), (ROOT / block.title).read_text())
 
 
 def test_every_module_is_shown() -> None:
-    shown = {block.title for block in blocks(PAGE, "python")}
+    shown = {block.title for block in blocks(PAGE, language="python")}
     assert {f"service/domains/orders/{name}.py" for name in ("events", "routes", "consumers")} <= shown
 
 
@@ -90,7 +90,7 @@ def test_the_story_is_told_as_the_page_shows_it(
         psql(database_url, row)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    [shown] = blocks(PAGE, "console")
+    [shown] = blocks(PAGE, language="console")
     command, _, story = shown.text.partition("\n")
     with pytest.raises(SystemExit) as ended:
         main(command.split()[2:])

@@ -1,4 +1,4 @@
-"""The guide in `service/domains/README.md` works as it stands: its steps are carried out in a copy of the project."""
+"""The pages for developers work as they stand: their steps are carried out in a copy of the project."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dramatiq.cli import make_argument_parser
 
 from service.dev.places import ROOT
 from service.dev.postgres import psql
-from tests.service.docs.pages import GUIDE, Block, blocks
+from tests.service.docs.pages import EXISTING_SERVICE, GUIDE, LATER_VERSIONS, Block, blocks, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,7 +113,7 @@ def clone(server_folder: Path, servers: Where, environment: dict[str, str]) -> I
 @pytest.mark.timeout(600)
 def test_the_guide_works_as_it_stands(clone: Clone) -> None:
     ran = ""
-    for block in blocks(GUIDE):
+    for block in blocks(*GUIDE):
         if block.language == "sh":
             ran += clone.sh(block.text)
         elif block.title.startswith(("service/", "tests/")):
@@ -155,7 +155,7 @@ def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
 
 
 def test_open_rows_can_be_moved_to_another_queue(database_url: str) -> None:
-    [statement] = [block.text for block in blocks(GUIDE, "sql")]
+    [statement] = [block.text for block in blocks(*GUIDE, language="sql")]
     psql(database_url, _ROWS)
     psql(database_url, statement)
     moved = psql(database_url, "SELECT state FROM outbox_message WHERE queue = 'screening' ORDER BY state")
@@ -165,19 +165,22 @@ def test_open_rows_can_be_moved_to_another_queue(database_url: str) -> None:
 def test_the_workers_that_the_pages_start_can_be_started() -> None:
     """Together they serve every queue that the guide's consumers name."""
     parser = make_argument_parser()
-    lines = re.findall(r"^\$ dramatiq (.*)$", GUIDE.read_text(), re.MULTILINE)
+    text = text_of(*GUIDE)
+    lines = re.findall(r"^\$ dramatiq (.*)$", text, re.MULTILINE)
     served = [queue for line in lines for queue in parser.parse_args(shlex.split(line)).queues]
-    named = re.findall(r'^@consumer\(Review\w+, queue="(\w+)"', GUIDE.read_text(), re.MULTILINE)
+    named = re.findall(r'^@consumer\(Review\w+, queue="(\w+)"', text, re.MULTILINE)
     assert set(served) == set(named)
     assert len(set(served)) == len(served)
 
 
 def test_no_block_is_of_a_kind_that_nothing_tries() -> None:
-    assert {block.language for block in blocks(GUIDE)} <= {"python", "sh", "bash", "ini", "console", "sql"}
+    assert {block.language for block in blocks(*GUIDE)} <= {"python", "sh", "bash", "ini", "console", "sql", "mermaid"}
+    tried_elsewhere = {EXISTING_SERVICE, LATER_VERSIONS}
+    assert not blocks(*(page for page in GUIDE if page not in tried_elsewhere), language="bash")
     kinds = ("service/", "tests/", "add to service/", "before: ", "after", "file service/", "in migrations/env.py")
-    assert [block for block in blocks(GUIDE, "python") if not block.title.startswith(kinds)] == []
+    assert [block for block in blocks(*GUIDE, language="python") if not block.title.startswith(kinds)] == []
 
 
 def _of_the_guide() -> list[Block]:
     """Without those for a service that was there before."""
-    return [block for block in blocks(GUIDE, "python") if not block.title.startswith(("file ", "in "))]
+    return [block for block in blocks(*GUIDE, language="python") if not block.title.startswith(("file ", "in "))]

@@ -1,4 +1,4 @@
-"""A project that began as a copy of the template takes its next version, with the commands of the guide."""
+"""A project that began as a copy takes the next version, with the commands of `docs/later-versions.md`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.dev.places import ROOT
-from tests.service.docs.pages import GUIDE, blocks
+from tests.service.docs.pages import LATER_VERSIONS, blocks
 from tests.service.docs.test_readme import stripped
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class _Git:
 
 def _commands() -> list[str]:
     """Name the template, join it, merge, settle, commit."""
-    section = GUIDE.read_text().partition("## Take a later version\n")[2].partition("\n## ")[0]
-    found = [block.text for block in blocks(GUIDE, "bash") if block.text in section]
+    found = [block.text for block in blocks(LATER_VERSIONS, language="bash")]
     assert len(found) == 5
     return found
 
@@ -72,7 +71,7 @@ def _commands() -> list[str]:
 @pytest.fixture
 def template(tmp_path: Path) -> _Git:
     made = _Git(tmp_path / "template")
-    for name in ("service", "relay", "migrations", "tests"):
+    for name in ("service", "relay", "migrations", "docs", "tests"):
         shutil.copytree(ROOT / name, made.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (*_FILES, *_LOCKS):
         shutil.copy(ROOT / name, made.folder)

@@ -1,4 +1,4 @@
-"""What `relay/README.md` says: its commands run in the order in which they stand, and its table has every setting."""
+"""What the pages for operators say: their commands run as they stand, and the table has every setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from relay.cli.app import main
 from service.dev.postgres import psql
 from service.outbox.events import delivery_id, new_event_id
 from service.settings import DatabaseSettings, OutboxSettings
-from tests.service.docs.pages import OPERATIONS, README, blocks
+from tests.service.docs.pages import (
+    ALL,
+    BACKUPS,
+    DELIVERY,
+    DEPLOYS,
+    OPERATIONS,
+    README,
+    RUNNING,
+    SETTINGS,
+    blocks,
+    text_of,
+)
 from tests.service.docs.settings_table import BEGIN, END, settings_table
 
 if TYPE_CHECKING:
@@ -37,8 +48,8 @@ FROM unnest(ARRAY['email', 'stock']) AS queue
 _ENDS = {"outbox status --fail-if": 1}
 
 
-def _commands(page: Path) -> list[str]:
-    return re.findall(r"^ *\$ (outbox .*)$", page.read_text(), re.MULTILINE)
+def _commands() -> list[str]:
+    return re.findall(r"^ *\$ (outbox .*)$", text_of(*OPERATIONS, README), re.MULTILINE)
 
 
 @pytest.fixture
@@ -56,7 +67,7 @@ def dead_letters(database_url: str, environment: dict[str, str], monkeypatch: py
 def test_the_commands_run_in_their_order(
     dead_letters: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    commands = _commands(OPERATIONS) + _commands(README)
+    commands = _commands()
     assert len(commands) >= 15
     for command in commands:
         monkeypatch.setattr("sys.stdin", io.StringIO(""))
@@ -67,7 +78,7 @@ def test_the_commands_run_in_their_order(
 
 
 def test_deliveries_in_doubt_can_be_declared_done(database_url: str) -> None:
-    [statement] = [block.text for block in blocks(OPERATIONS, "sql")]
+    [statement] = [block.text for block in blocks(BACKUPS, language="sql")]
     psql(database_url, _MESSAGES)
     psql(database_url, statement)
     open_ = psql(database_url, "SELECT queue FROM outbox_message WHERE state <> 'completed'")
@@ -75,29 +86,33 @@ def test_deliveries_in_doubt_can_be_declared_done(database_url: str) -> None:
 
 
 def test_the_table_has_every_setting() -> None:
-    table = OPERATIONS.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    table = SETTINGS.read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert table == settings_table(), "run: .venv/bin/python -m tests.service.docs.settings_table"
 
 
 @pytest.mark.parametrize(
-    ("sentence", "value"),
+    ("page", "sentence", "value"),
     [
-        ("handed over again after 60, 120, 240 and then every 480 seconds", OutboxSettings().redispatch_after == 60),
-        ("the end of the lease, 30 s after", OutboxSettings().lease == 30),
-        ("OUTBOX__SHUTDOWN_GRACE (20 s)  <  --worker-shutdown-timeout", OutboxSettings().shutdown_grace == 20),
-        ("`DATABASE__POOL_SIZE` (10)", DatabaseSettings.model_fields["pool_size"].default == 10),
-        ("`OUTBOX__KEEP_COMPLETED` (7 days)", OutboxSettings().keep_completed == 7 * 86_400),
-        ("`OUTBOX__UNKNOWN_CONSUMER_AFTER`", OutboxSettings().unknown_consumer_after == 86_400),
+        (
+            DELIVERY,
+            "handed over again after 60, 120, 240 and then every 480 seconds",
+            OutboxSettings().redispatch_after == 60,
+        ),
+        (DELIVERY, "the end of the lease, 30 s after", OutboxSettings().lease == 30),
+        (DEPLOYS, "OUTBOX__SHUTDOWN_GRACE (20 s)  <  --worker-shutdown-timeout", OutboxSettings().shutdown_grace == 20),
+        (RUNNING, "`DATABASE__POOL_SIZE` (10)", DatabaseSettings.model_fields["pool_size"].default == 10),
+        (RUNNING, "`OUTBOX__KEEP_COMPLETED` (7 days)", OutboxSettings().keep_completed == 7 * 86_400),
+        (DEPLOYS, "`OUTBOX__UNKNOWN_CONSUMER_AFTER`", OutboxSettings().unknown_consumer_after == 86_400),
     ],
 )
-def test_the_figures_are_those_of_the_settings(sentence: str, value: bool) -> None:
+def test_the_figures_are_those_of_the_settings(page: Path, sentence: str, value: bool) -> None:
     assert value, sentence
-    assert sentence in OPERATIONS.read_text()
+    assert sentence in page.read_text()
 
 
 def test_every_variable_that_a_page_names_exists() -> None:
     known = set(re.findall(r"`([A-Z_]+)` \|", settings_table()))
     assert {"DATABASE__URL", "OUTBOX__LEASE"} <= known
-    for page in (OPERATIONS, README):
+    for page in (*ALL, README):
         named = set(re.findall(r"\b(?:DATABASE|BROKER|OUTBOX|API|SMTP)__[A-Z_]*[A-Z]\b", page.read_text()))
         assert named <= known, page
