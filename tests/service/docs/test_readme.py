@@ -68,6 +68,7 @@ def test_a_page_lists_what_make_help_lists() -> None:
 
 def test_what_it_names_is_there() -> None:
     assert missing(README) == []
+    assert "](docs/README.md)" in README.read_text()
 
 
 def test_the_tree_is_there() -> None:
