@@ -1,4 +1,4 @@
-"""What the README shows is what there is, and what else no page says in a project without the example."""
+"""What the README shows is what there is; whoever removes the example writes a README, and tests, of their own."""
 
 from __future__ import annotations
 
