@@ -33,7 +33,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
-from service.ledger.message import Handover, encode
+from service.ledger.message import Handover, doorbell, encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -141,7 +141,7 @@ class RedisSender:
         for (consumer, traced), rows in _groups(batch).items():
             arguments += _pieces(queue, consumer, traced=traced)
             arguments += ("".join(row.id for row in rows), "".join(row.trace or "" for row in rows) if traced else "")
-        keys = [list_key, f"{list_key}.msgs", f"{list_key}.doorbell"]
+        keys = [list_key, f"{list_key}.msgs", doorbell(self._namespace, queue)]
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
     async def depth(self, queue: str) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.errors import ConsumerDefinitionError
+from service.ledger.message import is_queue_name
 from service.outbox.events import MAX_CONSUMERS, Event
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ __all__ = ["Consumer", "Fail", "Retry", "consumer", "consumer_named", "consumers
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)+")
-_QUEUE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_-]{0,99}")
 _BY_NAME: dict[str, Consumer] = {}
 _BY_EVENT: dict[str, list[Consumer]] = {}
 
@@ -141,7 +141,7 @@ def _check_signature(fn: Callable[..., Any]) -> None:
 
 
 def _register(spec: Consumer) -> None:
-    if not _QUEUE.fullmatch(spec.queue):
+    if not is_queue_name(spec.queue):
         raise ConsumerDefinitionError(f"{spec.queue!r} is no queue name: letters, digits, _ and -, at most 100")
     for name in (spec.name, *spec.formerly):
         if not _NAME.fullmatch(name) or len(name) > 128:

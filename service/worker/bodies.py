@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from service.ledger.message import OF_LEDGER, OPTIONS
+
 if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from dramatiq.message import Message
 
-__all__ = ["OF_LEDGER", "can_run", "disarm"]
-
-OF_LEDGER = "of_ledger"
-"""The option that marks an actor whose messages hold nothing but a row's id."""
-
-_WRITTEN_BY_RELAY = {"redis_message_id", "traceparent"}
+__all__ = ["can_run", "disarm"]
 
 _DEEPEST = 50
 """Levels of lists and objects: what could just be decoded may be too deep to be encoded or shown."""
@@ -62,7 +59,7 @@ def disarm(message: Message[Any] | MessageProxy, broker: Broker) -> None:
     actor = broker.actors.get(message.actor_name)
     of_ledger = not delayed if actor is None else actor.options.get(OF_LEDGER, False)
     if of_ledger:
-        for name in message.options.keys() - _WRITTEN_BY_RELAY:
+        for name in message.options.keys() - OPTIONS:
             del message.options[name]
         return
     message.options.pop("throws", None)  # no text is a class: Dramatiq's comparison would end the thread

@@ -29,13 +29,14 @@ from dramatiq.message import Message
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from service.ledger.message import REDIS_ID, doorbell
 from service.telemetry.logs import get_logger
 from service.worker.bodies import can_run, disarm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["DoorbellRedisBroker", "doorbell_channel"]
+__all__ = ["DoorbellRedisBroker"]
 
 _log = get_logger(__name__)
 
@@ -45,11 +46,6 @@ _SOCKET_TIMEOUT = 60
 
 # Of a million commands, how many look for messages of dead processes. An idle consumer sends one command a second.
 _MAINTENANCE_CHANCE = 50_000
-
-
-def doorbell_channel(namespace: str, queue: str) -> str:
-    """The channel that is published to when a message is pushed onto an empty queue."""
-    return f"{namespace}:{queue}.doorbell"
 
 
 @contextmanager
@@ -104,12 +100,12 @@ class DoorbellRedisBroker(RedisBroker):
     def ring(self, queue: str) -> None:
         """Wake the queue's waiting consumers. Unheard, what was pushed waits for their next look."""
         with suppress(redis.RedisError):
-            self.client.publish(doorbell_channel(self.namespace, queue), "")
+            self.client.publish(doorbell(self.namespace, queue), "")
 
 
 def _place(message: Message[Any] | MessageProxy) -> bytes:
     """The message's id in the queue's list, as the server has it: it need not be text."""
-    unique: str = message.options["redis_message_id"]
+    unique: str = message.options[REDIS_ID]
     return unique.encode()
 
 
@@ -141,7 +137,7 @@ class _DoorbellConsumer(Consumer):
         self._pubsub = broker.client.pubsub(ignore_subscribe_messages=True)
         try:
             with _as_connection_error():
-                self._pubsub.subscribe(doorbell_channel(broker.namespace, queue))
+                self._pubsub.subscribe(doorbell(broker.namespace, queue))
                 self._tell()
                 self._requeue_stranded()
         except ConnectionClosed:

@@ -13,7 +13,6 @@ import socket
 import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import dramatiq
 import pika
@@ -25,13 +24,15 @@ from dramatiq.errors import ActorNotFound, ConnectionClosed, DecodeError
 from dramatiq.middleware import CurrentMessage
 from pika.exceptions import ChannelClosedByBroker
 
+from service.ledger.message import OF_LEDGER, delivery_in
 from service.network.sockets import silence_options, tls_context
 from service.telemetry.logs import flush_logs, get_logger
-from service.worker.bodies import OF_LEDGER, can_run, disarm
+from service.worker.bodies import can_run, disarm
 from service.worker.doorbell import DoorbellRedisBroker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from uuid import UUID
 
     from service.settings import BrokerSettings
 
@@ -191,15 +192,14 @@ def declare_unknown(broker: Broker, run: Callable[[UUID], None], queue: str) -> 
     """Let `run` handle ledger messages for actors this process does not know."""
 
     def unknown(*args: Any, **_kwargs: Any) -> None:
-        try:
-            message_id = UUID(args[0])
-        except (IndexError, TypeError, ValueError, AttributeError):
+        delivery_id = delivery_in(args)
+        if delivery_id is None:
             # An exception would make Dramatiq log all of the message.
             message: Any = CurrentMessage.get_current_message()
             _log.error("broker.unknown_actor", queue=message.queue_name)
             message.fail()
             return
-        run(message_id)
+        run(delivery_id)
 
     options = {OF_LEDGER: True, "max_retries": 0}
     dramatiq.Actor(unknown, broker=broker, actor_name=UNKNOWN_ACTOR, queue_name=queue, priority=0, options=options)

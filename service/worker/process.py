@@ -12,7 +12,6 @@ import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import dramatiq
 from dramatiq.asyncio import EventLoopThread, get_event_loop_thread, set_event_loop_thread
@@ -32,11 +31,11 @@ from dramatiq.middleware.threading import Interrupt
 import service.domains
 from service.database.engine import create_engine
 from service.errors import ConfigurationError
+from service.ledger.message import OF_LEDGER, delivery_in
 from service.outbox.consumers import Consumer, consumer_named, registered_consumers
 from service.outbox.running.runner import Runner
 from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging, flush_logs, get_logger, trace_context
-from service.worker.bodies import OF_LEDGER
 from service.worker.dramatiq_broker import declare_unknown, make_broker
 from service.worker.watchdog import Watchdog
 
@@ -47,6 +46,7 @@ except ImportError:  # there is none for Windows
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+    from uuid import UUID
 
     from dramatiq.broker import Broker
 
@@ -193,14 +193,12 @@ def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
     limit = (spec.time_limit or outbox.settings.time_limit) + (outbox.settings.grace * 1000 if spec.is_async else 0)
 
     def deliver(*args: Any, **_kwargs: Any) -> None:
-        try:
-            (message_id,) = args
-            row = UUID(message_id)
-        except (ValueError, TypeError, AttributeError):
+        delivery_id = delivery_in(args)
+        if delivery_id is None:
             # No relay wrote it. An exception would make Dramatiq log all of it, whatever it holds.
             _log.error("worker.odd_message", consumer=spec.name)
             return
-        _deliver(outbox, row, limit)
+        _deliver(outbox, delivery_id, limit)
 
     for name in (spec.name, *spec.formerly):
         dramatiq.Actor(
