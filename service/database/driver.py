@@ -7,6 +7,7 @@ Apart from `database.py`, so that a command need not import a web framework to o
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,19 +20,21 @@ if TYPE_CHECKING:
     from service.network.postgres_url import Host, PostgresAddress
     from service.settings import DatabaseSettings
 
-    _Connection = asyncpg.Connection[asyncpg.Record]
+    Connection = asyncpg.Connection[asyncpg.Record]
 else:
-    _Connection = asyncpg.Connection  # it takes no parameter when the program runs
+    Connection = asyncpg.Connection  # it takes no parameter when the program runs
 
 __all__ = [
     "CONTENT_ERRORS",
     "DRIVER_ERRORS",
     "ENDED",
+    "Connection",
     "PreparedBegin",
     "bound_waits",
     "connect",
     "has_transaction_timeout",
     "open_connection",
+    "read_json",
 ]
 
 # asyncpg raises an InternalClientError, which is none of its other errors, when a connection breaks while it is used.
@@ -73,7 +76,7 @@ COMMIT
 ENDED = "the transaction was committed or rolled back inside its block: leave that to whoever lent the session"
 
 
-class PreparedBegin(_Connection):
+class PreparedBegin(Connection):
     """A connection that begins a transaction in bounded time, and with a statement of the caller's if there is one.
 
     A transaction can be lent: then only its owner commits it, and only if it still is the one that began. For that it
@@ -156,7 +159,7 @@ _first: dict[tuple[Host, ...], int] = {}
 """Of several hosts, which one to begin with: one that did not do is the last to be asked again."""
 
 
-async def open_connection(settings: DatabaseSettings, application_name: str, **more: Any) -> _Connection:
+async def open_connection(settings: DatabaseSettings, application_name: str, **more: Any) -> Connection:
     """A connection to the first host that will do. Every connection of every process is opened here.
 
     Each host has its share of `connect_timeout`: one that does not answer leaves the others theirs.
@@ -187,7 +190,7 @@ async def open_connection(settings: DatabaseSettings, application_name: str, **m
         else:
             # asyncpg has no option for it, and a connection that is being made has a timeout.
             notice_silence(connection._transport.get_extra_info("socket"), settings.silence_timeout)  # noqa: SLF001
-            return cast("_Connection", connection)
+            return cast("Connection", connection)
     raise AssertionError("an address has a host")
 
 
@@ -200,7 +203,7 @@ def _arguments(
     return arguments | {"server_settings": {"application_name": name} | more.get("server_settings", {})}
 
 
-async def connect(settings: DatabaseSettings, application_name: str) -> asyncpg.Connection[asyncpg.Record]:
+async def connect(settings: DatabaseSettings, application_name: str) -> Connection:
     """A connection for the ledger's own statements, its waits bounded."""
     connection = await open_connection(settings, application_name)
     try:
@@ -212,12 +215,12 @@ async def connect(settings: DatabaseSettings, application_name: str) -> asyncpg.
     return connection
 
 
-def has_transaction_timeout(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+def has_transaction_timeout(connection: Connection) -> bool:
     """Whether the server can limit a transaction as a whole."""
     return connection.get_server_version() >= (17,)
 
 
-async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: str) -> None:
+async def bound_waits(connection: Connection, **more: str) -> None:
     """Set what defaults of the database or role could end, hang or fail a statement with: timeouts, isolation, plans.
 
     They are set here and not when connecting, where a pooler would refuse them; behind one in transaction mode they
@@ -236,3 +239,8 @@ async def bound_waits(connection: asyncpg.Connection[asyncpg.Record], **more: st
     }
     calls = ", ".join(f"set_config('{name}', ${number}, false)" for number, name in enumerate(bounds, start=1))
     await connection.execute(f"SELECT {calls}", *bounds.values())
+
+
+async def read_json(connection: Connection) -> None:
+    """Let JSON columns come as Python's values, as `dead_letters` and `history` of the ledger expect them."""
+    await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
