@@ -7,7 +7,6 @@ do, never a traceback and never a password.
 from __future__ import annotations
 
 import getpass
-import json
 import re
 import socket
 from contextlib import asynccontextmanager
@@ -18,14 +17,13 @@ from uuid import UUID
 
 import asyncpg
 
-from service.database.driver import open_connection
+from service.database.driver import open_connection, read_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from service.database.driver import Connection
     from service.settings import DatabaseSettings
-
-    Connection = asyncpg.Connection[asyncpg.Record]
 
 __all__ = [
     "CommandError",
@@ -34,6 +32,7 @@ __all__ = [
     "database_problem",
     "parse_duration",
     "parse_moment",
+    "parse_span",
     "parse_uuid",
     "whoami",
 ]
@@ -75,7 +74,7 @@ async def connect(settings: DatabaseSettings) -> AsyncIterator[Connection]:
     connection: Connection | None = None
     try:
         connection = await open_connection(settings, "outbox-cli")
-        await connection.set_type_codec("jsonb", schema="pg_catalog", encoder=json.dumps, decoder=json.loads)
+        await read_json(connection)
         yield connection
         await connection.close(timeout=settings.connect_timeout)
     except (asyncpg.PostgresError, *_UNREACHABLE) as error:
@@ -138,6 +137,15 @@ def parse_moment(text: str, now: datetime, option: str) -> datetime:
             f"{option}: {text!r} is no time; expected 2h (two hours ago) or 2026-11-20T14:30:00+00:00"
         ) from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+async def parse_span(
+    connection: Connection, since: str | None, until: str | None
+) -> tuple[datetime | None, datetime | None]:
+    """What `--since` and `--until` say, by PostgreSQL's clock."""
+    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    first = parse_moment(since, now, "--since") if since else None
+    return first, parse_moment(until, now, "--until") if until else None
 
 
 def whoami() -> str:

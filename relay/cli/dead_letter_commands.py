@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated
 
 import typer
 
-from relay.cli import dead_letters
-from relay.cli.command import CommandError, connect, whoami
+from relay.cli.command import CommandError, connect, parse_span, whoami
 from relay.cli.dead_letter_text import cells, describe, summary
 from relay.cli.output import line, note, print_json, print_json_list
-from relay.cli.resolution import Order, carry_out
+from relay.cli.resolution import Order, carry_out, look_up
+from service.ledger import dead_letters
 from service.settings import load_settings
 
 app = typer.Typer(
@@ -51,12 +52,16 @@ def list_(
     """List dead letters. The latest come first."""
     if state not in dead_letters.STATES:
         raise CommandError(f"--state: {state!r} is not one of {', '.join(dead_letters.STATES)}")
-    wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error, state)
-    asyncio.run(_list(wanted, limit, as_json=as_json))
+    wanted = dead_letters.Filter(consumer, event_type, queue, error=error, state=state)
+    asyncio.run(_list(wanted, since, until, limit, as_json=as_json))
 
 
-async def _list(wanted: dead_letters.Filter, limit: int, *, as_json: bool) -> None:
+async def _list(
+    wanted: dead_letters.Filter, since: str | None, until: str | None, limit: int, *, as_json: bool
+) -> None:
     async with connect(load_settings().database) as connection:
+        first, end = await parse_span(connection, since, until)
+        wanted = replace(wanted, since=first, until=end)
         total, ids = await dead_letters.find(connection, wanted, limit)
         rows = dead_letters.load(connection, ids)
         if as_json:
@@ -77,16 +82,11 @@ def show(
     dead_letter: Annotated[str, typer.Argument(metavar="ID", help="A number or a message id.")], as_json: Json = False
 ) -> None:
     """Show one. What it was, every error that is kept, and how to replay it."""
-    row = asyncio.run(_look_up(dead_letter))
+    row = asyncio.run(look_up(dead_letter))
     if as_json:
         print_json(row | {"replay": f"outbox dead-letters replay {row['id']}"})
     else:
         line(describe(row))
-
-
-async def _look_up(reference: str) -> dict[str, Any]:
-    async with connect(load_settings().database) as connection:
-        return await dead_letters.look_up(connection, reference)
 
 
 @app.command()
@@ -110,8 +110,10 @@ def replay(
 
     Takes ids or filters. The dead letter stays as the record of who replayed it, when and why.
     """
-    wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error)
-    order = Order("replay", ids or [], wanted, everything, dry_run, yes, rate, by or whoami(), why, as_json)
+    wanted = dead_letters.Filter(consumer, event_type, queue, error=error)
+    order = Order(
+        "replay", ids or [], wanted, since, until, everything, dry_run, yes, rate, by or whoami(), why, as_json
+    )
     return carry_out(order)
 
 
@@ -136,6 +138,8 @@ def discard(
 
     Takes ids or filters. The dead letter stays as the record of who discarded it, when and why.
     """
-    wanted = dead_letters.Filter(consumer, event_type, queue, since, until, error)
-    order = Order("discard", ids or [], wanted, everything, dry_run, yes, rate, by or whoami(), why, as_json)
+    wanted = dead_letters.Filter(consumer, event_type, queue, error=error)
+    order = Order(
+        "discard", ids or [], wanted, since, until, everything, dry_run, yes, rate, by or whoami(), why, as_json
+    )
     return carry_out(order)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
 
 import typer
 
-from relay.cli import events
-from relay.cli.command import CommandError, Exit, connect
-from relay.cli.event_text import summary
-from relay.cli.output import line, note, plain, print_json, screen_width, timestamp
-from relay.cli.story import Delivery, Story, tell
+from relay.cli.command import CommandError, Exit, connect, parse_span
+from relay.cli.event_text import story_as_json, story_lines, summary
+from relay.cli.output import line, note, plain, print_json, screen_width
+from service.ledger import event_search
+from service.ledger.history import tell
 from service.settings import load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from service.ledger.history import Story
 
 __all__ = ["app"]
 
@@ -36,7 +35,9 @@ _STORIES = 20
 def list_(
     event_type: Annotated[str | None, typer.Option("--type", help="Only of this type.")] = None,
     consumer: Annotated[str | None, typer.Option(help="Only with a delivery to this consumer.")] = None,
-    state: Annotated[str | None, typer.Option(help=f"Only with a delivery that is {', '.join(events.STATES)}.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help=f"Only with a delivery that is {', '.join(event_search.STATES)}.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="Published since: 2h (ago), or an ISO time.")] = None,
     until: Annotated[str | None, typer.Option(help="Published before: 30m (ago), or an ISO time.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000, help="At most this many.")] = 20,
@@ -46,10 +47,10 @@ def list_(
 
     It looks at the newest 100,000 deliveries before --until, and says so when there are more.
     """
-    if state is not None and state not in events.STATES:
-        raise CommandError(f"--state: {state!r} is not one of {', '.join(events.STATES)}")
-    wanted = events.Filter(event_type, consumer, None, (state,) if state else events.STATES, since, until)
-    found, listed = asyncio.run(_list(wanted, limit))
+    if state is not None and state not in event_search.STATES:
+        raise CommandError(f"--state: {state!r} is not one of {', '.join(event_search.STATES)}")
+    wanted = event_search.Filter(event_type, consumer, None, (state,) if state else event_search.STATES)
+    found, listed = asyncio.run(_list(wanted, since, until, limit))
     if as_json:
         head = {"looked_at": found.looked_at, "complete": not (found.more or found.bounded)}
         print_json(head | {"events": [asdict(each) for each in listed]})
@@ -61,10 +62,13 @@ def list_(
         note(f"Looked at the newest {found.looked_at:,} deliveries; narrow with --until to see older ones.")
 
 
-async def _list(wanted: events.Filter, limit: int) -> tuple[events.Found, list[events.ListedEvent]]:
+async def _list(
+    wanted: event_search.Filter, since: str | None, until: str | None, limit: int
+) -> tuple[event_search.Found, list[event_search.ListedEvent]]:
     async with connect(load_settings().database) as connection:
-        found = await events.find(connection, wanted, limit)
-        return found, await events.load(connection, found.event_ids)
+        first, end = await parse_span(connection, since, until)
+        found = await event_search.find(connection, replace(wanted, since=first, until=end), limit)
+        return found, await event_search.load(connection, found.event_ids)
 
 
 @app.command()
@@ -81,13 +85,13 @@ def show(
     """
     stories, correlated = asyncio.run(_tell(reference))
     if as_json:
-        print_json([asdict(each) for each in stories] if correlated else asdict(stories[0]))
+        print_json([*map(story_as_json, stories)] if correlated else story_as_json(stories[0]))
         return
     width = min(screen_width(), 120)
     for number, story in enumerate(stories):
         if number:
             line()
-        for text, indent in _lines(story):
+        for text, indent in story_lines(story):
             line(
                 textwrap.fill(
                     plain(text), width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
@@ -103,7 +107,7 @@ async def _tell(reference: str) -> tuple[list[Story], bool]:
         story = await tell(connection, given, keep) if (given := _uuid(reference)) else None
         if story is not None:
             return [story], False
-        found = await events.find(connection, events.Filter(correlation_id=reference), _STORIES)
+        found = await event_search.find(connection, event_search.Filter(correlation_id=reference), _STORIES)
         told = [await tell(connection, each, keep) for each in reversed(found.event_ids)]
     if found.more:
         note(f"Only the newest {_STORIES} events of this correlation id are told.")
@@ -123,23 +127,3 @@ def _uuid(text: str) -> UUID | None:
         return UUID(text)
     except ValueError:
         return None
-
-
-def _lines(story: Story) -> Iterator[tuple[str, str]]:
-    """Each line with the indent of what does not fit on it."""
-    yield f"Event {story.event_id}", ""
-    yield f"{story.event_type}, version {story.version}, published {timestamp(story.published_at)}", "  "
-    yield f"payload: {json.dumps(story.payload, ensure_ascii=False)}", "  "
-    for name, value in sorted(story.headers.items()):
-        yield f"{name.replace('_', ' ')}: {value}", "  "
-    for delivery in story.deliveries:
-        yield "", ""
-        yield from _part(delivery)
-
-
-def _part(delivery: Delivery) -> Iterator[tuple[str, str]]:
-    yield f"{delivery.consumer}, queue {delivery.queue}: {delivery.state.upper()}", ""
-    yield f"  message {delivery.message_id}", ""
-    for step in delivery.steps:
-        yield f"  {timestamp(step.at)}  {step.what}", " " * 24
-    yield f"  What is next: {delivery.next}", " " * 16

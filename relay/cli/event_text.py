@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-from relay.cli.output import Column, age, plain, screen_width, table
+from relay.cli.output import Column, age, plain, screen_width, table, timestamp
+from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from relay.cli.events import ListedEvent
+    from service.ledger.event_search import ListedEvent
+    from service.ledger.history import Delivery, Next, Step, Story
 
-__all__ = ["summary"]
+__all__ = ["story_as_json", "story_lines", "summary"]
 
 _AGE, _ID, _TYPE, _GAP = 5, 36, 14, 2
 _WIDE = 140
@@ -53,3 +58,102 @@ def _deliveries(event: ListedEvent, room: int) -> str:
         return each
     counts = Counter(delivery.state for delivery in event.deliveries)
     return ", ".join(f"{counts[state]} {state}" for state in _URGENT if state in counts)
+
+
+def story_lines(story: Story) -> Iterator[tuple[str, str]]:
+    """Each line with the indent of what does not fit on it."""
+    yield f"Event {story.event_id}", ""
+    yield f"{story.event_type}, version {story.version}, published {timestamp(story.published_at)}", "  "
+    yield f"payload: {json.dumps(story.payload, ensure_ascii=False)}", "  "
+    for name, value in sorted(story.headers.items()):
+        yield f"{name.replace('_', ' ')}: {value}", "  "
+    for delivery in story.deliveries:
+        yield "", ""
+        yield from _part(delivery)
+
+
+def _part(delivery: Delivery) -> Iterator[tuple[str, str]]:
+    yield f"{delivery.consumer}, queue {delivery.queue}: {delivery.state.upper()}", ""
+    yield f"  message {delivery.message_id}", ""
+    for step in delivery.steps:
+        yield f"  {timestamp(step.at)}  {_said(step, delivery)}", " " * 24
+    yield f"  What is next: {_expected(delivery)}", " " * 16
+
+
+def story_as_json(story: Story) -> dict[str, Any]:
+    """The same for machines; steps and what is next as a person reads them."""
+    parts = [
+        asdict(each)
+        | {"steps": [{"at": step.at, "what": _said(step, each)} for step in each.steps], "next": _expected(each)}
+        for each in story.deliveries
+    ]
+    return asdict(story) | {"deliveries": parts}
+
+
+def _said(step: Step, delivery: Delivery) -> str:
+    match step.kind:
+        case "published":
+            return f"It was published for {delivery.consumer}."
+        case "handed_over":
+            return f"The relay handed it to the broker, for the {_ordinal(step.number)} time."
+        case "begun":
+            return f"A worker began its {_ordinal(step.number)} attempt."
+        case "failed":
+            return f"Its {_ordinal(step.number)} attempt failed with {step.why}"
+        case "completed":
+            return "It was completed."
+        case "died":
+            return f"It became dead letter {step.number}: {step.why}."
+    return f"{step.by} {step.kind} it" + (f": {step.why}." if step.why else ".")
+
+
+def _expected(delivery: Delivery) -> str:
+    return _sentence(delivery.next) + _halt(delivery)
+
+
+def _sentence(following: Next) -> str:
+    wait, number = following.wait, following.number
+    later = wait > timedelta()
+    match following.kind:
+        case "delayed":
+            return f"It is delayed; its {_ordinal(number)} attempt is due in {_seconds(wait)}."
+        case "due":
+            return f"It waits for its {_ordinal(number)} attempt, due {'in' if later else 'for'} {_seconds(wait)}."
+        case "dispatched":
+            again = _seconds(max(wait, timedelta()))
+            return (
+                f"It waits in the broker for a worker to take it. Otherwise the relay hands it over again in {again}."
+            )
+        case "running":
+            lease = f"ends in {_seconds(wait)}" if later else f"ended {_seconds(wait)} ago"
+            return f"A worker is at its {_ordinal(number)} attempt; the lease {lease} without a heartbeat."
+        case "completed":
+            return f"Nothing. The row is kept until {following.kept_until:%Y-%m-%d %H:%M}Z."
+        case "dead":
+            return f"Nothing, until a person decides: `outbox dead-letters replay {number}`, or `discard`."
+        case "discarded":
+            return "Nothing. It was discarded, its effect did not happen."
+    return "Nothing. It was replayed and completed, and its row has been purged since."
+
+
+def _halt(delivery: Delivery) -> str:
+    pause = delivery.next.pause
+    if pause is None:
+        return ""
+    name = "--all" if pause.queue == EVERY_QUEUE else pause.queue
+    return f" Queue {delivery.queue} is paused by {pause.paused_by}: `outbox queues resume {name}`."
+
+
+def _seconds(span: timedelta) -> str:
+    """A duration in prose, whether to come or past: `12 s`, `5 min`, `3 h`, `4 days`."""
+    total = abs(span.total_seconds())
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
+        if total < limit:
+            return f"{total / size:.0f} {unit}"
+    return f"{total / 86_400:.0f} days"
+
+
+def _ordinal(number: int) -> str:
+    """`1st`, `2nd`, `3rd`, `11th`."""
+    suffix = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{suffix}"

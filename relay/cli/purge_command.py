@@ -10,7 +10,7 @@ import typer
 
 from relay.cli.command import connect, parse_duration
 from relay.cli.output import line, note, print_json
-from relay.process.purge import Purged, purge_step_by_step
+from service.ledger.purging import Purged, purge_step_by_step
 from service.settings import load_settings
 
 if TYPE_CHECKING:

@@ -1,34 +1,23 @@
-"""Pausing queues: a row in `paused_queue`, which every relay honours within a second."""
+"""`outbox queues list | pause | resume`."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from relay.cli.command import CommandError, Exit, connect, whoami
 from relay.cli.output import Column, age, compact, line, note, plain, print_json, table
+from service.ledger import pausing
+from service.ledger.message import is_queue_name
+from service.ledger.pausing import EVERY_QUEUE
 from service.settings import load_settings
-from service.text import storable
 
-__all__ = ["EVERY_QUEUE", "app"]
+if TYPE_CHECKING:
+    from service.ledger.pausing import Pause, QueueCounts
 
-EVERY_QUEUE = "*"
-"""The name under which all queues are paused at once."""
-
-_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_-]{0,99}")
-
-_PAUSE = "INSERT INTO paused_queue (queue, paused_by, why) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING RETURNING queue"
-_RESUME = "DELETE FROM paused_queue WHERE queue = $1 RETURNING queue"
-_PAUSED = "SELECT *, clock_timestamp() - paused_at AS age FROM paused_queue ORDER BY queue"
-_QUEUES = """
-SELECT queue, count(*) AS open, count(*) FILTER (WHERE due_at <= now()) AS due, 0 AS dead
-FROM outbox_message WHERE state <> 'completed' GROUP BY queue
-UNION ALL
-SELECT queue, 0, 0, count(*) FROM dead_letter WHERE resolution IS NULL GROUP BY queue
-"""
+__all__ = ["app"]
 
 app = typer.Typer(help="Pause and resume queues.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -44,7 +33,7 @@ def list_(as_json: Json = False) -> None:
     """List the queues. Those with open deliveries, dead letters, or a pause."""
     queues = asyncio.run(_list())
     if as_json:
-        print_json({"queues": queues})
+        print_json({"queues": [_document(name, each) for name, each in queues.items()]})
         return
     if not queues:
         line("No queue has anything open.")
@@ -56,37 +45,33 @@ def list_(as_json: Json = False) -> None:
         Column("DEAD", right=True),
         Column("PAUSED", least=20),
     ]
-    line(table(columns, [[_title(each["queue"]), *_counts(each), _pause(each["paused"])] for each in queues]))
+    line(table(columns, [[_title(name), *_counts(name, each), _pause(each.pause)] for name, each in queues.items()]))
+
+
+async def _list() -> dict[str, QueueCounts]:
+    async with connect(load_settings().database) as connection:
+        return await pausing.count_queues(connection)
+
+
+def _document(name: str, queue: QueueCounts) -> dict[str, Any]:
+    paused = queue.pause and {
+        "at": queue.pause.paused_at, "age": queue.pause.age, "by": queue.pause.paused_by, "why": queue.pause.why,
+    }  # fmt: skip
+    return {"queue": name, "open": queue.open, "due": queue.due, "dead": queue.dead, "paused": paused}
 
 
 def _title(queue: str) -> str:
     return "* (all)" if queue == EVERY_QUEUE else queue
 
 
-def _counts(queue: dict[str, Any]) -> list[str]:
-    return ["" if queue["queue"] == EVERY_QUEUE else compact(queue[name]) for name in ("open", "due", "dead")]
+def _counts(name: str, queue: QueueCounts) -> list[str]:
+    return ["" if name == EVERY_QUEUE else compact(number) for number in (queue.open, queue.due, queue.dead)]
 
 
-def _pause(paused: dict[str, Any] | None) -> str:
+def _pause(paused: Pause | None) -> str:
     if paused is None:
         return "-"
-    return f"{age(paused['age'])} ago by {paused['by']}" + (f": {paused['why']}" if paused["why"] else "")
-
-
-async def _list() -> list[dict[str, Any]]:
-    async with connect(load_settings().database) as connection:
-        counted = await connection.fetch(_QUEUES)
-        paused = {
-            row["queue"]: {"at": row["paused_at"], "age": row["age"], "by": row["paused_by"], "why": row["why"]}
-            for row in await connection.fetch(_PAUSED)
-        }
-    names = sorted({row["queue"] for row in counted} | paused.keys())
-    return [
-        {"queue": name}
-        | {count: sum(row[count] for row in counted if row["queue"] == name) for count in ("open", "due", "dead")}
-        | {"paused": paused.get(name)}
-        for name in names
-    ]
+    return f"{age(paused.age)} ago by {paused.paused_by}" + (f": {paused.why}" if paused.why else "")
 
 
 @app.command()
@@ -95,8 +80,7 @@ def pause(
 ) -> None:
     """Pause a queue. Its events wait in PostgreSQL until it is resumed."""
     name = _name(queue, everything)
-    words = storable(by or whoami()), None if why is None else storable(why)
-    changed, _ = asyncio.run(_change(_PAUSE, name, *words))
+    changed = asyncio.run(_begin_pause(name, by or whoami(), why))
     if as_json:
         print_json({"queue": name, "paused": True, "changed": changed})
     elif changed:
@@ -105,11 +89,16 @@ def pause(
         line(f"{_spoken(name).capitalize()} was paused already: see `outbox queues list`.")
 
 
+async def _begin_pause(name: str, by: str, why: str | None) -> bool:
+    async with connect(load_settings().database) as connection:
+        return await pausing.pause(connection, name, by=by, why=why)
+
+
 @app.command()
 def resume(queue: Queue = None, everything: Everything = False, as_json: Json = False) -> int:
     """Resume a queue. `--all` undoes `pause --all`; queues paused by name stay paused."""
     name = _name(queue, everything)
-    changed, left = asyncio.run(_change(_RESUME, name))
+    changed, left = asyncio.run(_end_pause(name))
     if as_json:
         print_json({"queue": name, "paused": name in left or EVERY_QUEUE in left, "changed": changed})
     elif changed:
@@ -123,23 +112,22 @@ def resume(queue: Queue = None, everything: Everything = False, as_json: Json = 
     return Exit.OK
 
 
+async def _end_pause(name: str) -> tuple[bool, list[str]]:
+    """Whether it was paused, and what still is."""
+    async with connect(load_settings().database) as connection:
+        changed = await pausing.resume(connection, name)
+        return changed, [each.queue for each in await pausing.paused_queues(connection)]
+
+
 def _name(queue: str | None, everything: bool) -> str:
     if (queue is None) != everything:
         raise CommandError("which queue? Give one name, or --all")
     if queue is None:
         return EVERY_QUEUE
-    if not _NAME.fullmatch(queue):
+    if not is_queue_name(queue):
         raise CommandError(f"{queue!r} is no queue name: letters, digits, _ and -, at most 100")
     return queue
 
 
 def _spoken(name: str) -> str:
     return "all queues" if name == EVERY_QUEUE else f"queue {name}"
-
-
-async def _change(statement: str, *arguments: str | None) -> tuple[bool, list[str]]:
-    """Whether the statement changed anything, and what is paused now. A sleeping relay is woken to see it."""
-    async with connect(load_settings().database) as connection, connection.transaction():
-        changed = await connection.fetchval(statement, *arguments) is not None
-        await connection.execute("SELECT outbox_wake()")
-        return changed, [row["queue"] for row in await connection.fetch(_PAUSED)]

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from relay.cli import dead_letters
-from relay.cli.command import CommandError, Exit, connect
-from relay.cli.output import cut, line, note, plain, print_json
-from relay.cli.resolve import Action, Outcome, refusals, resolve
+from relay.cli.command import CommandError, Exit, connect, parse_span, parse_uuid
+from relay.cli.output import cut, line, note, plain, print_json, timestamp
+from service.ledger import dead_letters
+from service.ledger.replaying import Action, Outcome, Refusal, Resolved, StaysOpen, refusals, resolve
 from service.settings import load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from uuid import UUID
 
-__all__ = ["Order", "carry_out"]
+    from service.database.driver import Connection
+
+__all__ = ["Order", "carry_out", "look_up"]
 
 _SHOWN = 10
 
@@ -29,6 +32,8 @@ class Order:
     action: Action
     references: Sequence[str]
     wanted: dead_letters.Filter
+    since: str | None
+    until: str | None
     everything: bool
     dry_run: bool
     yes: bool
@@ -38,13 +43,18 @@ class Order:
     as_json: bool
 
     @property
+    def narrows(self) -> bool:
+        wanted = self.wanted
+        return any((wanted.consumer, wanted.event_type, wanted.queue, wanted.error, self.since, self.until))
+
+    @property
     def past(self) -> str:
         return "replayed" if self.action == "replay" else "discarded"
 
 
 def carry_out(order: Order) -> int:
     """Do it, after asking where that is due; the exit code."""
-    given = [bool(order.references), order.wanted.narrows, order.everything]
+    given = [bool(order.references), order.narrows, order.everything]
     if not any(given):
         raise CommandError(f"{order.action} what? Give ids, a filter such as --consumer, or --all")
     if order.references and any(given[1:]):
@@ -67,14 +77,41 @@ def carry_out(order: Order) -> int:
 async def _select(order: Order) -> tuple[list[int], list[dict[str, Any]]]:
     async with connect(load_settings().database) as connection:
         if order.references:
-            rows = [await dead_letters.look_up(connection, each) for each in order.references]
+            rows = [await _find(connection, each) for each in order.references]
             ids = list(dict.fromkeys(row["id"] for row in rows))
         else:
-            ids = await dead_letters.find_ids(connection, order.wanted)
+            since, until = await parse_span(connection, order.since, order.until)
+            ids = await dead_letters.find_ids(connection, replace(order.wanted, since=since, until=until))
         return ids, await dead_letters.overview(connection, ids)
 
 
-async def _resolve(order: Order, ids: Sequence[int]) -> tuple[Outcome, dict[int, str]]:
+async def look_up(reference: str) -> dict[str, Any]:
+    """The dead letter a person named by its number or its message's id; of several the open or latest one."""
+    async with connect(load_settings().database) as connection:
+        return await _find(connection, reference)
+
+
+async def _find(connection: Connection, reference: str) -> dict[str, Any]:
+    row = await dead_letters.look_up(connection, _number_or_uuid(reference))
+    if row is None:
+        raise CommandError(
+            f"there is no dead letter {reference}: `outbox dead-letters list` shows the open ones", Exit.NOT_FOUND
+        )
+    return row
+
+
+def _number_or_uuid(reference: str) -> int | UUID:
+    if reference.isascii() and reference.isdigit():
+        return int(reference)
+    try:
+        return parse_uuid(reference)
+    except CommandError:
+        raise CommandError(
+            f"{reference!r} is no dead letter's id: expected its number, such as 17, or its message's UUID"
+        ) from None
+
+
+async def _resolve(order: Order, ids: Sequence[int]) -> tuple[Outcome, dict[int, Refusal]]:
     async with connect(load_settings().database) as connection:
         outcome = await resolve(
             connection,
@@ -140,12 +177,13 @@ def _progress(past: str, total: int) -> Callable[[int], None]:
     return report
 
 
-def _report(order: Order, outcome: Outcome, refused: dict[int, str]) -> None:
+def _report(order: Order, outcome: Outcome, refused: Mapping[int, Refusal]) -> None:
+    reasons = {number: _reason(number, refusal) for number, refusal in refused.items()}
     if order.as_json:
-        print_json({"action": order.action, "dry_run": False, "done": outcome.done, "refused": refused,
+        print_json({"action": order.action, "dry_run": False, "done": outcome.done, "refused": reasons,
                     "interrupted": outcome.interrupted})  # fmt: skip
         return
-    for reason in list(refused.values())[:_SHOWN]:
+    for reason in list(reasons.values())[:_SHOWN]:
         note(plain(reason))
     if len(refused) > _SHOWN:
         note(f"and {len(refused) - _SHOWN:,} more were left alone")
@@ -155,10 +193,22 @@ def _report(order: Order, outcome: Outcome, refused: dict[int, str]) -> None:
     line(f"{order.past.capitalize()} {which}." if outcome.done or refused else "No open dead letter matches.")
 
 
-def _exit_code(order: Order, outcome: Outcome, refused: dict[int, str]) -> int:
+def _reason(number: int, refusal: Refusal) -> str:
+    match refusal:
+        case Resolved():
+            return f"dead letter {number} was {refusal.resolution} by {refusal.by} at {timestamp(refusal.at)}"
+        case StaysOpen():
+            return (
+                f"dead letter {number} stays open: its delivery {refusal.delivery_id} is in the outbox already; see "
+                f"`outbox events show {refusal.event_id}`"
+            )
+    return f"there is no dead letter {number}"
+
+
+def _exit_code(order: Order, outcome: Outcome, refused: Mapping[int, Refusal]) -> int:
     if outcome.interrupted:
         return Exit.INTERRUPTED
-    if any("stays open" in reason for reason in refused.values()):
+    if any(isinstance(refusal, StaysOpen) for refusal in refused.values()):
         return Exit.FAILED
     # With a filter somebody else was faster; with an id somebody is mistaken.
     return Exit.NOT_FOUND if refused and order.references else Exit.OK

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from relay.cli.command import CommandError, parse_duration
 from relay.cli.output import Column, age, compact, plain, table
-from relay.cli.queue_commands import EVERY_QUEUE
+from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from relay.cli.status import Counts, Status
+    from relay.cli.status import Status
+    from service.ledger.counting import Counts
 
 __all__ = ["METRICS", "as_json", "as_text", "check_conditions", "failing"]
 
@@ -44,12 +45,20 @@ def _lines(status: Status) -> Iterator[str]:
     yield f"broker      {'DOWN: ' + plain(status.broker_problem) if status.broker_problem else 'ok, ' + status.broker}"
     if status.database_problem:
         return
-    relays = f"ok, {status.relays} connected" if status.relays else "NONE is connected: start one with `outbox relay`"
+    relays = (
+        f"ok, {status.ledger.relays} connected"
+        if status.ledger.relays
+        else "NONE is connected: start one with `outbox relay`"
+    )
     yield f"relay       {relays}"
     yield ""
-    yield _table(status) if status.consumers else "Nothing is open."
-    if status.completed.estimated:
-        about = "unknown, never analyzed" if status.completed.count is None else f"~{status.completed.count:,}"
+    yield _table(status) if status.ledger.consumers else "Nothing is open."
+    if status.ledger.completed.estimated:
+        about = (
+            "unknown, never analyzed"
+            if status.ledger.completed.count is None
+            else f"~{status.ledger.completed.count:,}"
+        )
         yield f"completed: {about} (--exact counts them)"
     yield from _hints(status)
 
@@ -64,7 +73,7 @@ def _table(status: Status) -> str:
     ]
     marks = _marks(status)
     rows: list[list[str]] = []
-    for queue, consumers in groupby(sorted(status.consumers.items()), key=lambda item: item[0][0]):
+    for queue, consumers in groupby(sorted(status.ledger.consumers.items()), key=lambda item: item[0][0]):
         rows.append([f"{queue} ({marks[queue]})" if queue in marks else queue, *[""] * 7])
         rows += [[f"  {consumer}", *_cells(counts)] for (_, consumer), counts in consumers]
     return table(columns, rows, gap=1)
@@ -73,8 +82,8 @@ def _table(status: Status) -> str:
 def _marks(status: Status) -> dict[str, str]:
     """What is out of the ordinary, by queue."""
     marks = {name: each.state for name, each in status.queues.items() if each.state != "ok"}
-    paused = {each.queue for each in status.paused}
-    return marks | {queue: "paused" for queue, _ in status.consumers if paused & {queue, EVERY_QUEUE}}
+    paused = {each.queue for each in status.ledger.paused}
+    return marks | {queue: "paused" for queue, _ in status.ledger.consumers if paused & {queue, EVERY_QUEUE}}
 
 
 def _cells(counts: Counts) -> list[str]:
@@ -83,18 +92,18 @@ def _cells(counts: Counts) -> list[str]:
 
 
 def _hints(status: Status) -> Iterator[str]:
-    for pause in status.paused:
+    for pause in status.ledger.paused:
         which = "all queues are" if pause.queue == EVERY_QUEUE else f"queue {pause.queue} is"
         why = f": {pause.why}" if pause.why else ""
         yield plain(f"{which} paused for {age(pause.age)} by {pause.paused_by}{why}")
     for name, each in status.queues.items():
         if each.state in _STATES:
             yield plain(f"queue {name} {_STATES[each.state].format(each=each)}")
-    for (queue, consumer), counts in sorted(status.consumers.items()):
+    for (queue, consumer), counts in sorted(status.ledger.consumers.items()):
         if counts.unclaimed:
             waiting = f"{counts.unclaimed:,} handed over repeatedly and not taken"
             yield plain(f"{consumer}: {waiting}; is a worker on {queue}?")
-    if dead := status.total("dead"):
+    if dead := status.ledger.total("dead"):
         yield f"{dead:,} dead: outbox dead-letters list"
 
 
@@ -103,14 +112,14 @@ def as_json(status: Status) -> dict[str, Any]:
     return {
         "postgresql": {"ok": status.database_problem is None, "problem": status.database_problem},
         "broker": {"ok": status.broker_problem is None, "problem": status.broker_problem, "address": status.broker},
-        "relays": status.relays,
+        "relays": status.ledger.relays,
         "totals": {name: _metric(status, name) for name in METRICS},
-        "completed": asdict(status.completed),
-        "paused": [asdict(each) for each in status.paused],
+        "completed": asdict(status.ledger.completed),
+        "paused": [asdict(each) for each in status.ledger.paused],
         "queues": [{"queue": name} | asdict(each) for name, each in status.queues.items()],
         "consumers": [
             {"queue": queue, "consumer": consumer} | asdict(counts)
-            for (queue, consumer), counts in sorted(status.consumers.items())
+            for (queue, consumer), counts in sorted(status.ledger.consumers.items())
         ],
     }
 
@@ -118,12 +127,12 @@ def as_json(status: Status) -> dict[str, Any]:
 def _metric(status: Status, name: str) -> float:
     match name:
         case "oldest":
-            return status.oldest or 0
+            return status.ledger.oldest or 0
         case "relays":
-            return status.relays
+            return status.ledger.relays
         case "paused":
-            return len(status.paused)
-    return status.total(name)
+            return len(status.ledger.paused)
+    return status.ledger.total(name)
 
 
 def check_conditions(text: str) -> list[tuple[str, str, float]]:

@@ -30,6 +30,7 @@ __all__ = [
     "complete",
     "complete_in_transaction",
     "die",
+    "errors_with",
     "fail",
     "forgive",
     "heartbeat",
@@ -117,11 +118,16 @@ WHERE id = $1 AND claim_token = $2 AND {_STATE} IN ('running', 'dispatched')
 # when a consumer has committed or rolled back behind the session's back.
 _UNBROKEN = "coalesce(current_setting('outbox.transaction', true), '') = $2::uuid::text"
 
-# The oldest error stays: it says what went wrong first.
-_ERRORS = f"""
-CASE WHEN jsonb_array_length(errors) >= {ERRORS_KEPT} THEN errors - 1 ELSE errors END
-|| jsonb_build_array(jsonb_build_object('at', clock_timestamp(), 'attempt', attempts) || $3::jsonb)
-"""
+
+def errors_with(error: str) -> str:
+    """SQL for a row's errors and this one. The oldest stays: it says what went wrong first."""
+    return f"""
+        CASE WHEN jsonb_array_length(errors) >= {ERRORS_KEPT} THEN errors - 1 ELSE errors END
+        || jsonb_build_array(jsonb_build_object('at', clock_timestamp(), 'attempt', attempts) || {error})
+    """
+
+
+_ERRORS = errors_with("$3::jsonb")
 
 # A retry may be due before the moment a sleeping relay wakes up at.
 _FAIL = f"""

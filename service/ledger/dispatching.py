@@ -16,15 +16,14 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from service.ledger.delivering import ERRORS_KEPT, SUSPECT_FROM
+from service.ledger.delivering import SUSPECT_FROM, errors_with
 from service.ledger.message import Handover
+from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import asyncpg
-
-    Connection = asyncpg.Connection[asyncpg.Record]
+    from service.database.driver import Connection
 
 __all__ = ["NO_FLOOR", "Batch", "Floor", "Pauses", "QueueHead", "due_queues", "queue_heads", "take_due"]
 
@@ -46,6 +45,9 @@ NO_FLOOR = Floor(datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 # A suspect: a worker that died in its second attempt or later may have been killed by this very row, and its neighbours
 # died with it. They wait apart from each other instead of meeting again at once. They are put back where they are met,
 # in the order of hand-over: to look for them would cost as much as all that waits beside them.
+_LOST = """
+jsonb_build_object('type', 'WorkerLost', 'message', 'the lease ended without a heartbeat', 'traceback', '')
+"""
 _TAKE = f"""
 WITH due AS MATERIALIZED (
     SELECT ctid, id, due_at, state = 'running' AND attempts >= {SUSPECT_FROM} AS suspect FROM outbox_message
@@ -63,18 +65,14 @@ SET state = CASE WHEN due.suspect THEN 'pending' ELSE 'dispatched' END,
         WHEN due.suspect THEN (0.5 + random() / 2)
              * LEAST($7::interval * (2 ^ LEAST(message.attempts - {SUSPECT_FROM}, 16)), $8::interval)
         ELSE $5::interval * (2 ^ LEAST(GREATEST(message.dispatches - message.attempts, 0), 3)) END,
-    errors = CASE WHEN NOT due.suspect THEN message.errors ELSE
-        CASE WHEN jsonb_array_length(errors) >= {ERRORS_KEPT} THEN errors - 1 ELSE errors END
-        || jsonb_build_array(jsonb_build_object(
-               'at', clock_timestamp(), 'attempt', attempts, 'type', 'WorkerLost',
-               'message', 'the lease ended without a heartbeat', 'traceback', '')) END
+    errors = CASE WHEN due.suspect THEN {errors_with(_LOST)} ELSE message.errors END
 FROM due WHERE message.ctid = due.ctid
 RETURNING message.id::text, message.consumer, message.headers ->> 'traceparent',
           (SELECT due_at FROM last), (SELECT id FROM last), due.suspect
 """  # noqa: S608
 
 # One index look-up per queue, however many rows each has.
-_HEADS = """
+_HEADS = f"""
 WITH RECURSIVE heads AS (
     (SELECT queue, due_at FROM outbox_message WHERE state <> 'completed' ORDER BY queue, due_at LIMIT 1)
     UNION ALL
@@ -85,13 +83,13 @@ WITH RECURSIVE heads AS (
     ) AS next
 )
 SELECT heads.queue, extract(epoch FROM heads.due_at - clock_timestamp())::float8 AS due_in,
-       EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (heads.queue, '*')) AS paused
+       EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (heads.queue, '{EVERY_QUEUE}')) AS paused
 FROM heads
-"""
+"""  # noqa: S608
 
 
 # The same for queues that are known, above their floors: it crawls over nothing that has been handed over.
-_DUE = """
+_DUE = f"""
 SELECT known.queue
 FROM unnest($1::text[], $2::timestamptz[], $3::uuid[]) AS known (queue, due_at, id)
 CROSS JOIN LATERAL (
@@ -100,8 +98,8 @@ CROSS JOIN LATERAL (
       AND (message.due_at, message.id) >= (known.due_at, known.id)
     ORDER BY message.due_at, message.id LIMIT 1
 ) AS due
-WHERE NOT EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (known.queue, '*'))
-"""
+WHERE NOT EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (known.queue, '{EVERY_QUEUE}'))
+"""  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True)

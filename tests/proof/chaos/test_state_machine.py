@@ -21,10 +21,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from relay.cli.resolve import resolve
 from service.ledger import delivering
 from service.ledger.delivering import SUSPECT_FROM
 from service.ledger.dispatching import NO_FLOOR, Pauses, take_due
+from service.ledger.replaying import resolve
 from tests.proof.chaos.bugs import BUGS
 from tests.waiting import until
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 
-from relay.cli.resolve import resolve
+from service.ledger.replaying import resolve
 from tests.proof.cli.conftest import error, json_literal
 from tests.waiting import until, until_sync
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from relay.cli.command import Connection
-    from relay.cli.resolve import Action
+    from service.database.driver import Connection
+    from service.ledger.replaying import Action
     from tests.proof.cli.conftest import Outbox, Rows
 
     Start = Callable[[Sequence[str]], subprocess.Popen[str]]

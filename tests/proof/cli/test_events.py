@@ -9,8 +9,8 @@ from uuid import UUID
 
 import pytest
 
-from relay.cli import events
-from relay.process.purge import first_id_after
+from service.ledger import event_search
+from service.ledger.ids import first_id_after
 from service.outbox.events import new_event_id
 from tests.proof.cli.conftest import json_literal
 
@@ -132,7 +132,7 @@ def test_a_limit_that_was_reached_is_said(outbox: Outbox, rows: Rows) -> None:
 
 
 def test_small_pages_leave_nothing_out(outbox: Outbox, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "PAGE", 2)
+    monkeypatch.setattr(event_search, "PAGE", 2)
     event_id = new_event_id()
     for number in (1, 2, 3):
         rows.message(event_id=event_id, number=number)
@@ -151,15 +151,15 @@ def test_small_pages_leave_nothing_out(outbox: Outbox, rows: Rows, monkeypatch: 
 def test_a_walk_that_was_cut_short_says_so(outbox: Outbox, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     rows.message(event_type="'order.paid'")
     _one_each(rows, 4)
-    monkeypatch.setattr(events, "BOUND", 4)
-    monkeypatch.setattr(events, "PAGE", 3)
+    monkeypatch.setattr(event_search, "BOUND", 4)
+    monkeypatch.setattr(event_search, "PAGE", 3)
     ran = outbox("events", "list", "--type", "order.paid")
     assert (ran.code, ran.out) == (0, "No event matches.\n")
     assert ran.err == "Looked at the newest 4 deliveries; narrow with --until to see older ones.\n"
     document = outbox("events", "list", "--type", "order.paid", "--json").json
     assert document == {"looked_at": 4, "complete": False, "events": []}
     assert outbox("events", "show", "no-such").err.endswith("correlation id of any of the newest 4 deliveries\n")
-    monkeypatch.setattr(events, "BOUND", 6)
+    monkeypatch.setattr(event_search, "BOUND", 6)
     assert outbox("events", "list", "--type", "order.paid").err == ""
 
 

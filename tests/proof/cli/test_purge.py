@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from relay.process.purge import purge, purge_step_by_step
+from service.ledger.purging import purge, purge_step_by_step
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

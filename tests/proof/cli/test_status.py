@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 import redis
 
-from relay.cli import status as status_module
+from service.ledger import counting
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def test_a_broker_that_stands_still_is_down_within_its_time(
 def test_completed_rows_of_a_large_table_are_estimated(
     outbox: Outbox, busy: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status_module, "SMALL_TABLE", 0)
+    monkeypatch.setattr(counting, "SMALL_TABLE", 0)
     assert "completed: unknown, never analyzed" in outbox("status").out
     busy.message(1_000, state="'completed'", completed_at="now()")
     busy.sql("ANALYZE outbox_message")
@@ -223,7 +223,7 @@ async def test_the_open_rows_are_counted_without_reading_the_completed_ones(rows
     connection = await asyncpg.connect(database_url)
     try:
         await connection.execute("SET enable_seqscan = off")
-        plan = await connection.fetchval("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + status_module._OPEN)
+        plan = await connection.fetchval("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + counting._OPEN)
     finally:
         await connection.close()
     assert "ix_outbox_message_due" in plan

@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from relay.cli.command import parse_moment
-from relay.process.purge import first_id_after
+from service.ledger.ids import first_id_after, last_delivery_of
 from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime, timedelta
 
-    from relay.cli.command import Connection
+    from service.database.driver import Connection
 
 __all__ = ["STATES", "Delivered", "Filter", "Found", "ListedEvent", "find", "load"]
 
@@ -74,8 +73,8 @@ class Filter:
     consumer: str | None = None
     correlation_id: str | None = None
     states: Sequence[str] | None = None
-    since: str | None = None
-    until: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +112,9 @@ class ListedEvent:
 
 
 async def find(connection: Connection, wanted: Filter, limit: int) -> Found:
-    """The newest `limit` events that match, among the newest `BOUND` deliveries of that time.
-
-    Raises:
-        CommandError: when `since` or `until` is no time.
-    """
-    first, cursor = await _range(connection, wanted)
+    """The newest `limit` events that match, among the newest `BOUND` deliveries of that time."""
+    first = first_id_after(wanted.since) if wanted.since else UUID(int=0)
+    cursor = first_id_after(wanted.until) if wanted.until else UUID(int=2**128 - 1)
     # What is stored was cleaned, so what is looked for is cleaned alike.
     texts = (wanted.event_type, wanted.consumer, wanted.correlation_id)
     cleaned = [None if each is None else storable(each) for each in texts]
@@ -136,16 +132,9 @@ async def find(connection: Connection, wanted: Filter, limit: int) -> Found:
     return Found(list(found)[:limit], looked, more, bounded=not ended and not enough)
 
 
-async def _range(connection: Connection, wanted: Filter) -> tuple[UUID, UUID]:
-    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
-    first = first_id_after(parse_moment(wanted.since, now, "--since")) if wanted.since else UUID(int=0)
-    end = first_id_after(parse_moment(wanted.until, now, "--until")) if wanted.until else UUID(int=2**128 - 1)
-    return first, end
-
-
 async def load(connection: Connection, event_ids: Sequence[UUID]) -> list[ListedEvent]:
     """These events with their deliveries, the newest first."""
-    last = [UUID(int=each.int | 0xFF) for each in event_ids]
+    last = [last_delivery_of(each) for each in event_ids]
     events: dict[UUID, ListedEvent] = {}
     for row in await connection.fetch(_DELIVERIES, list(event_ids), last):
         event = events.setdefault(

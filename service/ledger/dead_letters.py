@@ -1,19 +1,22 @@
-"""What died for good: finding it, by number, by message, or by what its rows have in common."""
+"""What died for good: finding it, by number, by delivery, or by what its rows have in common.
+
+A dead letter is a dictionary of its columns, with its `age`. The connection is one that reads JSON
+(`driver.read_json`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-from relay.cli.command import CommandError, Exit, parse_moment, parse_uuid
 from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from datetime import datetime
-    from uuid import UUID
 
-    from relay.cli.command import Connection
+    from service.database.driver import Connection
 
 __all__ = ["STATES", "Filter", "find", "find_ids", "load", "look_up", "overview"]
 
@@ -60,24 +63,20 @@ ORDER BY resolution IS NULL DESC, id DESC
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which dead letters a command is about; what is `None` does not narrow it."""
+    """Which dead letters are meant; what is `None` does not narrow it."""
 
     consumer: str | None = None
     event_type: str | None = None
     queue: str | None = None
-    since: str | None = None
-    until: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
     error: str | None = None
     state: str = "open"
-
-    @property
-    def narrows(self) -> bool:
-        return any((self.consumer, self.event_type, self.queue, self.since, self.until, self.error))
 
 
 async def find(connection: Connection, wanted: Filter, limit: int) -> tuple[int, list[int]]:
     """How many dead letters there are, and the ids of the latest `limit` of them."""
-    arguments = await _arguments(connection, wanted)
+    arguments = _arguments(wanted)
     total = await connection.fetchval(_sql(_COUNT, wanted), *arguments)
     rows = await connection.fetch(_sql(_LATEST, wanted), *arguments, limit)
     return total, [row["id"] for row in rows]
@@ -95,7 +94,7 @@ async def load(connection: Connection, ids: Sequence[int]) -> AsyncIterator[dict
 
 async def find_ids(connection: Connection, wanted: Filter) -> list[int]:
     """The ids of all of them, oldest first."""
-    rows = await connection.fetch(_sql(_IDS, wanted), *await _arguments(connection, wanted))
+    rows = await connection.fetch(_sql(_IDS, wanted), *_arguments(wanted))
     return [row["id"] for row in rows]
 
 
@@ -103,37 +102,20 @@ def _sql(template: str, wanted: Filter) -> str:
     return template.format(where=_WHERE[wanted.state], filter=_FILTER)
 
 
-async def _arguments(connection: Connection, wanted: Filter) -> list[Any]:
-    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
-    since = parse_moment(wanted.since, now, "--since") if wanted.since else None
-    until = parse_moment(wanted.until, now, "--until") if wanted.until else None
+def _arguments(wanted: Filter) -> list[Any]:
     # What is stored was cleaned, so what is looked for is cleaned alike.
     names = (wanted.consumer, wanted.event_type, wanted.queue, wanted.error)
     consumer, event_type, queue, error = (None if each is None else storable(each) for each in names)
-    return [consumer, event_type, queue, since, until, error]
+    return [consumer, event_type, queue, wanted.since, wanted.until, error]
 
 
-async def look_up(connection: Connection, reference: str) -> dict[str, Any]:
-    """The dead letter a person named by its number or its message's id; of several the open or latest one."""
-    if reference.isascii() and reference.isdigit():
-        number = int(reference)
-        rows = await connection.fetch(_BY_NUMBER, number) if number < 2**63 else []
+async def look_up(connection: Connection, reference: int | UUID) -> dict[str, Any] | None:
+    """The dead letter of this number or delivery, of several the open or latest one; `None` if there is none."""
+    if isinstance(reference, UUID):
+        row = await connection.fetchrow(_BY_MESSAGE, reference)
     else:
-        rows = await connection.fetch(_BY_MESSAGE, _uuid(reference))
-    if not rows:
-        raise CommandError(
-            f"there is no dead letter {reference}: `outbox dead-letters list` shows the open ones", Exit.NOT_FOUND
-        )
-    return dict(rows[0])
-
-
-def _uuid(reference: str) -> UUID:
-    try:
-        return parse_uuid(reference)
-    except CommandError:
-        raise CommandError(
-            f"{reference!r} is no dead letter's id: expected its number, such as 17, or its message's UUID"
-        ) from None
+        row = await connection.fetchrow(_BY_NUMBER, reference) if reference < 2**63 else None
+    return None if row is None else dict(row)
 
 
 async def overview(connection: Connection, ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from relay.cli.output import timestamp
 from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import datetime
+    from uuid import UUID
 
-    from relay.cli.command import Connection
+    from service.database.driver import Connection
 
-__all__ = ["Action", "Outcome", "refusals", "resolve"]
+__all__ = ["Action", "Outcome", "Refusal", "Resolved", "StaysOpen", "refusals", "resolve"]
 
 Action = Literal["replay", "discard"]
 
@@ -119,21 +120,30 @@ async def resolve(
     return outcome
 
 
-async def refusals(connection: Connection, ids: Sequence[int]) -> dict[int, str]:
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A dead letter was left alone, for somebody had dealt with it."""
+
+    resolution: str
+    by: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class StaysOpen:
+    """A dead letter was left alone, for its delivery is in the ledger already."""
+
+    delivery_id: UUID
+    event_id: UUID
+
+
+Refusal = Resolved | StaysOpen | None
+"""Why a dead letter was left alone; `None` when there is none of that number."""
+
+
+async def refusals(connection: Connection, ids: Sequence[int]) -> dict[int, Refusal]:
     """Why these were left alone."""
-    rows = await connection.fetch(_REFUSED, list(ids))
-    found = {row["id"]: row for row in rows}
-    return {number: _refusal(number, found.get(number)) for number in ids}
-
-
-def _refusal(number: int, row: Any) -> str:
-    if row is None:
-        return f"there is no dead letter {number}"
-    if row["resolution"] is not None:
-        return (
-            f"dead letter {number} was {row['resolution']} by {row['resolved_by']} at {timestamp(row['resolved_at'])}"
-        )
-    return (
-        f"dead letter {number} stays open: its delivery {row['message_id']} is in the outbox already; see "
-        f"`outbox events show {row['event_id']}`"
-    )
+    found: dict[int, Refusal] = dict.fromkeys(ids)
+    for number, delivery_id, event_id, resolution, by, at in await connection.fetch(_REFUSED, list(ids)):
+        found[number] = Resolved(resolution, by, at) if resolution else StaysOpen(delivery_id, event_id)
+    return found

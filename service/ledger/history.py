@@ -1,0 +1,191 @@
+"""The history of one event: who did what when, for each of its deliveries, and what happens next.
+
+Steps that a row no longer remembers, such as the second of five hand-overs, are not told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+from service.ledger.ids import event_of, last_delivery_of
+from service.ledger.pausing import EVERY_QUEUE, paused_queues
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from uuid import UUID
+
+    from service.database.driver import Connection
+    from service.ledger.pausing import Pause
+
+__all__ = ["Delivery", "Next", "Step", "Story", "tell"]
+
+_ROWS = """
+SELECT *, due_at - clock_timestamp() AS due_in FROM outbox_message WHERE id > $1 AND id <= $2 ORDER BY id
+"""
+_DEAD = "SELECT * FROM dead_letter WHERE message_id > $1 AND message_id <= $2 ORDER BY id"
+_EVENT_ID = """
+SELECT event_id FROM outbox_message WHERE id = $1 UNION SELECT event_id FROM dead_letter WHERE message_id = $1 LIMIT 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something that happened.
+
+    Attributes:
+        number: Which hand-over or attempt it was (from 1), or which dead letter.
+        by: Who replayed or discarded it.
+        why: What an attempt failed with, why it died, or why it was replayed or discarded.
+    """
+
+    at: datetime
+    kind: Literal["published", "handed_over", "begun", "failed", "completed", "died", "replayed", "discarded"]
+    number: int = 0
+    by: str | None = None
+    why: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What happens next, unless something comes between.
+
+    Attributes:
+        kind: It is `delayed`; it waits to be handed over (`due`) or in the broker (`dispatched`), or it is `running`;
+            it was `completed`, `discarded` or, its row `purged`, replayed and completed; or it is `dead`.
+        number: The attempt that is running or comes next, or the dead letter.
+        wait: Until it is due, is handed over again, or its lease ends; negative when that is past.
+        kept_until: When the row of what is completed may be purged.
+        pause: What keeps it from being handed over.
+    """
+
+    kind: Literal["delayed", "due", "dispatched", "running", "completed", "dead", "discarded", "purged"]
+    number: int = 0
+    wait: timedelta = timedelta()
+    kept_until: datetime | None = None
+    pause: Pause | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One consumer's part: how it stands, what happened, and what happens next."""
+
+    message_id: UUID
+    consumer: str
+    queue: str
+    state: str
+    steps: list[Step]
+    next: Next
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """One event and all that is known of its deliveries."""
+
+    event_id: UUID
+    event_type: str
+    version: int
+    published_at: datetime
+    payload: dict[str, Any]
+    headers: dict[str, str]
+    deliveries: list[Delivery]
+
+
+async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story | None:
+    """The story of the event with this id, or of the delivery's event; `None` when nothing is known of it.
+
+    Args:
+        connection: One that reads JSON (`driver.read_json`).
+        given: The id of an event or of a delivery.
+        keep: How long the rows of completed deliveries are kept.
+    """
+    event_id = await connection.fetchval(_EVENT_ID, given) or event_of(given)
+    reach = event_id, last_delivery_of(event_id)
+    rows = {row["id"]: dict(row) for row in await connection.fetch(_ROWS, *reach)}
+    dead: dict[UUID, list[dict[str, Any]]] = {}
+    for letter in await connection.fetch(_DEAD, *reach):
+        dead.setdefault(letter["message_id"], []).append(dict(letter))
+    paused = {each.queue: each for each in await paused_queues(connection)}
+    ids = sorted(rows.keys() | dead.keys())
+    if not ids:
+        return None
+    first = rows.get(ids[0]) or dead[ids[0]][0]
+    return Story(
+        event_id=event_id,
+        event_type=first["event_type"],
+        version=first["version"],
+        published_at=first["created_at"],
+        payload=first["payload"],
+        headers=first["headers"],
+        deliveries=[_delivery(each, rows.get(each), dead.get(each, []), paused, keep) for each in ids],
+    )
+
+
+def _delivery(
+    message_id: UUID,
+    row: dict[str, Any] | None,
+    dead: list[dict[str, Any]],
+    paused: dict[str, Pause],
+    keep: timedelta,
+) -> Delivery:
+    latest = row or dead[-1]
+    steps = [Step(latest["created_at"], "published")]
+    for letter in dead:
+        steps += _death(letter)
+    if row is not None:
+        steps += _life(row)
+    return Delivery(
+        message_id=message_id,
+        consumer=latest["consumer"],
+        queue=latest["queue"],
+        state=row["state"] if row else ("dead" if latest["resolution"] is None else latest["resolution"]),
+        steps=sorted(steps, key=lambda step: step.at),
+        next=_next(row, paused, keep) if row else _after_death(latest),
+    )
+
+
+def _death(letter: dict[str, Any]) -> Iterator[Step]:
+    yield from _errors(letter["errors"])
+    yield Step(letter["died_at"], "died", letter["id"], why=letter["reason"])
+    if letter["resolution"] is not None:
+        yield Step(letter["resolved_at"], letter["resolution"], 0, letter["resolved_by"], letter["resolved_why"])
+
+
+def _life(row: dict[str, Any]) -> Iterator[Step]:
+    yield from _errors(row["errors"])
+    if row["dispatched_at"] is not None:
+        yield Step(row["dispatched_at"], "handed_over", row["dispatches"])
+    failed_at = max((datetime.fromisoformat(each["at"]) for each in row["errors"] if "at" in each), default=None)
+    if row["started_at"] is not None and (failed_at is None or row["started_at"] > failed_at):
+        # A released attempt was refunded, so its number is used again.
+        yield Step(row["started_at"], "begun", row["attempts"] + (row["state"] not in ("running", "completed")))
+    if row["completed_at"] is not None:
+        yield Step(row["completed_at"], "completed")
+
+
+def _errors(errors: list[dict[str, Any]]) -> Iterator[Step]:
+    for error in errors:
+        if "at" in error:
+            why = f"{error.get('type')}: {error.get('message')}"
+            yield Step(datetime.fromisoformat(error["at"]), "failed", int(error.get("attempt") or 0), why=why)
+
+
+def _next(row: dict[str, Any], paused: dict[str, Pause], keep: timedelta) -> Next:
+    state, wait = row["state"], row["due_in"]
+    pause = paused.get(row["queue"]) or paused.get(EVERY_QUEUE)
+    if state == "completed":
+        return Next("completed", kept_until=row["completed_at"] + keep)
+    if state != "pending":
+        return Next(state, row["attempts"], wait, pause=pause)
+    fresh = row["attempts"] == 0 and not row["errors"]
+    return Next("delayed" if fresh and wait > timedelta(seconds=1) else "due", row["attempts"] + 1, wait, pause=pause)
+
+
+def _after_death(letter: dict[str, Any]) -> Next:
+    match letter["resolution"]:
+        case None:
+            return Next("dead", letter["id"])
+        case "discarded":
+            return Next("discarded")
+    return Next("purged")

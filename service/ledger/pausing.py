@@ -1,0 +1,79 @@
+"""Pausing queues: a row in `paused_queue`, which every relay honours within a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from service.text import storable
+
+if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
+    from service.database.driver import Connection
+
+__all__ = ["EVERY_QUEUE", "Pause", "QueueCounts", "count_queues", "pause", "paused_queues", "resume"]
+
+EVERY_QUEUE = "*"
+"""The name under which all queues are paused at once."""
+
+# A sleeping relay is woken to see the change.
+_PAUSE = """
+INSERT INTO paused_queue (queue, paused_by, why) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING RETURNING outbox_wake()
+"""
+_RESUME = "DELETE FROM paused_queue WHERE queue = $1 RETURNING outbox_wake()"
+_PAUSED = (
+    "SELECT queue, paused_at, clock_timestamp() - paused_at AS age, paused_by, why FROM paused_queue ORDER BY queue"
+)
+_OPEN = """
+SELECT queue, count(*) AS open, count(*) FILTER (WHERE due_at <= now()) AS due
+FROM outbox_message WHERE state <> 'completed' GROUP BY queue
+"""
+_DEAD = "SELECT queue, count(*) AS dead FROM dead_letter WHERE resolution IS NULL GROUP BY queue"
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A paused queue, or with `EVERY_QUEUE` all of them."""
+
+    queue: str
+    paused_at: datetime
+    age: timedelta
+    paused_by: str
+    why: str | None
+
+
+@dataclass(slots=True)
+class QueueCounts:
+    """A queue with something open, dead or paused: its deliveries that are open, due (of these), and dead."""
+
+    open: int = 0
+    due: int = 0
+    dead: int = 0
+    pause: Pause | None = None
+
+
+async def pause(connection: Connection, queue: str, *, by: str, why: str | None) -> bool:
+    """Pause a queue; whether it was not paused before."""
+    words = storable(by), None if why is None else storable(why)
+    return await connection.fetchrow(_PAUSE, queue, *words) is not None
+
+
+async def resume(connection: Connection, queue: str) -> bool:
+    """Undo a pause under this very name; whether there was one."""
+    return await connection.fetchrow(_RESUME, queue) is not None
+
+
+async def paused_queues(connection: Connection) -> list[Pause]:
+    """Every pause, by name."""
+    return [Pause(**row) for row in await connection.fetch(_PAUSED)]
+
+
+async def count_queues(connection: Connection) -> dict[str, QueueCounts]:
+    """Every queue with open deliveries, dead letters or a pause, by name."""
+    queues = {row["queue"]: QueueCounts(row["open"], row["due"]) for row in await connection.fetch(_OPEN)}
+    for row in await connection.fetch(_DEAD):
+        queues.setdefault(row["queue"], QueueCounts()).dead = row["dead"]
+    for each in await paused_queues(connection):
+        queues.setdefault(each.queue, QueueCounts()).pause = each
+    return dict(sorted(queues.items()))
