@@ -1,18 +1,33 @@
 """The ledger: one row per event and consumer, from `publish` until its effect has happened, and a while after.
 
-                          claim                        complete, in the effect's own transaction
-    publish ─► pending ◄───────────────► running ───────────────────────────────► completed ─► purged
-                 │  ▲  fail, release,      ▲ │                                       ▲
-        dispatch │  │  lost again          │ │ dispatch (its lease expired)          │ complete
-                 ▼  │                claim │ ▼                                       │
-               dispatched ─────────────────┴─────────────────────────────────────────┘
-                 │
-                 └─ any of the three may die ─► dead_letter ── replay ─► pending (same id, a fresh budget)
+                       put back, set apart
+                 ┌──────────────────────────────┐
+                 ▼            claim             │        complete                 purge
+    publish ─► pending ─────────────────────► running ──────────────► completed ────────► gone
+                 │           claim, heartbeat ▲ │                         ▲
+        dispatch │   ┌────────────────────────┘ │ dispatch                │
+                 ▼   │                          ▼                         │
+               dispatched ◄─────────────────────┘                         │
+                     └────────────────── complete ────────────────────────┘
+
+    pending, running ── die ─► dead_letter ── replay ─► pending (same id, a fresh budget)
+                                          └── discard ─► closed
+
+    publish     `publishing.insert_deliveries` and `as_objects`
+    dispatch    `dispatching.take_due`, of what is due: a new one, one that nobody claimed, or one whose lease ended
+    set apart   `dispatching.take_due`, of a suspect: its lease ended in its second attempt or later
+    claim       `delivering.claim` and `claim_free`; of what is running if its lease ended, or again by the same token
+    heartbeat   `delivering.heartbeat`, which also takes back what was handed over again meanwhile
+    put back    `delivering.fail`, `release`, `forgive` and `postpone`
+    complete    `delivering.complete_in_transaction` and `complete`
+    die         `delivering.die`; of what is pending only right after `postpone`
+    replay      `replaying.resolve`, as is discard
+    purge       `purging.purge_step_by_step`
 
 `due_at` says when the relay must act on a row next, in every state but `completed`; so the relay's whole job is to
 hand over each row that is due. A fresh event, a delayed one, a retry, a dead worker and a lost broker are that one
-query. The states change only in `publish.py`, `statements.py` and the relay's statements, and each change matches the
-state it comes from and, once claimed, the claim's token.
+query. The states change nowhere else, and each change matches the state it comes from and, once claimed, the claim's
+token; only the relay needs none, to take a row whose lease has ended.
 
 What must stay true: nothing but PostgreSQL's clock writes or compares a time here; leases are written with
 `clock_timestamp()`, since `now()` is stale after a lock wait or in a long transaction.

@@ -8,17 +8,16 @@ touches neither the broker nor any connection of its own.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from sqlalchemy import event as sqlalchemy_event
-from sqlalchemy import func
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.database.sessions import FlushingSession, confirm
 from service.errors import PublishError
-from service.ledger.tables import AcceptedEvent, OutboxMessage
+from service.ledger.publishing import as_objects, insert_deliveries, take_key
+from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event, delivery_id, new_event_id
 from service.outbox.payloads import MAX_PAYLOAD_BYTES, payload_of
@@ -29,15 +28,13 @@ if TYPE_CHECKING:
     from typing import Any
     from uuid import UUID
 
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Connection
     from sqlalchemy.orm import Mapper
 
 __all__ = ["MAX_DELAY", "MAX_PAYLOAD_BYTES", "READ_ONLY", "accept", "publish"]
 
 MAX_DELAY = timedelta(days=366)
 """How far ahead an event can be scheduled."""
-
-_INSERT = insert(cast("Table", OutboxMessage.__table__))
 
 READ_ONLY = "outbox.read_only"
 """Key in `session.info` of sessions that are never committed."""
@@ -86,10 +83,7 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
         raise PublishError("the key must have 1 to 255 characters, no NUL: pass the sender's idempotency key")
     await (await session.connection()).run_sync(_refuse_autocommit)
     event_id = new_event_id()
-    # ON CONFLICT waits for a transaction that holds the same key, then sees whether it committed.
-    statement = insert(AcceptedEvent).values(key=key, event_id=event_id)
-    new = await session.scalar(statement.on_conflict_do_nothing().returning(AcceptedEvent.event_id))
-    if new is None:
+    if not await take_key(session, key, event_id):
         await confirm(session)  # the sender is about to be told that it is here
         return False
     _write(session, event_id, event, payload, None)
@@ -114,17 +108,15 @@ def _write(
         for number, consumer in enumerate(consumers_of(type(event)), start=1)
     ]
 
-    due = {"due_at": func.clock_timestamp() + delay} if delay else {}
-
     def insert_rows(connection: Connection) -> None:
         _refuse_autocommit(connection)
-        connection.execute(_INSERT.values(due) if due else _INSERT, rows)
+        insert_deliveries(connection, rows, delay)
 
     sync = session.sync_session
     if rows and isinstance(sync, FlushingSession):
         sync.at_flush(insert_rows)
     else:
-        session.add_all([OutboxMessage(**row, **due) for row in rows])
+        session.add_all(as_objects(rows, delay))
 
 
 def _payload(event: Event) -> dict[str, Any]:

@@ -16,10 +16,8 @@ import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import select, text
-
 from service.database.sessions import session_factory, transaction
-from service.ledger.tables import DeadLetter, OutboxMessage
+from service.ledger.for_tests import make_due, next_due, published_payloads, unfinished
 from service.outbox.consumers import Consumer, consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
@@ -43,21 +41,6 @@ E = TypeVar("E", bound=Event)
 _MOST = 1_000
 """Deliveries after which `deliver_all` takes it for a consumer that publishes what it consumes."""
 
-_DUE = """
-SELECT id, consumer FROM outbox_message
-WHERE state = 'pending' AND due_at <= clock_timestamp() AND (:only = '' OR consumer = :only)
-  AND (CAST(:event_id AS uuid) IS NULL OR event_id = :event_id)
-  AND NOT id = ANY(CAST(:ran AS uuid[]))
-ORDER BY due_at, id LIMIT 1
-"""
-_MAKE_DUE = "UPDATE outbox_message SET due_at = clock_timestamp() WHERE state = 'pending' AND due_at > now()"
-_OUTCOME = """
-SELECT 'is ' || state || ': ' || coalesce(concat_ws(': ', errors -> -1 ->> 'type', errors -> -1 ->> 'message'), '')
-FROM outbox_message WHERE id = :id AND state <> 'completed'
-UNION ALL
-SELECT 'is a dead letter: ' || reason FROM dead_letter WHERE message_id = :id AND resolution IS NULL
-"""
-
 
 async def published(where: AsyncSession | AsyncConnection, event: type[E]) -> list[E]:
     """Every event of this class that `where` can see, the oldest first.
@@ -70,10 +53,7 @@ async def published(where: AsyncSession | AsyncConnection, event: type[E]) -> li
     """
     if not consumers_of(event):
         raise AssertionError(f"nobody consumes {event.event_type!r}, so publishing it leaves nothing to look for")
-    found: dict[UUID, dict[str, Any]] = {}
-    for table in (OutboxMessage, DeadLetter):
-        query = select(table.event_id, table.payload).where(table.event_type == event.event_type)
-        found |= {row.event_id: row.payload for row in await where.execute(query)}
+    found = await published_payloads(where, event.event_type)
     return [event.model_validate_json(json.dumps(found[event_id])) for event_id in sorted(found)]
 
 
@@ -152,24 +132,22 @@ class InlineWorker:
     async def make_due(self) -> None:
         """Let delayed events and retries come due now instead of later."""
         async with transaction(self._sessions) as session:
-            await session.execute(text(_MAKE_DUE))
+            await make_due(session)
 
     async def _drain(self, only: str | None, event_id: UUID | None, may_fail: bool) -> list[str]:
         if only is not None and consumer_named(only) is None:
             raise AssertionError(f"there is no consumer named {only!r}")
         ran: dict[UUID, str] = {}
-        wanted = {"only": only or "", "event_id": event_id}
-        while (due := await self._next_due(wanted | {"ran": list(ran)})) is not None:
+        while (due := await self._next_due(list(ran), only, event_id)) is not None:
             if len(ran) == _MOST:
                 raise AssertionError(f"{_MOST:,} deliveries, and more are due: does {due[1]} publish what it consumes?")
             ran[due[0]] = due[1]
             await self._run(*due, may_fail)
         return list(ran.values())
 
-    async def _next_due(self, wanted: dict[str, Any]) -> tuple[UUID, str] | None:
+    async def _next_due(self, ran: list[UUID], only: str | None, event_id: UUID | None) -> tuple[UUID, str] | None:
         async with self._sessions() as session:
-            row = (await session.execute(text(_DUE), wanted)).one_or_none()
-        return None if row is None else (row.id, row.consumer)
+            return await next_due(session, ran, only=only, event_id=event_id)
 
     async def _run(self, message_id: UUID, consumer: str, may_fail: bool) -> None:
         self.runner.raised = None
@@ -179,9 +157,11 @@ class InlineWorker:
         if may_fail:
             return
         async with self._sessions() as session:
-            failure = await session.scalar(text(_OUTCOME), {"id": message_id})
+            failure = await unfinished(session, message_id)
         if failure is not None:
-            raise AssertionError(f"the delivery to {consumer} {failure}") from self.runner.raised
+            state, why = failure
+            what = "a dead letter" if state == "dead" else state
+            raise AssertionError(f"the delivery to {consumer} is {what}: {why}") from self.runner.raised
 
     async def _run_in_thread(self, claim: Claim) -> None:
         """What the worker does for a `def` consumer."""

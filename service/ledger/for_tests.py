@@ -1,0 +1,61 @@
+"""What the test kit (`service/outbox/testing.py`) asks of the ledger, in place of a relay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select, text
+
+from service.ledger.tables import DeadLetter, OutboxMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+__all__ = ["make_due", "next_due", "published_payloads", "unfinished"]
+
+_DUE = """
+SELECT id, consumer FROM outbox_message
+WHERE state = 'pending' AND due_at <= clock_timestamp() AND (:only = '' OR consumer = :only)
+  AND (CAST(:event_id AS uuid) IS NULL OR event_id = :event_id)
+  AND NOT id = ANY(CAST(:ran AS uuid[]))
+ORDER BY due_at, id LIMIT 1
+"""
+_MAKE_DUE = "UPDATE outbox_message SET due_at = clock_timestamp() WHERE state = 'pending' AND due_at > now()"
+_UNFINISHED = """
+SELECT state, coalesce(concat_ws(': ', errors -> -1 ->> 'type', errors -> -1 ->> 'message'), '') AS why
+FROM outbox_message WHERE id = :id AND state <> 'completed'
+UNION ALL
+SELECT 'dead', reason FROM dead_letter WHERE message_id = :id AND resolution IS NULL
+"""
+
+
+async def published_payloads(where: AsyncSession | AsyncConnection, event_type: str) -> dict[UUID, dict[str, Any]]:
+    """The payload of every event of this type that `where` can see."""
+    found: dict[UUID, dict[str, Any]] = {}
+    for table in (OutboxMessage, DeadLetter):
+        query = select(table.event_id, table.payload).where(table.event_type == event_type)
+        found |= {row.event_id: row.payload for row in await where.execute(query)}
+    return found
+
+
+async def next_due(
+    session: AsyncSession, ran: Sequence[UUID], *, only: str | None, event_id: UUID | None
+) -> tuple[UUID, str] | None:
+    """The delivery that has been due longest, apart from these, with its consumer."""
+    wanted = {"only": only or "", "event_id": event_id, "ran": ran}
+    row = (await session.execute(text(_DUE), wanted)).one_or_none()
+    return None if row is None else (row.id, row.consumer)
+
+
+async def make_due(session: AsyncSession) -> None:
+    """Let delayed events and retries come due now."""
+    await session.execute(text(_MAKE_DUE))
+
+
+async def unfinished(session: AsyncSession, delivery_id: UUID) -> tuple[str, str] | None:
+    """The state of a delivery that is not completed, or `dead`, and why."""
+    row = (await session.execute(text(_UNFINISHED), {"id": delivery_id})).one_or_none()
+    return None if row is None else (row.state, row.why)
