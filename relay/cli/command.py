@@ -6,21 +6,22 @@ do, never a traceback and never a password.
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import re
 import socket
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
-from typing import TYPE_CHECKING
-from uuid import UUID
+from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
 
 from service.database.driver import open_connection, read_json
+from service.settings import load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from service.database.driver import Connection
     from service.settings import DatabaseSettings
@@ -28,14 +29,16 @@ if TYPE_CHECKING:
 __all__ = [
     "CommandError",
     "Exit",
+    "ask",
     "connect",
     "database_problem",
     "parse_duration",
     "parse_moment",
     "parse_span",
-    "parse_uuid",
     "whoami",
 ]
+
+T = TypeVar("T")
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)([smhd])")
@@ -87,6 +90,16 @@ async def connect(settings: DatabaseSettings) -> AsyncIterator[Connection]:
             connection.terminate()
 
 
+def ask(question: Callable[[Connection], Awaitable[T]]) -> T:
+    """What the database answers, on a connection for this question alone."""
+
+    async def answer() -> T:
+        async with connect(load_settings().database) as connection:
+            return await question(connection)
+
+    return asyncio.run(answer())
+
+
 def database_problem(error: BaseException, settings: DatabaseSettings) -> CommandError:
     """One line for an error of the database: what it is and what to do about it."""
     address = settings.address
@@ -108,14 +121,6 @@ def database_problem(error: BaseException, settings: DatabaseSettings) -> Comman
         case _:
             return CommandError(f"PostgreSQL refused: {str(error).splitlines()[0]}", Exit.FAILED)
     return CommandError(message, Exit.UNREACHABLE)
-
-
-def parse_uuid(text: str) -> UUID:
-    """A message or event id as a person typed it."""
-    try:
-        return UUID(text)
-    except ValueError:
-        raise CommandError(f"{text!r} is no id: expected a UUID such as 01937e5c-8a4e-7cc0-98c4-dc0c0c07398f") from None
 
 
 def parse_duration(text: str, option: str) -> timedelta:

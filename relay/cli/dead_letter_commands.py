@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.command import CommandError, connect, parse_span, whoami
+from relay.cli.command import CommandError, ask, connect, parse_span, whoami
 from relay.cli.dead_letter_text import cells, describe, summary
 from relay.cli.output import line, note, print_json, print_json_list
 from relay.cli.resolution import Order, carry_out, look_up
 from service.ledger import dead_letters
 from service.settings import load_settings
+
+if TYPE_CHECKING:
+    from service.ledger.replaying import Action
 
 app = typer.Typer(
     help="See, replay or discard what failed.",
@@ -82,64 +85,50 @@ def show(
     dead_letter: Annotated[str, typer.Argument(metavar="ID", help="A number or a message id.")], as_json: Json = False
 ) -> None:
     """Show one. What it was, every error that is kept, and how to replay it."""
-    row = asyncio.run(look_up(dead_letter))
+    row = ask(lambda connection: look_up(connection, dead_letter))
     if as_json:
         print_json(row | {"replay": f"outbox dead-letters replay {row['id']}"})
     else:
         line(describe(row))
 
 
-@app.command()
-def replay(
-    ids: Ids = None,
-    consumer: Consumer = None,
-    event_type: EventType = None,
-    queue: Queue = None,
-    since: Since = None,
-    until: Until = None,
-    error: Error = None,
-    everything: Everything = False,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    rate: Rate = None,
-    by: By = None,
-    why: Why = None,
-    as_json: Json = False,
-) -> int:
+def _resolving(action: Action, does: str) -> None:
+    """Add the command for one of the two things that can be done with dead letters."""
+
+    @app.command(action, help=does)
+    def command(
+        ids: Ids = None,
+        consumer: Consumer = None,
+        event_type: EventType = None,
+        queue: Queue = None,
+        since: Since = None,
+        until: Until = None,
+        error: Error = None,
+        everything: Everything = False,
+        dry_run: DryRun = False,
+        yes: Yes = False,
+        rate: Rate = None,
+        by: By = None,
+        why: Why = None,
+        as_json: Json = False,
+    ) -> int:
+        wanted = dead_letters.Filter(consumer, event_type, queue, error=error)
+        return carry_out(
+            Order(action, ids or [], wanted, since, until, everything, dry_run, yes, rate, by or whoami(), why, as_json)
+        )
+
+
+_resolving(
+    "replay",
     """Hand them over again. Under the same id, with a fresh budget of attempts.
 
     Takes ids or filters. The dead letter stays as the record of who replayed it, when and why.
-    """
-    wanted = dead_letters.Filter(consumer, event_type, queue, error=error)
-    order = Order(
-        "replay", ids or [], wanted, since, until, everything, dry_run, yes, rate, by or whoami(), why, as_json
-    )
-    return carry_out(order)
-
-
-@app.command()
-def discard(
-    ids: Ids = None,
-    consumer: Consumer = None,
-    event_type: EventType = None,
-    queue: Queue = None,
-    since: Since = None,
-    until: Until = None,
-    error: Error = None,
-    everything: Everything = False,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    rate: Rate = None,
-    by: By = None,
-    why: Why = None,
-    as_json: Json = False,
-) -> int:
+    """,
+)
+_resolving(
+    "discard",
     """Close them without effect. They are not handed over again.
 
     Takes ids or filters. The dead letter stays as the record of who discarded it, when and why.
-    """
-    wanted = dead_letters.Filter(consumer, event_type, queue, error=error)
-    order = Order(
-        "discard", ids or [], wanted, since, until, everything, dry_run, yes, rate, by or whoami(), why, as_json
-    )
-    return carry_out(order)
+    """,
+)

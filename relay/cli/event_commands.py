@@ -11,7 +11,7 @@ from uuid import UUID
 
 import typer
 
-from relay.cli.command import CommandError, Exit, connect, parse_span
+from relay.cli.command import CommandError, Exit, ask, connect, parse_span
 from relay.cli.event_text import story_as_json, story_lines, summary
 from relay.cli.output import line, note, plain, print_json, screen_width
 from service.ledger import event_search
@@ -19,6 +19,7 @@ from service.ledger.history import tell
 from service.settings import load_settings
 
 if TYPE_CHECKING:
+    from service.database.driver import Connection
     from service.ledger.history import Story
 
 __all__ = ["app"]
@@ -50,7 +51,7 @@ def list_(
     if state is not None and state not in event_search.STATES:
         raise CommandError(f"--state: {state!r} is not one of {', '.join(event_search.STATES)}")
     wanted = event_search.Filter(event_type, consumer, None, (state,) if state else event_search.STATES)
-    found, listed = asyncio.run(_list(wanted, since, until, limit))
+    found, listed = ask(lambda connection: _list(connection, wanted, since, until, limit))
     if as_json:
         head = {"looked_at": found.looked_at, "complete": not (found.more or found.bounded)}
         print_json(head | {"events": [asdict(each) for each in listed]})
@@ -63,12 +64,11 @@ def list_(
 
 
 async def _list(
-    wanted: event_search.Filter, since: str | None, until: str | None, limit: int
+    connection: Connection, wanted: event_search.Filter, since: str | None, until: str | None, limit: int
 ) -> tuple[event_search.Found, list[event_search.ListedEvent]]:
-    async with connect(load_settings().database) as connection:
-        first, end = await parse_span(connection, since, until)
-        found = await event_search.find(connection, replace(wanted, since=first, until=end), limit)
-        return found, await event_search.load(connection, found.event_ids)
+    first, end = await parse_span(connection, since, until)
+    found = await event_search.find(connection, replace(wanted, since=first, until=end), limit)
+    return found, await event_search.load(connection, found.event_ids)
 
 
 @app.command()

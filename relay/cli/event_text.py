@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from service.ledger.event_search import ListedEvent
-    from service.ledger.history import Delivery, Next, Step, Story
+    from service.ledger.history import Delivery, Step, Story
 
 __all__ = ["story_as_json", "story_lines", "summary"]
 
@@ -90,50 +90,46 @@ def story_as_json(story: Story) -> dict[str, Any]:
     return asdict(story) | {"deliveries": parts}
 
 
+_STEPS = {
+    "published": "It was published for {consumer}.",
+    "handed_over": "The relay handed it to the broker, for the {nth} time.",
+    "begun": "A worker began its {nth} attempt.",
+    "failed": "Its {nth} attempt failed with {step.why}",
+    "completed": "It was completed.",
+    "died": "It became dead letter {step.number}: {step.why}.",
+    "replayed": "{step.by} replayed it{because}.",
+    "discarded": "{step.by} discarded it{because}.",
+}
+
+_NEXT = {
+    "delayed": "It is delayed; its {nth} attempt is due in {span}.",
+    "due": "It waits for its {nth} attempt, due {since} {span}.",
+    "dispatched": "It waits in the broker for a worker to take it. Otherwise the relay hands it over again in {left}.",
+    "running": "A worker is at its {nth} attempt; the lease {ends} without a heartbeat.",
+    "completed": "Nothing. The row is kept until {next.kept_until:%Y-%m-%d %H:%M}Z.",
+    "dead": "Nothing, until a person decides: `outbox dead-letters replay {next.number}`, or `discard`.",
+    "discarded": "Nothing. It was discarded, its effect did not happen.",
+    "purged": "Nothing. It was replayed and completed, and its row has been purged since.",
+}
+
+
 def _said(step: Step, delivery: Delivery) -> str:
-    match step.kind:
-        case "published":
-            return f"It was published for {delivery.consumer}."
-        case "handed_over":
-            return f"The relay handed it to the broker, for the {_ordinal(step.number)} time."
-        case "begun":
-            return f"A worker began its {_ordinal(step.number)} attempt."
-        case "failed":
-            return f"Its {_ordinal(step.number)} attempt failed with {step.why}"
-        case "completed":
-            return "It was completed."
-        case "died":
-            return f"It became dead letter {step.number}: {step.why}."
-    return f"{step.by} {step.kind} it" + (f": {step.why}." if step.why else ".")
+    because = f": {step.why}" if step.why else ""
+    return _STEPS[step.kind].format(step=step, nth=_ordinal(step.number), consumer=delivery.consumer, because=because)
 
 
 def _expected(delivery: Delivery) -> str:
-    return _sentence(delivery.next) + _halt(delivery)
-
-
-def _sentence(following: Next) -> str:
-    wait, number = following.wait, following.number
-    later = wait > timedelta()
-    match following.kind:
-        case "delayed":
-            return f"It is delayed; its {_ordinal(number)} attempt is due in {_seconds(wait)}."
-        case "due":
-            return f"It waits for its {_ordinal(number)} attempt, due {'in' if later else 'for'} {_seconds(wait)}."
-        case "dispatched":
-            again = _seconds(max(wait, timedelta()))
-            return (
-                f"It waits in the broker for a worker to take it. Otherwise the relay hands it over again in {again}."
-            )
-        case "running":
-            lease = f"ends in {_seconds(wait)}" if later else f"ended {_seconds(wait)} ago"
-            return f"A worker is at its {_ordinal(number)} attempt; the lease {lease} without a heartbeat."
-        case "completed":
-            return f"Nothing. The row is kept until {following.kept_until:%Y-%m-%d %H:%M}Z."
-        case "dead":
-            return f"Nothing, until a person decides: `outbox dead-letters replay {number}`, or `discard`."
-        case "discarded":
-            return "Nothing. It was discarded, its effect did not happen."
-    return "Nothing. It was replayed and completed, and its row has been purged since."
+    following = delivery.next
+    span, later = _seconds(abs(following.wait)), following.wait > timedelta()
+    sentence = _NEXT[following.kind].format(
+        next=following,
+        nth=_ordinal(following.number),
+        span=span,
+        since="in" if later else "for",
+        left=span if later else _seconds(timedelta()),
+        ends=f"ends in {span}" if later else f"ended {span} ago",
+    )
+    return sentence + _halt(delivery)
 
 
 def _halt(delivery: Delivery) -> str:
@@ -145,8 +141,8 @@ def _halt(delivery: Delivery) -> str:
 
 
 def _seconds(span: timedelta) -> str:
-    """A duration in prose, whether to come or past: `12 s`, `5 min`, `3 h`, `4 days`."""
-    total = abs(span.total_seconds())
+    """A duration in prose: `12 s`, `5 min`, `3 h`, `4 days`."""
+    total = span.total_seconds()
     for unit, size, limit in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
         if total < limit:
             return f"{total / size:.0f} {unit}"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relay.cli.command import CommandError, Exit, connect, whoami
+from relay.cli.command import CommandError, Exit, ask, whoami
 from relay.cli.output import Column, age, compact, line, note, plain, print_json, table
 from service.ledger import pausing
 from service.ledger.message import is_queue_name
 from service.ledger.pausing import EVERY_QUEUE
-from service.settings import load_settings
 
 if TYPE_CHECKING:
+    from service.database.driver import Connection
     from service.ledger.pausing import Pause, QueueCounts
 
 __all__ = ["app"]
@@ -31,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the queues. Those with open deliveries, dead letters, or a pause."""
-    queues = asyncio.run(_list())
+    queues = ask(pausing.count_queues)
     if as_json:
         print_json({"queues": [_document(name, each) for name, each in queues.items()]})
         return
@@ -46,11 +45,6 @@ def list_(as_json: Json = False) -> None:
         Column("PAUSED", least=20),
     ]
     line(table(columns, [[_title(name), *_counts(name, each), _pause(each.pause)] for name, each in queues.items()]))
-
-
-async def _list() -> dict[str, QueueCounts]:
-    async with connect(load_settings().database) as connection:
-        return await pausing.count_queues(connection)
 
 
 def _document(name: str, queue: QueueCounts) -> dict[str, Any]:
@@ -80,7 +74,7 @@ def pause(
 ) -> None:
     """Pause a queue. Its events wait in PostgreSQL until it is resumed."""
     name = _name(queue, everything)
-    changed = asyncio.run(_begin_pause(name, by or whoami(), why))
+    changed = ask(lambda connection: pausing.pause(connection, name, by=by or whoami(), why=why))
     if as_json:
         print_json({"queue": name, "paused": True, "changed": changed})
     elif changed:
@@ -89,16 +83,11 @@ def pause(
         line(f"{_spoken(name).capitalize()} was paused already: see `outbox queues list`.")
 
 
-async def _begin_pause(name: str, by: str, why: str | None) -> bool:
-    async with connect(load_settings().database) as connection:
-        return await pausing.pause(connection, name, by=by, why=why)
-
-
 @app.command()
 def resume(queue: Queue = None, everything: Everything = False, as_json: Json = False) -> int:
     """Resume a queue. `--all` undoes `pause --all`; queues paused by name stay paused."""
     name = _name(queue, everything)
-    changed, left = asyncio.run(_end_pause(name))
+    changed, left = ask(lambda connection: _end_pause(connection, name))
     if as_json:
         print_json({"queue": name, "paused": name in left or EVERY_QUEUE in left, "changed": changed})
     elif changed:
@@ -112,11 +101,10 @@ def resume(queue: Queue = None, everything: Everything = False, as_json: Json = 
     return Exit.OK
 
 
-async def _end_pause(name: str) -> tuple[bool, list[str]]:
+async def _end_pause(connection: Connection, name: str) -> tuple[bool, list[str]]:
     """Whether it was paused, and what still is."""
-    async with connect(load_settings().database) as connection:
-        changed = await pausing.resume(connection, name)
-        return changed, [each.queue for each in await pausing.paused_queues(connection)]
+    changed = await pausing.resume(connection, name)
+    return changed, [each.queue for each in await pausing.paused_queues(connection)]
 
 
 def _name(queue: str | None, everything: bool) -> str:

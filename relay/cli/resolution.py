@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
-from relay.cli.command import CommandError, Exit, connect, parse_span, parse_uuid
+from relay.cli.command import CommandError, Exit, ask, parse_span
 from relay.cli.output import cut, line, note, plain, print_json, timestamp
 from service.ledger import dead_letters
 from service.ledger.replaying import Action, Outcome, Refusal, Resolved, StaysOpen, refusals, resolve
-from service.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from uuid import UUID
 
     from service.database.driver import Connection
 
@@ -60,7 +58,7 @@ def carry_out(order: Order) -> int:
     if order.references and any(given[1:]):
         raise CommandError("give either ids or filters, not both")
     # Nobody's transaction or connection stays open while a person thinks.
-    ids, groups = asyncio.run(_select(order))
+    ids, groups = ask(lambda connection: _select(connection, order))
     if order.dry_run:
         return _rehearse(order, ids, groups)
     if not ids:
@@ -69,30 +67,30 @@ def carry_out(order: Order) -> int:
     if len(ids) > 1 and not order.yes and not _confirmed(order, len(ids), groups):
         note("Nothing was done.")
         return Exit.FAILED
-    outcome, refused = asyncio.run(_resolve(order, ids))
+    outcome, refused = ask(lambda connection: _resolve(connection, order, ids))
     _report(order, outcome, refused)
     return _exit_code(order, outcome, refused)
 
 
-async def _select(order: Order) -> tuple[list[int], list[dict[str, Any]]]:
-    async with connect(load_settings().database) as connection:
-        if order.references:
-            rows = [await _find(connection, each) for each in order.references]
-            ids = list(dict.fromkeys(row["id"] for row in rows))
-        else:
-            since, until = await parse_span(connection, order.since, order.until)
-            ids = await dead_letters.find_ids(connection, replace(order.wanted, since=since, until=until))
-        return ids, await dead_letters.overview(connection, ids)
+async def _select(connection: Connection, order: Order) -> tuple[list[int], list[dict[str, Any]]]:
+    if order.references:
+        rows = [await look_up(connection, each) for each in order.references]
+        ids = list(dict.fromkeys(row["id"] for row in rows))
+    else:
+        since, until = await parse_span(connection, order.since, order.until)
+        ids = await dead_letters.find_ids(connection, replace(order.wanted, since=since, until=until))
+    return ids, await dead_letters.overview(connection, ids)
 
 
-async def look_up(reference: str) -> dict[str, Any]:
+async def look_up(connection: Connection, reference: str) -> dict[str, Any]:
     """The dead letter a person named by its number or its message's id; of several the open or latest one."""
-    async with connect(load_settings().database) as connection:
-        return await _find(connection, reference)
-
-
-async def _find(connection: Connection, reference: str) -> dict[str, Any]:
-    row = await dead_letters.look_up(connection, _number_or_uuid(reference))
+    try:
+        given = int(reference) if reference.isascii() and reference.isdigit() else UUID(reference)
+    except ValueError:
+        raise CommandError(
+            f"{reference!r} is no dead letter's id: expected its number, such as 17, or its message's UUID"
+        ) from None
+    row = await dead_letters.look_up(connection, given)
     if row is None:
         raise CommandError(
             f"there is no dead letter {reference}: `outbox dead-letters list` shows the open ones", Exit.NOT_FOUND
@@ -100,29 +98,12 @@ async def _find(connection: Connection, reference: str) -> dict[str, Any]:
     return row
 
 
-def _number_or_uuid(reference: str) -> int | UUID:
-    if reference.isascii() and reference.isdigit():
-        return int(reference)
-    try:
-        return parse_uuid(reference)
-    except CommandError:
-        raise CommandError(
-            f"{reference!r} is no dead letter's id: expected its number, such as 17, or its message's UUID"
-        ) from None
-
-
-async def _resolve(order: Order, ids: Sequence[int]) -> tuple[Outcome, dict[int, Refusal]]:
-    async with connect(load_settings().database) as connection:
-        outcome = await resolve(
-            connection,
-            order.action,
-            ids,
-            by=order.by,
-            why=order.why,
-            rate=order.rate,
-            progress=_progress(order.past, len(ids)),
-        )
-        return outcome, await refusals(connection, outcome.refused)
+async def _resolve(connection: Connection, order: Order, ids: Sequence[int]) -> tuple[Outcome, dict[int, Refusal]]:
+    progress = _progress(order.past, len(ids))
+    outcome = await resolve(
+        connection, order.action, ids, by=order.by, why=order.why, rate=order.rate, progress=progress
+    )
+    return outcome, await refusals(connection, outcome.refused)
 
 
 def _rehearse(order: Order, ids: Sequence[int], groups: Sequence[dict[str, Any]]) -> int:

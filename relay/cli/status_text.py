@@ -45,20 +45,13 @@ def _lines(status: Status) -> Iterator[str]:
     yield f"broker      {'DOWN: ' + plain(status.broker_problem) if status.broker_problem else 'ok, ' + status.broker}"
     if status.database_problem:
         return
-    relays = (
-        f"ok, {status.ledger.relays} connected"
-        if status.ledger.relays
-        else "NONE is connected: start one with `outbox relay`"
-    )
+    ledger = status.ledger
+    relays = f"ok, {ledger.relays} connected" if ledger.relays else "NONE is connected: start one with `outbox relay`"
     yield f"relay       {relays}"
     yield ""
-    yield _table(status) if status.ledger.consumers else "Nothing is open."
-    if status.ledger.completed.estimated:
-        about = (
-            "unknown, never analyzed"
-            if status.ledger.completed.count is None
-            else f"~{status.ledger.completed.count:,}"
-        )
+    yield _table(status) if ledger.consumers else "Nothing is open."
+    if ledger.completed.estimated:
+        about = "unknown, never analyzed" if ledger.completed.count is None else f"~{ledger.completed.count:,}"
         yield f"completed: {about} (--exact counts them)"
     yield from _hints(status)
 
