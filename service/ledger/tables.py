@@ -1,4 +1,4 @@
-"""The ledger: one row per event and consumer, from `publish` until its effect has happened, and a while after.
+"""The ledger: one row per delivery, from `publish` until its effect has happened, and a while after.
 
                        put back, set apart
                  ┌──────────────────────────────┐
