@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from uuid import UUID
 
 import pytest
 from dramatiq import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.ledger.message import Handover, encode
+from service.ledger.message import OPTIONS, REDIS_ID, Handover, delivery_in, encode
 
+DELIVERY = UUID("0198c2a0-0000-7000-8000-000000000001")
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
@@ -40,3 +42,15 @@ def test_it_has_the_seven_keys_that_dramatiq_accepts() -> None:
 def test_no_text_in_the_database_makes_a_body_that_cannot_be_decoded(queue: str, consumer: str, trace: str) -> None:
     message: Message[None] = Message.decode(encode(queue, Handover("id", consumer, trace), 1, consumer).encode())
     assert (message.queue_name, message.actor_name, message.options.get("traceparent", "")) == (queue, consumer, trace)
+
+
+def test_the_relay_writes_the_options_that_a_worker_leaves_in_a_body_and_no_others() -> None:
+    body = json.loads(encode("stock", Handover("id", "orders.reserve_stock", TRACE), 1, "entry"))
+    assert set(body["options"]) == OPTIONS
+    assert body["options"][REDIS_ID] == "entry"
+
+
+@pytest.mark.parametrize("arguments", [[], ["id"], [None], [7], [[]], [str(DELIVERY), "more"]])
+def test_a_body_that_no_relay_wrote_holds_no_delivery(arguments: list[object]) -> None:
+    assert delivery_in(arguments) is None
+    assert delivery_in(json.loads(encode("stock", Handover(str(DELIVERY), "a.b", None), 1))["args"]) == DELIVERY
