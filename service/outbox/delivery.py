@@ -12,6 +12,7 @@ must stay true:
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from service.database.sessions import SessionFactory
     from service.ledger.delivering import Claim, Connection
 
-__all__ = ["Delivery", "LeaseLostError"]
+__all__ = ["Delivery", "LeaseLostError", "Progress"]
 
 # A query and not SET: it takes the snapshot, after which PostgreSQL refuses another isolation level. The mark of the
 # session's transaction is the claim's token here, so that the complete statement can ask for it.
@@ -46,6 +47,20 @@ class LeaseLostError(Exception):
     """The row is another worker's by now, or done; this run's effect was rolled back."""
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a run has come in the database: its `Delivery` notes it, and the runner judges the run by it."""
+
+    begun: bool = False
+    """`begin()` was called."""
+    completed: bool = False
+    """The effect and the row's completion are committed."""
+    lost: bool = False
+    """The row is somebody else's; the effect was rolled back."""
+    unreached: bool = False
+    """The session is not there yet: PostgreSQL has executed nothing of the run's."""
+
+
 class Delivery:
     """What a consumer knows of its delivery, and its way to the database.
 
@@ -57,18 +72,17 @@ class Delivery:
         correlation_id: Of the request that caused the event.
     """
 
-    def __init__(self, claim: Claim, sessions: SessionFactory, *, is_async: bool, timeout_ms: int) -> None:
+    def __init__(
+        self, claim: Claim, sessions: SessionFactory, progress: Progress, *, is_async: bool, timeout_ms: int
+    ) -> None:
         self.idempotency_key = str(claim.id)
         self.event_id: UUID = claim.event_id
         self.consumer = claim.consumer
         self.attempt = claim.attempts
         self.correlation_id = claim.headers.get("correlation_id")
-        self.begun = False
-        self.completed = False
-        self.lost = False
-        self.unreached = False
         self._claim = claim
         self._sessions = sessions
+        self._progress = progress
         self._is_async = is_async
         self._timeout_ms = timeout_ms
 
@@ -81,9 +95,9 @@ class Delivery:
         """
         if not self._is_async:
             raise DeliveryError("a `def` consumer cannot call begin(): make it `async def`, or return to complete it")
-        if self.begun:
+        if self._progress.begun:
             raise DeliveryError("begin() can be entered once: put everything that must happen together into one block")
-        self.begun = True
+        self._progress.begun = True
         return self._begin()
 
     def read(self) -> AbstractAsyncContextManager[AsyncSession]:
@@ -95,9 +109,9 @@ class Delivery:
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncSession]:
         async with self._sessions(mark=str(self._claim.token)) as session:
-            self.unreached = True
+            self._progress.unreached = True
             driver = await self._start(session)
-            self.unreached = False
+            self._progress.unreached = False
             try:
                 yield session
                 assert isinstance(session, OneTransaction)
@@ -109,18 +123,18 @@ class Delivery:
                 await commit(session)
             finally:
                 if type(driver) is PreparedBegin and driver.preamble:
-                    self.unreached = driver.is_closed()
-        self.completed = True
+                    self._progress.unreached = driver.is_closed()
+        self._progress.completed = True
 
     @asynccontextmanager
     async def _read(self) -> AsyncIterator[AsyncSession]:
         async with self._sessions(info={READ_ONLY: True}) as session:
-            self.unreached = True
+            self._progress.unreached = True
             try:
                 await session.connection(execution_options={"postgresql_readonly": True})
             except OSError as error:
                 raise DatabaseUnavailableError("PostgreSQL cannot be reached") from error
-            self.unreached = False
+            self._progress.unreached = False
             yield session
             if session.new or session.dirty or session.deleted:
                 raise DeliveryError("delivery.read() is never committed: write inside `async with delivery.begin()`")
@@ -153,5 +167,5 @@ class Delivery:
         if not unbroken:
             raise DeliveryError("the transaction of begin() was committed or rolled back inside its block")
         if not completed:
-            self.lost = True
+            self._progress.lost = True
             raise LeaseLostError

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.database.sessions import session_factory, transaction
 from service.ledger.for_tests import make_due, next_due, published_payloads, unfinished
-from service.outbox.consumers import Consumer, consumer_named, consumers_of
+from service.outbox.consumers import consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
-from service.outbox.running.runner import Runner
+from service.outbox.running.runner import Run, Runner
 from service.telemetry.logs import trace_context
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
-    from service.ledger.delivering import Claim
-    from service.outbox.delivery import Delivery
     from service.settings import Settings
 
 __all__ = ["InlineWorker", "assert_not_published", "assert_published", "inline_worker", "published"]
@@ -87,9 +85,9 @@ class _RecordingRunner(Runner):
 
     raised: BaseException | None = None
 
-    def judge(self, error: BaseException, claim: Claim, spec: Consumer, delivery: Delivery) -> Any:
+    def judge(self, error: BaseException, run: Run) -> Any:
         self.raised = error
-        return super().judge(error, claim, spec, delivery)
+        return super().judge(error, run)
 
 
 class InlineWorker:
@@ -151,9 +149,9 @@ class InlineWorker:
 
     async def _run(self, message_id: UUID, consumer: str, may_fail: bool) -> None:
         self.runner.raised = None
-        claim = await self.runner.deliver(message_id)
-        if claim is not None:
-            await self._run_in_thread(claim)
+        run = await self.runner.deliver(message_id)
+        if run is not None:
+            await self._run_in_thread(run)
         if may_fail:
             return
         async with self._sessions() as session:
@@ -163,18 +161,15 @@ class InlineWorker:
             what = "a dead letter" if state == "dead" else state
             raise AssertionError(f"the delivery to {consumer} is {what}: {why}") from self.runner.raised
 
-    async def _run_in_thread(self, claim: Claim) -> None:
+    async def _run_in_thread(self, run: Run) -> None:
         """What the worker does for a `def` consumer."""
-        spec = consumer_named(claim.consumer)
-        assert spec is not None
-        delivery = self.runner.delivery(claim, spec)
+        claim = run.claim
         try:
             with trace_context(claim.headers | {"causation_id": str(claim.id)}):
-                event = spec.event.model_validate_json(claim.document)
-                await asyncio.to_thread(spec.fn, event, delivery)
-            outcome = self.runner.returned(claim, spec, delivery)
+                await asyncio.to_thread(run.call)
+            outcome = self.runner.returned(run)
         except Exception as error:  # noqa: BLE001  whatever a consumer raises is the delivery's outcome
-            outcome = self.runner.judge(error, claim, spec, delivery)
+            outcome = self.runner.judge(error, run)
         finally:
             self.runner.forget(claim)
         await self.runner.settle(claim, outcome)

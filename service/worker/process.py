@@ -32,8 +32,8 @@ import service.domains
 from service.database.engine import create_engine
 from service.errors import ConfigurationError
 from service.ledger.message import OF_LEDGER, delivery_in
-from service.outbox.consumers import Consumer, consumer_named, registered_consumers
-from service.outbox.running.runner import Runner
+from service.outbox.consumers import Consumer, registered_consumers
+from service.outbox.running.runner import Run, Runner
 from service.settings import Settings, load_settings
 from service.telemetry.logs import configure_logging, flush_logs, get_logger, trace_context
 from service.worker.dramatiq_broker import declare_unknown, make_broker
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from dramatiq.broker import Broker
-
-    from service.ledger.delivering import Claim
 
 __all__ = ["build", "setup_broker"]
 
@@ -159,30 +157,27 @@ def _deliver(outbox: _Outbox, message_id: UUID, limit: float) -> None:
     runner = outbox.runner
     try:
         restart_limit = partial(outbox.limits.manager.add_timeout, threading.get_ident(), limit)
-        claim = _on_loop(runner.deliver(message_id, restart_limit))
-        if claim is not None:
-            _run_in_thread(outbox, claim)
+        run = _on_loop(runner.deliver(message_id, restart_limit))
+        if run is not None:
+            _run_in_thread(outbox, run)
     except (Interrupt, RuntimeError, asyncio.CancelledError) as error:
         # A coroutine that outlives its time limit is abandoned by Dramatiq while it still runs: its fence and its
         # transaction's timeout end it, and the row comes due when its lease does.
         _log.error("worker.abandoned", message_id=str(message_id), error=repr(error))
 
 
-def _run_in_thread(outbox: _Outbox, claim: Claim) -> None:
-    runner = outbox.runner
-    spec = consumer_named(claim.consumer)
-    assert spec is not None
-    delivery = runner.delivery(claim, spec)
+def _run_in_thread(outbox: _Outbox, run: Run) -> None:
+    runner, claim = outbox.runner, run.claim
     headers = claim.headers | {"causation_id": str(claim.id)}
     with trace_context(headers, consumer=claim.consumer, message_id=str(claim.id)):
         try:
             try:
-                stuck = outbox.watchdog.running(f"{spec.name} ({claim.id})", outbox.patience(spec))
+                stuck = outbox.watchdog.running(f"{run.spec.name} ({claim.id})", outbox.patience(run.spec))
                 with runner.in_thread(claim), stuck:
-                    spec.fn(spec.event.model_validate_json(claim.document), delivery)
-                outcome = runner.returned(claim, spec, delivery)
+                    run.call()
+                outcome = runner.returned(run)
             except BaseException as error:  # noqa: BLE001  the time limit is an exception in this thread
-                outcome = runner.judge(error, claim, spec, delivery)
+                outcome = runner.judge(error, run)
             _on_loop(runner.settle(claim, outcome))
         finally:
             runner.forget(claim)

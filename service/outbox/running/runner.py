@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from service.database.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
 from service.database.sessions import OneTransaction, session_factory
 from service.errors import DeliveryError, TransactionError
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
-from service.outbox.delivery import Delivery, LeaseLostError
+from service.outbox.delivery import Delivery, LeaseLostError, Progress
 from service.outbox.running.claims import Claims
 from service.outbox.running.failures import lost_database, said, trace
 from service.outbox.running.heartbeat import Heartbeat
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from service.ledger.delivering import Claim
     from service.settings import OutboxSettings, Settings
 
-__all__ = ["Runner"]
+__all__ = ["Run", "Runner"]
 
 _log = get_logger(__name__)
 
@@ -63,6 +64,20 @@ _UNSETTLED = 1_000
 
 class _UnknownConsumerError(Exception):
     """This worker's code knows no such consumer, or not with this event; another deployment may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A consumer's run under a claim."""
+
+    claim: Claim
+    spec: Consumer
+    delivery: Delivery
+    progress: Progress
+
+    def call(self) -> Any:
+        """Call the consumer; of an `async def` it is a coroutine that is returned."""
+        return self.spec.fn(self.spec.event.model_validate_json(self.claim.document), self.delivery)
 
 
 class Runner:
@@ -128,8 +143,8 @@ class Runner:
         finally:
             self._in_threads.pop(thread, None)
 
-    async def deliver(self, message_id: UUID, restart_limit: Callable[[], None] | None = None) -> Claim | None:
-        """Run the delivery of a row to its end; a claim of a `def` consumer is returned for the caller to run.
+    async def deliver(self, message_id: UUID, restart_limit: Callable[[], None] | None = None) -> Run | None:
+        """Run the delivery of a row to its end; the run of a `def` consumer is returned for the caller to make.
 
         Args:
             message_id: The row.
@@ -151,12 +166,20 @@ class Runner:
         elif claim.attempts > self.max_attempts(spec):
             error = RuntimeError("a worker was lost in the last attempt")
             await self.settle(claim, Dead(error, "worker lost"))
-        elif not spec.is_async:
-            self.watch(claim, spec)
-            return claim
         else:
-            await self._run_and_settle(claim, spec)
+            run = self._start(claim, spec)
+            if not spec.is_async:
+                return run
+            await self._run_and_settle(run)
         return None
+
+    def _start(self, claim: Claim, spec: Consumer) -> Run:
+        """Keep the claim's lease alive from now on, and make what the consumer is handed."""
+        longest = self.time_limit(spec) + timedelta(seconds=self._settings.grace)
+        self._heartbeat.watch(claim.id, claim.token, longest)
+        progress, timeout_ms = Progress(), int(longest.total_seconds() * 1000)
+        delivery = Delivery(claim, self._sessions, progress, is_async=spec.is_async, timeout_ms=timeout_ms)
+        return Run(claim, spec, delivery, progress)
 
     async def _claim(self, message_id: UUID) -> Claim | None:
         token = uuid4()
@@ -183,61 +206,51 @@ class Runner:
         if claim is not None:
             await self._write(claim, Released())
 
-    async def _run_and_settle(self, claim: Claim, spec: Consumer) -> None:
+    async def _run_and_settle(self, run: Run) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self.watch(claim, spec)
-        with trace_context(_headers(claim), consumer=claim.consumer, message_id=str(claim.id)):
+        with trace_context(_headers(run.claim), consumer=run.claim.consumer, message_id=str(run.claim.id)):
             self._running.add(task)
             try:
-                outcome = await self._run(claim, spec)
+                outcome = await self._run(run)
             finally:
                 self._running.discard(task)  # what is over is not to be cancelled at the end of the grace
-            await self.settle(claim, outcome)
+            await self.settle(run.claim, outcome)
 
-    async def _run(self, claim: Claim, spec: Consumer) -> Outcome:
-        delivery = self.delivery(claim, spec)
-        limit = self.time_limit(spec)
+    async def _run(self, run: Run) -> Outcome:
+        limit = self.time_limit(run.spec)
         timer = asyncio.timeout(limit.total_seconds())
         try:
             async with timer:
-                await spec.fn(spec.event.model_validate_json(claim.document), delivery)
+                await run.call()
         except BaseException as error:  # noqa: BLE001  also what would end the loop for every delivery: SystemExit
             if isinstance(error, asyncio.CancelledError) and (self._releasing or _cut_early(timer)):
-                return Lost() if delivery.lost else Released()
+                return Lost() if run.progress.lost else Released()
             if timer.expired() or isinstance(error, asyncio.CancelledError):
                 error = TimeLimitExceeded(f"ran longer than {limit.total_seconds():g} s")
-            return self.judge(error, claim, spec, delivery)
-        return self.returned(claim, spec, delivery)
-
-    def delivery(self, claim: Claim, spec: Consumer) -> Delivery:
-        """What the consumer is handed."""
-        longest = self._longest(spec)
-        return Delivery(claim, self._sessions, is_async=spec.is_async, timeout_ms=int(longest.total_seconds() * 1000))
-
-    def watch(self, claim: Claim, spec: Consumer) -> None:
-        """Keep the claim's lease alive while the consumer runs."""
-        self._heartbeat.watch(claim.id, claim.token, self._longest(spec))
+            return self.judge(error, run)
+        return self.returned(run)
 
     def forget(self, claim: Claim) -> None:
         """The run is over; its lease is kept while its outcome waits for PostgreSQL."""
         if claim.token not in self._unsettled:
             self._heartbeat.forget(claim.id, claim.token)
 
-    def returned(self, claim: Claim, spec: Consumer, delivery: Delivery) -> Outcome:
+    def returned(self, run: Run) -> Outcome:
         """What it means that the consumer returned."""
-        if delivery.completed:
+        if run.progress.completed:
             return Completed()
-        if delivery.lost:
+        if run.progress.lost:
             return Lost()
-        if delivery.begun:
+        if run.progress.begun:
             error = DeliveryError("the error that ended begin() was swallowed: let it out, or return before begin()")
-            return self.judge(error, claim, spec, delivery)
+            return self.judge(error, run)
         return Returned()
 
-    def judge(self, error: BaseException, claim: Claim, spec: Consumer, delivery: Delivery) -> Outcome:
+    def judge(self, error: BaseException, run: Run) -> Outcome:
         """What it means that the consumer raised."""
-        if delivery.completed:
+        claim, spec = run.claim, run.spec
+        if run.progress.completed:
             _log.warning("outbox.raised_after_completion", error=type(error).__name__)
             return Completed()
         match error:
@@ -245,7 +258,7 @@ class Runner:
                 return Released()
             case LeaseLostError():
                 return Lost()
-            case _ if delivery.lost:
+            case _ if run.progress.lost:
                 return Lost()
             case Fail():
                 return Dead(error, said(error) or "the consumer failed it")
@@ -253,7 +266,7 @@ class Runner:
                 return Dead(error, said(error))
             case _ if spec.throws and isinstance(error, spec.throws):
                 return Dead(error, f"{type(error).__name__} is not retried")
-            case _ if lost_database(error) and delivery.unreached:
+            case _ if lost_database(error) and run.progress.unreached:
                 # Nothing was executed, so it is never the row's doing.
                 tries = min(claim.dispatches, 7)
                 return Released(error, backoff(tries, self.min_backoff(spec), self.max_backoff(spec)))
@@ -357,9 +370,6 @@ class Runner:
     def time_limit(self, spec: Consumer) -> timedelta:
         """How long the consumer may run."""
         return timedelta(milliseconds=spec.time_limit or self._settings.time_limit)
-
-    def _longest(self, spec: Consumer) -> timedelta:
-        return self.time_limit(spec) + timedelta(seconds=self._settings.grace)
 
 
 def _cut_early(timer: asyncio.Timeout) -> bool:

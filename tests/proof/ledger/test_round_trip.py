@@ -156,9 +156,9 @@ async def test_the_consumer_is_handed_an_equal_event(ledger: Ledger, runner: Run
     assert await ledger.state(message_id) == "completed"
     seen = SEEN[event.subject_id]
     assert seen.model_dump_json() == event.model_dump_json()
-    claim = await runner.deliver(other)
-    assert claim is not None
-    assert Everything.model_validate_json(claim.document) == seen
+    run = await runner.deliver(other)
+    assert run is not None
+    assert Everything.model_validate_json(run.claim.document) == seen
 
 
 def made(**namespace: Any) -> type[Event]:
