@@ -12,9 +12,14 @@ claims, fences and retries, on the database they will have; only the relay and t
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-from contextlib import asynccontextmanager
+import threading
+from contextlib import asynccontextmanager, nullcontext
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from dramatiq.middleware import TimeLimit
 
 from service.database.sessions import session_factory, transaction
 from service.ledger.for_tests import make_due, next_due, published_payloads, unfinished
@@ -22,10 +27,9 @@ from service.outbox.consumers import consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
 from service.outbox.running.runner import Run, Runner
-from service.telemetry.logs import trace_context
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -162,17 +166,30 @@ class InlineWorker:
             raise AssertionError(f"the delivery to {consumer} is {what}: {why}") from self.runner.raised
 
     async def _run_in_thread(self, run: Run) -> None:
-        """What the worker does for a `def` consumer."""
-        claim = run.claim
+        """As a worker runs it; where that would end its process, the test fails."""
+        loop, patience, done = asyncio.get_running_loop(), self.runner.patience(run.spec), asyncio.Event()
+
+        def on_loop(coroutine: Coroutine[Any, Any, None]) -> None:
+            asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+        def work() -> None:
+            try:
+                self.runner.run_in_thread(run, _limits(), nullcontext(), on_loop)
+            finally:
+                loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=copy_context().run, args=(work,), daemon=True).start()
         try:
-            with trace_context(claim.headers | {"causation_id": str(claim.id)}):
-                await asyncio.to_thread(run.call)
-            outcome = self.runner.returned(run)
-        except Exception as error:  # noqa: BLE001  whatever a consumer raises is the delivery's outcome
-            outcome = self.runner.judge(error, run)
-        finally:
-            self.runner.forget(claim)
-        await self.runner.settle(claim, outcome)
+            await asyncio.wait_for(done.wait(), patience)
+        except TimeoutError:
+            raise AssertionError(f"{run.spec.name} has not come back for {patience:g} s") from None
+
+
+@functools.cache
+def _limits() -> TimeLimit:
+    limits = TimeLimit()
+    limits.manager.start()
+    return limits
 
 
 @asynccontextmanager

@@ -33,9 +33,9 @@ from service.database.engine import create_engine
 from service.errors import ConfigurationError
 from service.ledger.message import OF_LEDGER, delivery_in
 from service.outbox.consumers import Consumer, registered_consumers
-from service.outbox.running.runner import Run, Runner
+from service.outbox.running.runner import Runner
 from service.settings import Settings, load_settings
-from service.telemetry.logs import configure_logging, flush_logs, get_logger, trace_context
+from service.telemetry.logs import configure_logging, flush_logs, get_logger
 from service.worker.dramatiq_broker import declare_unknown, make_broker
 from service.worker.watchdog import Watchdog
 
@@ -105,14 +105,10 @@ class _Outbox(Middleware):
         self._engine = create_engine(database, application_name="outbox-worker")
         self._runner = Runner(self._settings, self._engine)
         await self._runner.open()
-        limits = [self.patience(spec) for spec in registered_consumers() if spec.is_async]
-        self._watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=self.patience()))
+        patience = self._runner.patience
+        limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
+        self._watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))
         self._watchdog.start()
-
-    def patience(self, spec: Consumer | None = None) -> float:
-        """Seconds after which a run is stuck: its lease has ended long ago."""
-        limit = (spec and spec.time_limit) or self.settings.time_limit
-        return limit / 1000 + self.settings.grace + self.settings.lease
 
     def after_process_message(self, *_: Any, **_results: Any) -> None:
         self.watchdog.ended()
@@ -159,28 +155,12 @@ def _deliver(outbox: _Outbox, message_id: UUID, limit: float) -> None:
         restart_limit = partial(outbox.limits.manager.add_timeout, threading.get_ident(), limit)
         run = _on_loop(runner.deliver(message_id, restart_limit))
         if run is not None:
-            _run_in_thread(outbox, run)
+            stuck = outbox.watchdog.running(f"{run.spec.name} ({run.claim.id})", runner.patience(run.spec))
+            runner.run_in_thread(run, outbox.limits, stuck, _on_loop)
     except (Interrupt, RuntimeError, asyncio.CancelledError) as error:
         # A coroutine that outlives its time limit is abandoned by Dramatiq while it still runs: its fence and its
         # transaction's timeout end it, and the row comes due when its lease does.
         _log.error("worker.abandoned", message_id=str(message_id), error=repr(error))
-
-
-def _run_in_thread(outbox: _Outbox, run: Run) -> None:
-    runner, claim = outbox.runner, run.claim
-    headers = claim.headers | {"causation_id": str(claim.id)}
-    with trace_context(headers, consumer=claim.consumer, message_id=str(claim.id)):
-        try:
-            try:
-                stuck = outbox.watchdog.running(f"{run.spec.name} ({claim.id})", outbox.patience(run.spec))
-                with runner.in_thread(claim), stuck:
-                    run.call()
-                outcome = runner.returned(run)
-            except BaseException as error:  # noqa: BLE001  the time limit is an exception in this thread
-                outcome = runner.judge(error, run)
-            _on_loop(runner.settle(claim, outcome))
-        finally:
-            runner.forget(claim)
 
 
 def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:

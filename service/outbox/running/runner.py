@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID, uuid4
 
-from dramatiq.middleware import Shutdown, TimeLimitExceeded
+from dramatiq.middleware import Shutdown, TimeLimit, TimeLimitExceeded
 from dramatiq.middleware.threading import raise_thread_exception
 
 from service.backoff import backoff
@@ -47,7 +47,8 @@ from service.outbox.running.outcomes import (
 from service.telemetry.logs import get_logger, trace_context
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from contextlib import AbstractContextManager
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -131,20 +132,8 @@ class Runner:
         for thread in list(self._in_threads):
             raise_thread_exception(thread, Shutdown)
 
-    @contextmanager
-    def in_thread(self, claim: Claim) -> Iterator[None]:
-        """While this thread runs a `def` consumer, the end of the grace raises `Shutdown` in it."""
-        thread = threading.get_ident()
-        self._in_threads[thread] = claim
-        try:
-            if self._releasing:
-                raise Shutdown
-            yield
-        finally:
-            self._in_threads.pop(thread, None)
-
     async def deliver(self, message_id: UUID, restart_limit: Callable[[], None] | None = None) -> Run | None:
-        """Run the delivery of a row to its end; the run of a `def` consumer is returned for the caller to make.
+        """Run the delivery of a row to its end; that of a `def` consumer is returned, for `run_in_thread`.
 
         Args:
             message_id: The row.
@@ -209,7 +198,7 @@ class Runner:
     async def _run_and_settle(self, run: Run) -> None:
         task = asyncio.current_task()
         assert task is not None
-        with trace_context(_headers(run.claim), consumer=run.claim.consumer, message_id=str(run.claim.id)):
+        with _traced(run.claim):
             self._running.add(task)
             try:
                 outcome = await self._run(run)
@@ -231,7 +220,49 @@ class Runner:
             return self.judge(error, run)
         return self.returned(run)
 
-    def forget(self, claim: Claim) -> None:
+    def run_in_thread(
+        self,
+        run: Run,
+        limits: TimeLimit,
+        stuck: AbstractContextManager[None],
+        on_loop: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        """Run a `def` consumer in the calling thread, to its end: for a worker's threads and the test kit's.
+
+        Args:
+            run: What `deliver` returned.
+            limits: Raises the time limit in this thread.
+            stuck: Looks after a consumer that not even this brings back.
+            on_loop: Waits for a coroutine on the runner's loop.
+        """
+        thread, manager = threading.get_ident(), cast("Any", limits.manager)
+        with _traced(run.claim):
+            manager.add_timeout(thread, self.time_limit(run.spec).total_seconds() * 1000)
+            try:
+                try:
+                    with self._in_thread(run.claim), stuck:
+                        run.call()
+                    outcome = self.returned(run)
+                except BaseException as error:  # noqa: BLE001  the time limit is an exception in this thread
+                    outcome = self.judge(error, run)
+                on_loop(self.settle(run.claim, outcome))
+            finally:
+                manager.remove_timeout(thread)
+                self._forget(run.claim)
+
+    @contextmanager
+    def _in_thread(self, claim: Claim) -> Iterator[None]:
+        """While this thread runs a consumer, the end of the grace raises `Shutdown` in it."""
+        thread = threading.get_ident()
+        self._in_threads[thread] = claim
+        try:
+            if self._releasing:
+                raise Shutdown
+            yield
+        finally:
+            self._in_threads.pop(thread, None)
+
+    def _forget(self, claim: Claim) -> None:
         """The run is over; its lease is kept while its outcome waits for PostgreSQL."""
         if claim.token not in self._unsettled:
             self._heartbeat.forget(claim.id, claim.token)
@@ -304,7 +335,7 @@ class Runner:
             if isinstance(error, asyncio.CancelledError):
                 raise
         finally:
-            self.forget(claim)
+            self._forget(claim)
 
     def _later(self, message_id: UUID, token: UUID, write: Callable[[], Awaitable[None]]) -> None:
         """Go on until it is written, or one lease long from when this worker stops; the lease is kept until then."""
@@ -367,9 +398,13 @@ class Runner:
         """Milliseconds between retries at most."""
         return max(spec.max_backoff or self._settings.max_backoff, self.min_backoff(spec))
 
-    def time_limit(self, spec: Consumer) -> timedelta:
-        """How long the consumer may run."""
-        return timedelta(milliseconds=spec.time_limit or self._settings.time_limit)
+    def time_limit(self, spec: Consumer | None) -> timedelta:
+        """How long the consumer may run, or one that does not say."""
+        return timedelta(milliseconds=(spec and spec.time_limit) or self._settings.time_limit)
+
+    def patience(self, spec: Consumer | None) -> float:
+        """Seconds after which a run is stuck: its lease has ended long ago."""
+        return self.time_limit(spec).total_seconds() + self._settings.grace + self._settings.lease
 
 
 def _cut_early(timer: asyncio.Timeout) -> bool:
@@ -380,5 +415,7 @@ def _cut_early(timer: asyncio.Timeout) -> bool:
     return task.cancelling() > 0 and asyncio.get_running_loop().time() < ends_at
 
 
-def _headers(claim: Claim) -> dict[str, str]:
-    return claim.headers | {"causation_id": str(claim.id)}
+def _traced(claim: Claim) -> AbstractContextManager[None]:
+    """What a run publishes and logs carries the ids of what caused it."""
+    headers = claim.headers | {"causation_id": str(claim.id)}
+    return trace_context(headers, consumer=claim.consumer, message_id=str(claim.id))

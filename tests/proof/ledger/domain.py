@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
 from sqlalchemy import text
+from structlog.contextvars import get_contextvars
 
 from service.outbox import Delivery, Event, Fail, Retry, consumer, publish
+from service.telemetry.logs import current_headers
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
@@ -145,6 +148,26 @@ def calculate() -> None:
     value, until = 1, time.monotonic() + 0.02
     while time.monotonic() < until:
         value = value * 3 % 1_000_003
+
+
+class Compared(Event, type="ledger.compared"):
+    """Its consumer writes what it sees to the file `seen`, and ends as `how` says."""
+
+    seen: str
+    how: str
+
+
+@consumer(Compared, queue="cpu", name="ledger.compare", max_retries=0, time_limit=1_000)
+def compare(event: Compared, delivery: Delivery) -> None:
+    """What surrounds a `def` consumer."""
+    around = {"event headers": current_headers(), "log fields": get_contextvars(), "attempt": delivery.attempt}
+    Path(event.seen).write_text(json.dumps(around, sort_keys=True).replace(delivery.idempotency_key, "the delivery"))
+    match event.how:
+        case "raises":
+            raise SystemExit("whatever it is")
+        case "does not end":
+            while True:
+                calculate()
 
 
 class Crunched(Event, type="ledger.crunched"):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -18,12 +19,16 @@ import redis.asyncio
 from pydantic import SecretStr
 
 from relay.process.loop import Relay
+from service.outbox.testing import inline_worker
+from service.telemetry.logs import trace_context
 from tests.proof.ledger import domain
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.dev.valkey import Valkey
     from service.outbox import Event
@@ -132,6 +137,35 @@ async def test_a_plain_def_consumer_runs_fails_and_is_limited(
     letter = await ledger.dead_letter(begins)
     assert letter is not None
     assert "`def` consumer cannot call begin()" in letter["reason"]
+
+
+async def test_a_def_consumer_is_run_alike_by_the_test_kit(
+    ledger: Ledger, engine: AsyncEngine, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    """What surrounds it, what its time limit does, and what is written down of it."""
+
+    async def run(by: str, how: str) -> tuple[str, ...]:
+        seen = tmp_path / f"{by} {how}"
+        with trace_context({"correlation_id": "abc"}):
+            (message_id,) = await ledger.publish(domain.Compared(seen=str(seen), how=how))
+        if by == "test kit":
+            async with inline_worker(settings, engine) as kit:
+                await kit.deliver_all(may_fail=True)
+        await until(lambda: ended(ledger, message_id))
+        row = await ledger.row(message_id) or await ledger.dead_letter(message_id)
+        assert row is not None
+        error = re.search(r'"type": "\w+"', row["errors"])
+        return seen.read_text(), str(await ledger.state(message_id)), str(row["attempts"]), str(error and error[0])
+
+    ways = ("returns", "raises", "does not end")
+    kits = [await run("test kit", how) for how in ways]
+    async with working(environment, settings, tmp_path):
+        assert [await run("worker", how) for how in ways] == kits
+    assert [each[-1] for each in kits] == ["None", '"type": "SystemExit"', '"type": "TimeLimitExceeded"']
+
+
+async def ended(ledger: Ledger, message_id: UUID) -> bool:
+    return await ledger.state(message_id) in ("completed", "dead")
 
 
 async def test_what_a_killed_worker_ran_runs_again(

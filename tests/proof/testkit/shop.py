@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from uuid import UUID
 
@@ -9,10 +10,13 @@ from sqlalchemy import text
 
 from service.outbox import Delivery, Event, Fail, Retry, consumer, new_id, publish
 
-__all__ = ["DONE", "Announced", "Arrived", "Echoed", "Failing", "Forgotten", "Weighed"]
+__all__ = ["DONE", "LET_GO", "Announced", "Arrived", "Echoed", "Failing", "Forgotten", "Hanging", "Weighed"]
 
 DONE: list[str] = []
 """What the consumers below have done."""
+
+LET_GO = threading.Event()
+"""Ends the consumer that hangs."""
 
 
 class Arrived(Event, type="testkit.arrived"):
@@ -32,6 +36,10 @@ class Failing(Event, type="testkit.failing"):
 class Weighed(Event, type="testkit.weighed"):
     parcel_id: UUID
     grams: int
+
+
+class Hanging(Event, type="testkit.hanging"):
+    parcel_id: UUID
 
 
 class Echoed(Event, type="testkit.echoed"):
@@ -79,6 +87,11 @@ def weigh(event: Weighed, delivery: Delivery) -> None:
     if event.grams == 0:
         raise RuntimeError("nothing to weigh")
     DONE.append(f"weigh {event.grams}")
+
+
+@consumer(Hanging, queue="testkit-cpu", name="testkit.hang", time_limit=100)
+def hang(event: Hanging, delivery: Delivery) -> None:
+    LET_GO.wait()  # in C code, which no exception reaches
 
 
 @consumer(Echoed, queue="testkit", name="testkit.echo")

@@ -19,7 +19,7 @@ from service.outbox.testing import (
     published,
 )
 from service.telemetry.logs import trace_context
-from tests.proof.testkit.shop import DONE, Announced, Arrived, Echoed, Failing, Forgotten, Weighed
+from tests.proof.testkit.shop import DONE, LET_GO, Announced, Arrived, Echoed, Failing, Forgotten, Hanging, Weighed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -168,6 +168,14 @@ async def test_a_def_consumer_runs_like_in_a_worker(worker: InlineWorker, sessio
     async with sessions() as session:
         states = await session.scalars(text("SELECT state FROM outbox_message"))
         assert list(states) == ["completed"]
+
+
+async def test_a_def_consumer_that_hangs_fails_the_test(worker: InlineWorker) -> None:
+    try:
+        with pytest.raises(AssertionError, match=r"testkit\.hang has not come back for 3\.1 s"):
+            await worker.deliver(Hanging(parcel_id=new_id()))
+    finally:
+        LET_GO.set()
 
 
 async def test_an_endless_chain_ends(worker: InlineWorker, monkeypatch: pytest.MonkeyPatch) -> None:
