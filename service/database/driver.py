@@ -1,7 +1,7 @@
 """Connections of the asyncpg driver itself: for the engine, for the ledger's own statements and the command line.
 
-Apart from `database.py`, so that a command need not import a web framework to open a connection. What must stay true:
-`open_connection` opens all of them, so that TLS, time-outs and hosts are the same for every process.
+What must stay true: `open_connection` opens all of them, so that TLS, time-outs and hosts are the same for every
+process.
 """
 
 from __future__ import annotations
@@ -77,29 +77,42 @@ ENDED = "the transaction was committed or rolled back inside its block: leave th
 
 
 class PreparedBegin(Connection):
-    """A connection that begins a transaction in bounded time, and with a statement of the caller's if there is one.
+    """A connection that begins a transaction in bounded time, and in one round trip with what must come first in it.
 
     A transaction can be lent: then only its owner commits it, and only if it still is the one that began. For that it
     is marked, by a setting that is gone with the transaction.
 
+    SQLAlchemy sends BEGIN with the first statement of a transaction, not before. So what is prepared for it may wait.
+
     Attributes:
-        preamble: Sent in one round trip with the next BEGIN, without parameters; empty once that has succeeded.
         mark: Of the transaction that is lent, from `lend` to its end; else empty.
         may_commit: Set by the owner, for the COMMIT that follows.
     """
 
-    preamble = ""
     mark = ""
     may_commit = False
+    _first = ""
+
+    def prepare_begin(self, statement: str) -> None:
+        """Send `statement`, which has no parameters, with the next BEGIN, in place of what was prepared for it before.
+
+        In a transaction that is lent it must also set the mark, as what `lend` prepares does.
+        """
+        self._first = statement
+
+    @property
+    def begun(self) -> bool:
+        """Whether the BEGIN that something was prepared for has succeeded."""
+        return not self._first
 
     def lend(self, mark: str) -> None:
         """Mark the transaction that begins next, and let nobody but its owner commit it."""
         self.mark, self.may_commit = mark, False
-        self.preamble = f"SET LOCAL outbox.transaction = '{mark}'"
+        self.prepare_begin(f"SET LOCAL outbox.transaction = '{mark}'")
 
     def take_back(self) -> None:
-        """Nothing is lent any more."""
-        self.mark, self.preamble = "", ""
+        """Nothing is lent or prepared any more."""
+        self.mark = self._first = ""
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:  # noqa: ASYNC109  asyncpg's
         """As asyncpg's own, which runs BEGIN, COMMIT and ROLLBACK by it."""
@@ -107,19 +120,19 @@ class PreparedBegin(Connection):
             if self.mark and not args and _ENDS.match(query):
                 return await self._end(query, timeout)
             status = await super().execute(query, *args, timeout=timeout)
-            if self.mark and not self.preamble and not self.is_in_transaction():  # the last of several statements
+            if self.mark and self.begun and not self.is_in_transaction():  # the last of several statements
                 self.mark = ""
                 raise TransactionError(ENDED)
             return status
         try:
-            status = await super().execute(query + self.preamble, timeout=timeout or _BEGIN_WITHIN)
+            status = await super().execute(query + self._first, timeout=timeout or _BEGIN_WITHIN)
         except BaseException as error:
             # The transaction may have begun, and whoever asked for it believes that it has not.
             self.terminate()
             if isinstance(error, TimeoutError):
                 raise asyncpg.ConnectionDoesNotExistError("PostgreSQL did not answer BEGIN") from error
             raise
-        self.preamble = ""
+        self._first = ""
         return status
 
     async def _end(self, query: str, timeout: float | None) -> str:  # noqa: ASYNC109

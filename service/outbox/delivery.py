@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from service.database.driver import PreparedBegin
+from service.database.driver import PreparedBegin, has_transaction_timeout
 from service.database.sessions import OneTransaction, commit
 from service.errors import DatabaseUnavailableError, DeliveryError
 from service.ledger import delivering
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from uuid import UUID
 
+    import asyncpg
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from service.database.sessions import SessionFactory
-    from service.ledger.delivering import Claim, Connection
+    from service.ledger.delivering import Claim
 
 __all__ = ["Delivery", "LeaseLostError", "Progress"]
 
@@ -117,12 +118,12 @@ class Delivery:
                 assert isinstance(session, OneTransaction)
                 session.sync_session.check()
                 await session.flush()
-                if type(driver) is PreparedBegin and driver.preamble:  # without a statement nothing has begun
+                if not _begun(driver):  # the consumer has executed nothing
                     await session.execute(text("SELECT 1"))
                 await self._complete(driver)
                 await commit(session)
             finally:
-                if type(driver) is PreparedBegin and driver.preamble:
+                if not _begun(driver):
                     self._progress.unreached = driver.is_closed()
         self._progress.completed = True
 
@@ -139,18 +140,18 @@ class Delivery:
             if session.new or session.dirty or session.deleted:
                 raise DeliveryError("delivery.read() is never committed: write inside `async with delivery.begin()`")
 
-    async def _start(self, session: AsyncSession) -> Connection:
+    async def _start(self, session: AsyncSession) -> asyncpg.Connection[asyncpg.Record]:
         try:
             connection = await session.connection()
             raw = await connection.get_raw_connection()
-            driver: Connection | None = raw.driver_connection
+            driver: asyncpg.Connection[asyncpg.Record] | None = raw.driver_connection
             assert driver is not None
             assert raw.dbapi_connection is not None
-            timeout = "transaction_timeout" if driver.get_server_version() >= (17,) else "statement_timeout"
+            timeout = "transaction_timeout" if has_transaction_timeout(driver) else "statement_timeout"
             start = _START.format(token=self._claim.token, timeout=timeout, milliseconds=self._timeout_ms)
             # asyncpg answers isinstance() with True for every connection.
             if type(driver) is PreparedBegin and raw.dbapi_connection.isolation_level == "read_committed":
-                driver.preamble = start
+                driver.prepare_begin(start)
                 return driver
             isolation = (await connection.exec_driver_sql(start)).one().isolation
         except OSError as error:
@@ -162,10 +163,14 @@ class Delivery:
             raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.upper()}")
         return driver
 
-    async def _complete(self, driver: Connection) -> None:
+    async def _complete(self, driver: asyncpg.Connection[asyncpg.Record]) -> None:
         unbroken, completed = await delivering.complete_in_transaction(driver, self._claim)
         if not unbroken:
             raise DeliveryError("the transaction of begin() was committed or rolled back inside its block")
         if not completed:
             self._progress.lost = True
             raise LeaseLostError
+
+
+def _begun(driver: asyncpg.Connection[asyncpg.Record]) -> bool:
+    return type(driver) is not PreparedBegin or driver.begun
