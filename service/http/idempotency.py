@@ -94,21 +94,15 @@ class IdempotencyKey(Base):
     __mapper_args__ = {"eager_defaults": False}  # noqa: RUF012
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Keyed:
-    """The request that runs, its session and its key."""
+    """A request with a key: `_take_key` makes it, `_claim` fills in the rest, `IdempotentRoute` stores the response."""
 
     request: Request
     session: AsyncSession
     key: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Claim:
-    session: AsyncSession
-    scope: str
-    key: str
-    fingerprint: bytes
+    scope: str = ""
+    fingerprint: bytes = b""
 
 
 class _Replay(Exception):  # noqa: N818  it carries the answer, it reports no error
@@ -118,6 +112,8 @@ class _Replay(Exception):  # noqa: N818  it carries the answer, it reports no er
 
 
 _KEYED: ContextVar[_Keyed | None] = ContextVar("idempotency_key", default=None)
+"""How it gets from the dependency to the endpoint, which need not ask for the request, and back to the route: the three
+of them run in one task."""
 
 
 async def _take_key(
@@ -142,7 +138,7 @@ def _once(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     async def claim_and_run(*args: Any, **kwargs: Any) -> Any:
         # Every dependency has been solved by now, so whoever may not make the request is not given its answer either.
         if (keyed := _KEYED.get()) is not None:
-            keyed.request.state.idempotency_claim = await _claim(keyed)
+            await _claim(keyed)
         if inspect.iscoroutinefunction(endpoint):
             return await endpoint(*args, **kwargs)
         return await run_in_threadpool(endpoint, *args, **kwargs)
@@ -150,21 +146,20 @@ def _once(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return claim_and_run
 
 
-async def _claim(keyed: _Keyed) -> _Claim:
+async def _claim(keyed: _Keyed) -> None:
     request, session, key = keyed.request, keyed.session, keyed.key
     # As it was sent: decoded, a path may hold what PostgreSQL cannot store, and two paths may become one.
     path = request.scope["raw_path"].decode("latin-1")
-    scope = f"{getattr(request.state, 'principal', '')} {request.method} {path}"
-    fingerprint = hashlib.sha256(request.url.query.encode() + b"\0" + await request.body()).digest()
+    scope = keyed.scope = f"{getattr(request.state, 'principal', '')} {request.method} {path}"
+    keyed.fingerprint = hashlib.sha256(request.url.query.encode() + b"\0" + await request.body()).digest()
     lock = int.from_bytes(hashlib.sha256(f"{scope} {key}".encode()).digest()[:8], "big", signed=True)
     if not await session.scalar(select(func.pg_try_advisory_xact_lock(lock))):
         raise RequestInProgressError("The first request with this key has not been answered yet: repeat it later.")
     stored = await session.get(IdempotencyKey, (scope, key))
-    if stored is None:
-        return _Claim(session, scope, key, fingerprint)
-    if stored.fingerprint != fingerprint:
+    if stored is not None and stored.fingerprint != keyed.fingerprint:
         raise ReusedKeyError("The key came with another body before: use a new key for a new request.")
-    raise _Replay(session, stored)
+    if stored is not None:
+        raise _Replay(session, stored)
 
 
 def _parsed(values: list[str]) -> str:
@@ -188,7 +183,8 @@ class IdempotentRoute(APIRoute):
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        if set(options.get("methods") or ()) & {"POST", "PATCH"}:
+        self._takes_key = bool(set(options.get("methods") or ()) & {"POST", "PATCH"})
+        if self._takes_key:
             options["dependencies"] = [Depends(_take_key), *(options.get("dependencies") or [])]
             known = problem_responses(MalformedKeyError, RequestInProgressError)
             options["responses"] = known | (options.get("responses") or {})
@@ -198,6 +194,8 @@ class IdempotentRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The usual handler; what it returns is stored before the session dependency commits."""
         handle = super().get_route_handler()
+        if not self._takes_key:
+            return handle
 
         async def handle_once(request: Request) -> Response:
             try:
@@ -206,21 +204,20 @@ class IdempotentRoute(APIRoute):
                 await restart(replay.session)
                 await confirm(replay.session)
                 return replay.response
-            claim: _Claim | None = getattr(request.state, "idempotency_claim", None)
-            if claim is not None:
-                claim.session.add(_stored(claim, response))
+            if (keyed := _KEYED.get()) is not None:
+                keyed.session.add(_stored(keyed, response))
             return response
 
         return handle_once
 
 
-def _stored(claim: _Claim, response: Response) -> IdempotencyKey:
+def _stored(keyed: _Keyed, response: Response) -> IdempotencyKey:
     if not isinstance(getattr(response, "body", None), bytes):
         raise TypeError("a streamed response cannot be stored for its Idempotency-Key: return a plain one")
     return IdempotencyKey(
-        scope=claim.scope,
-        key=claim.key,
-        fingerprint=claim.fingerprint,
+        scope=keyed.scope,
+        key=keyed.key,
+        fingerprint=keyed.fingerprint,
         status=response.status_code,
         headers=[[name.decode("latin-1"), value.decode("latin-1")] for name, value in response.raw_headers],
         body=response.body,
