@@ -1,17 +1,30 @@
-"""Every error this project raises on purpose, in one tree.
+"""Every error this project raises on purpose, in one tree. One with a module before its description is defined there.
 
     ServiceError
-    ├── ConfigurationError     a setting is missing or wrong; the process does not start
-    ├── OutboxError            a misuse of the outbox; the message says what to do instead
-    │   ├── EventDefinitionError    an event class that cannot be published safely
-    │   ├── ConsumerDefinitionError a consumer that cannot be registered
-    │   ├── PublishError            publish() or accept() refused
-    │   └── DeliveryError           a consumer used its Delivery in a way that would lose or repeat an effect
-    ├── TransactionError       a handler or consumer tried to end the transaction it was lent
-    ├── DatabaseUnavailableError  PostgreSQL cannot be reached; nothing is wrong with the work
-    └── BusinessError          an expected refusal of the domain: a 4xx with a stable code
+    ├── ConfigurationError          a setting is missing or wrong; the process does not start
+    ├── OutboxError                 a misuse of the outbox; the message says what to do instead
+    │   ├── EventDefinitionError        an event class that cannot be published safely
+    │   ├── ConsumerDefinitionError     a consumer that cannot be registered
+    │   ├── PublishError                publish() or accept() refused
+    │   └── DeliveryError               a consumer used its Delivery in a way that would lose or repeat an effect
+    ├── TransactionError            a handler or consumer tried to end the transaction it was lent
+    ├── DatabaseUnavailableError    PostgreSQL cannot be reached; nothing is wrong with the work
+    ├── LeaseLostError              service.outbox.delivery: somebody else has the delivery by now
+    ├── StuckError                  service.worker.watchdog: ends a worker process that does not come back
+    ├── MailRefusedError            service.mail: this e-mail will never be taken
+    ├── MailDeferredError           service.mail: it was not taken now
+    ├── BrokerUnavailableError      relay.brokers.sender: the broker takes nothing
+    ├── QueueRefusedError           relay.brokers.sender: one of its queues takes nothing
+    ├── CommandError                relay.cli.command: an `outbox` command cannot do what it was asked
+    ├── ReaderGoneError             relay.cli.output: nobody reads what a command prints
+    ├── ServerError                 service.dev.places: a server for development cannot be started
+    └── BusinessError               an expected refusal: a 4xx with a stable code; each domain has its own
+        ├── MalformedKeyError           service.http.idempotency: the Idempotency-Key cannot be read
+        ├── ReusedKeyError              service.http.idempotency: it belongs to another request
+        └── RequestInProgressError      service.http.idempotency: the first request under it still runs
 
-`Retry` and `Fail` are not errors: a consumer raises them to steer its own delivery.
+`Retry` and `Fail` are not errors: a consumer raises them to steer its own delivery. Nor is what has an underscore: no
+other module sees it.
 """
 
 from __future__ import annotations

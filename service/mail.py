@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import aiosmtplib
 
+from service.errors import ServiceError
 from service.network.sockets import tls_context
 from service.settings import load_settings
 
@@ -35,11 +36,11 @@ _PART = r"""[^\s\x00-\x1f\x7f<>()\[\],;:"\\@\ud800-\udfff]+"""
 _MAILBOX = re.compile(f"{_PART}@{_PART}")
 
 
-class MailRefusedError(Exception):
+class MailRefusedError(ServiceError):
     """The server refused this e-mail for good (SMTP 5xx); sending it again would not help."""
 
 
-class MailDeferredError(Exception):
+class MailDeferredError(ServiceError):
     """The e-mail could not be sent now; a retry may succeed."""
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from service.errors import ServiceError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from service.ledger.message import Handover
+
 __all__ = ["BrokerUnavailableError", "QueueRefusedError", "Sender"]
 
 
-class BrokerUnavailableError(Exception):
+class BrokerUnavailableError(ServiceError):
     """The broker cannot be reached or takes nothing at all: down, out of memory, read-only, loading, not logged in."""
 
 
-class QueueRefusedError(Exception):
+class QueueRefusedError(ServiceError):
     """The broker is fine but this queue takes nothing: missing, of another type or with other arguments."""
 
 

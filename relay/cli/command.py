@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import asyncpg
 
 from service.database.driver import open_connection, read_json
+from service.errors import ServiceError
 from service.settings import load_settings
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-class CommandError(Exception):
+class CommandError(ServiceError):
     """A command cannot do what it was asked; the message says what to do instead."""
 
     def __init__(self, message: str, code: Exit = Exit.USAGE) -> None:

@@ -16,6 +16,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from service.errors import ServiceError
 from service.terminal import visible, visible_json
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ __all__ = [
 _GAP = 2
 
 
-class ReaderGoneError(Exception):
+class ReaderGoneError(ServiceError):
     """Whoever read the output had enough of it."""
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import text
 
 from service.database.driver import PreparedBegin, has_transaction_timeout
 from service.database.sessions import OneTransaction, commit
-from service.errors import DatabaseUnavailableError, DeliveryError
+from service.errors import DatabaseUnavailableError, DeliveryError, ServiceError
 from service.ledger import delivering
 from service.outbox.publish import READ_ONLY
 
@@ -44,7 +44,7 @@ SELECT set_config('outbox.transaction', '{token}', true), set_config('{timeout}'
 """
 
 
-class LeaseLostError(Exception):
+class LeaseLostError(ServiceError):
     """The row is another worker's by now, or done; this run's effect was rolled back."""
 
 

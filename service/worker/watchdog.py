@@ -22,6 +22,7 @@ import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from service.errors import ServiceError
 from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _ORPHANED_FOR = 3
 ends a worker without grace."""
 
 
-class StuckError(Exception):
+class StuckError(ServiceError):
     """Something in this process does not come back."""
 
 
