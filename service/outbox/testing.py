@@ -151,15 +151,15 @@ class InlineWorker:
         async with self._sessions() as session:
             return await next_due(session, ran, only=only, event_id=event_id)
 
-    async def _run(self, message_id: UUID, consumer: str, may_fail: bool) -> None:
+    async def _run(self, delivery_id: UUID, consumer: str, may_fail: bool) -> None:
         self.runner.raised = None
-        run = await self.runner.deliver(message_id)
+        run = await self.runner.deliver(delivery_id)
         if run is not None:
             await self._run_in_thread(run)
         if may_fail:
             return
         async with self._sessions() as session:
-            failure = await unfinished(session, message_id)
+            failure = await unfinished(session, delivery_id)
         if failure is not None:
             state, why = failure
             what = "a dead letter" if state == "dead" else state
@@ -178,7 +178,7 @@ class InlineWorker:
             finally:
                 loop.call_soon_threadsafe(done.set)
 
-        threading.Thread(target=copy_context().run, args=(work,), daemon=True).start()
+        threading.Thread(target=copy_context().run, args=(work,), name=run.spec.name, daemon=True).start()
         try:
             await asyncio.wait_for(done.wait(), patience)
         except TimeoutError:

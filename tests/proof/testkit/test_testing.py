@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -98,7 +100,7 @@ async def test_what_succeeds_is_one_line_in_the_log(worker: InlineWorker) -> Non
     for each in lines:
         assert (each["log_level"], each["attempt"], each["correlation_id"]) == ("info", 1, "abc")
         assert each["duration_ms"] > 0
-        assert each["message_id"]
+        assert each["delivery_id"]
 
 
 async def test_one_consumer_alone(worker: InlineWorker, sessions: SessionFactory) -> None:
@@ -176,6 +178,8 @@ async def test_a_def_consumer_that_hangs_fails_the_test(worker: InlineWorker) ->
             await worker.deliver(Hanging(parcel_id=new_id()))
     finally:
         LET_GO.set()
+        for thread in [each for each in threading.enumerate() if each.name == "testkit.hang"]:
+            await asyncio.to_thread(thread.join)
 
 
 async def test_an_endless_chain_ends(worker: InlineWorker, monkeypatch: pytest.MonkeyPatch) -> None:
