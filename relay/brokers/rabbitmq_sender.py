@@ -19,7 +19,7 @@ from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryE
 from relay.brokers.rabbitmq_batch import count, publish_batch
 from relay.brokers.rabbitmq_channel import OneChannel
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
-from service.ledger.message import Handover, encode
+from service.ledger.message import DueDelivery, encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -61,13 +61,13 @@ class RabbitmqSender:
         self._probing = asyncio.Lock()
         self._given_up: set[asyncio.Task[Any]] = set()
 
-    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:  # noqa: ARG002
+    async def hand_over(self, queue: str, batch: Sequence[DueDelivery], transaction: str) -> int:  # noqa: ARG002
         """See `Sender.hand_over`.
 
         A repeated hand-over is queued twice; the second copy finds nothing to claim.
         """
         timestamp = int(time.time() * 1000)
-        messages = [(row.id, encode(queue, row, timestamp).encode()) for row in batch]
+        messages = [(row.delivery_id, encode(queue, row, timestamp).encode()) for row in batch]
         return await self._ask(queue, lambda channel: publish_batch(channel, queue, messages))
 
     async def depth(self, queue: str) -> int:

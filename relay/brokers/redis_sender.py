@@ -33,7 +33,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
-from service.ledger.message import Handover, doorbell, encode
+from service.ledger.message import DueDelivery, doorbell, encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RedisSender"]
 
-# The bodies of a group differ only in the rows' ids and traces, so the script is sent those, end to end, and the pieces
-# between them. Only a push onto an empty queue rings: every waiting worker has seen it empty since.
+# The bodies of a group differ only in the deliveries' ids and traces, so the script is sent those, end to end, and the
+# pieces between them. Only a push onto an empty queue rings: every waiting worker has seen it empty since.
 #
 # Whoever deletes a list leaves its bodies behind, which nobody would ever fetch. While the list is gone and no worker
 # holds anything that was in it, no body is wanted. Where the relay may not read what workers hold, bodies stay.
@@ -87,7 +87,7 @@ return waiting
 """
 
 _MARK = uuid4().hex
-"""Stands for a row's id; no consumer's name holds it."""
+"""Stands for a delivery's id; no consumer's name holds it."""
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -134,13 +134,16 @@ class RedisSender:
         self._script = self._client.register_script(_SCRIPT)
         self._probe = self._client.register_script(_PROBE_SCRIPT)
 
-    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+    async def hand_over(self, queue: str, batch: Sequence[DueDelivery], transaction: str) -> int:
         """See `Sender.hand_over`."""
         list_key = f"{self._namespace}:{queue}"
         arguments = [transaction, f"{self._namespace}:__heartbeats__", f"{self._namespace}:__acks__.", f".{queue}"]
         for (consumer, traced), rows in _groups(batch).items():
             arguments += _pieces(queue, consumer, traced=traced)
-            arguments += ("".join(row.id for row in rows), "".join(row.trace or "" for row in rows) if traced else "")
+            arguments += (
+                "".join(row.delivery_id for row in rows),
+                "".join(row.trace or "" for row in rows) if traced else "",
+            )
         keys = [list_key, f"{list_key}.msgs", doorbell(self._namespace, queue)]
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
@@ -178,9 +181,9 @@ class RedisSender:
             raise BrokerUnavailableError(_reason(error)) from error
 
 
-def _groups(batch: Sequence[Handover]) -> dict[tuple[str, bool], list[Handover]]:
+def _groups(batch: Sequence[DueDelivery]) -> dict[tuple[str, bool], list[DueDelivery]]:
     """The rows by consumer, and by whether they have a trace that can be passed on."""
-    groups: dict[tuple[str, bool], list[Handover]] = defaultdict(list)
+    groups: dict[tuple[str, bool], list[DueDelivery]] = defaultdict(list)
     for row in batch:
         groups[row.consumer, row.trace is not None and _TRACEPARENT.fullmatch(row.trace) is not None].append(row)
     return groups
@@ -189,7 +192,7 @@ def _groups(batch: Sequence[Handover]) -> dict[tuple[str, bool], list[Handover]]
 def _pieces(queue: str, consumer: str, *, traced: bool) -> tuple[str, ...]:
     """What stands before, between and after the id, the list's entry, the trace and the id in a body."""
     entry, trace = f"{_MARK}:", f"{_MARK}-" if traced else None
-    body = encode(queue, Handover(_MARK, consumer, trace), int(time.time() * 1000), entry)
+    body = encode(queue, DueDelivery(_MARK, consumer, trace), int(time.time() * 1000), entry)
     first, rest = body.split(_MARK, 1)
     between, rest = rest.split(entry, 1)
     before_trace, rest = rest.split(trace, 1) if trace else ("", rest)

@@ -1,6 +1,6 @@
 """What the relay needs of a broker: hand over a batch, and say who is at fault when that fails.
 
-A failure is never the row's. `BrokerUnavailableError` concerns every queue: the relay rolls back and waits. A
+A failure is never the delivery's. `BrokerUnavailableError` concerns every queue: the relay rolls back and waits. A
 `QueueRefusedError` concerns one: the others go on. Either way nothing is counted against any event.
 """
 
@@ -13,7 +13,7 @@ from service.errors import ServiceError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from service.ledger.message import Handover
+    from service.ledger.message import DueDelivery
 
 __all__ = ["BrokerUnavailableError", "QueueRefusedError", "Sender"]
 
@@ -29,7 +29,7 @@ class QueueRefusedError(ServiceError):
 class Sender(Protocol):
     """A broker connection that is made when it is first used and made anew after an error."""
 
-    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+    async def hand_over(self, queue: str, batch: Sequence[DueDelivery], transaction: str) -> int:
         """Hand over a batch and return how many messages then wait in the queue.
 
         Args:

@@ -270,8 +270,8 @@ class Relay:
             return 0
         known.floor, known.refused = batch.floor, 0
         if batch.suspects:
-            _log.warning("relay.workers_lost", queue=name, messages=batch.suspects)
-        _log.debug("relay.dispatched", queue=name, messages=len(batch.rows), waiting=known.depth)
+            _log.warning("relay.workers_lost", queue=name, deliveries=batch.suspects)
+        _log.debug("relay.dispatched", queue=name, deliveries=len(batch.rows), waiting=known.depth)
         return len(batch.rows) + batch.suspects
 
     async def _room(self, name: str, known: KnownQueue) -> int:

@@ -222,12 +222,12 @@ class Claim:
         return payload
 
 
-async def claim(connection: Connection, message_id: UUID, token: UUID, lease: timedelta) -> Claim | None:
+async def claim(connection: Connection, delivery_id: UUID, token: UUID, lease: timedelta) -> Claim | None:
     """Take the row, or `None` if it is done, somebody else's, or not due. Repeatable with the same token."""
-    row = await connection.fetchrow(_CLAIM, message_id, token, lease)
+    row = await connection.fetchrow(_CLAIM, delivery_id, token, lease)
     if row is not None and row["stale"]:
         # PostgreSQL computed the lease, waited for a lock on a row that then had not changed, and used it as it was.
-        row = await connection.fetchrow(_CLAIM, message_id, token, lease)
+        row = await connection.fetchrow(_CLAIM, delivery_id, token, lease)
     return None if row is None else _claim(row)
 
 

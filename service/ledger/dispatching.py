@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from service.ledger.delivering import SUSPECT_FROM, errors_with
-from service.ledger.message import Handover
+from service.ledger.message import DueDelivery
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ WHERE NOT EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (known.qu
 class Batch:
     """Rows that this transaction handed out, and where the next scan may start. `suspects` were put back instead."""
 
-    rows: list[Handover]
+    rows: list[DueDelivery]
     floor: Floor
     suspects: int
 
@@ -143,7 +143,7 @@ async def take_due(
     )  # fmt: skip
     if not rows:
         return None
-    handed_out = [Handover(row[0], row[1], row[2]) for row in rows if not row[5]]
+    handed_out = [DueDelivery(row[0], row[1], row[2]) for row in rows if not row[5]]
     return Batch(handed_out, Floor(rows[0][3], rows[0][4]), len(rows) - len(handed_out))
 
 

@@ -21,7 +21,7 @@ __all__ = [
     "OPTIONS",
     "REDIS_ID",
     "TRACE",
-    "Handover",
+    "DueDelivery",
     "delivery_in",
     "doorbell",
     "encode",
@@ -61,29 +61,29 @@ def delivery_in(arguments: Sequence[object]) -> UUID | None:
         return None
 
 
-class Handover(NamedTuple):
-    """One row to hand over. `id` is the row's, as text; `trace` its traceparent, where it has one."""
+class DueDelivery(NamedTuple):
+    """One to hand over; its id as text, and its traceparent where it has one."""
 
-    id: str
+    delivery_id: str
     consumer: str
     trace: str | None
 
 
-def encode(queue: str, row: Handover, timestamp: int, redis_message_id: str | None = None) -> str:
-    """The body for one row.
+def encode(queue: str, due: DueDelivery, timestamp: int, redis_message_id: str | None = None) -> str:
+    """The body for one delivery.
 
     Args:
         queue: The Dramatiq queue.
-        row: The row to hand over.
+        due: The delivery to hand over.
         timestamp: Milliseconds since the epoch.
         redis_message_id: See `REDIS_ID`.
     """
-    options = []
+    options, delivery_id = [], quoted(due.delivery_id)
     if redis_message_id is not None:
         options.append(f'"{REDIS_ID}":{quoted(redis_message_id)}')
-    if row.trace:
-        options.append(f'"{TRACE}":{quoted(row.trace)}')
+    if due.trace:
+        options.append(f'"{TRACE}":{quoted(due.trace)}')
     return (
-        f'{{"queue_name":{quoted(queue)},"actor_name":{quoted(row.consumer)},"args":[{quoted(row.id)}],"kwargs":{{}},'
-        f'"options":{{{",".join(options)}}},"message_id":{quoted(row.id)},"message_timestamp":{timestamp}}}'
+        f'{{"queue_name":{quoted(queue)},"actor_name":{quoted(due.consumer)},"args":[{delivery_id}],"kwargs":{{}},'
+        f'"options":{{{",".join(options)}}},"message_id":{delivery_id},"message_timestamp":{timestamp}}}'
     )

@@ -51,7 +51,7 @@ Timestamp = TIMESTAMP(timezone=True)
 
 
 class OutboxMessage(Base):
-    """A to-do for one consumer. `id` is the idempotency key and the Dramatiq message id."""
+    """A delivery: one event for one consumer. Its `id` is also its idempotency key, and Dramatiq's message id."""
 
     __tablename__ = "outbox_message"
 
@@ -85,12 +85,12 @@ class OutboxMessage(Base):
 
 
 class DeadLetter(Base):
-    """A delivery that failed for good. It stays as the record after it was replayed or discarded."""
+    """A delivery that was given up. It stays as the record after it was replayed or discarded."""
 
     __tablename__ = "dead_letter"
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    message_id: Mapped[UUID]
+    message_id: Mapped[UUID]  # the delivery's id
     event_id: Mapped[UUID]
     event_type: Mapped[str] = mapped_column(Text)
     version: Mapped[int] = mapped_column(Integer)

@@ -1,10 +1,10 @@
-"""One delivery in the worker: claim the row, run the consumer, and tick the row off in the consumer's own transaction.
+"""A delivery as its consumer has it: what it is told, and the session whose commit also completes the delivery.
 
-The broker's message is a doorbell that carries the row's id; it may ring twice, late, or for a row that is done. What
-must stay true:
+The broker's message is a doorbell that carries the delivery's id; it may ring twice, late, or for one that is done.
+What must stay true:
 
-- A consumer's writes and the row's completion commit together or not at all. `begin()` ends with the complete
-  statement; if the row is not this claim's any more, the effect is rolled back.
+- A consumer's writes and the delivery's completion commit together or not at all. `begin()` ends with the complete
+  statement; if the delivery is not this claim's any more, the effect is rolled back.
 - Whatever goes wrong, the row stays in the ledger with a time at which it comes due again. So every path may end by
   acknowledging the broker's message, and none raises into Dramatiq, whose own retry could be lost.
 """
@@ -45,7 +45,7 @@ SELECT set_config('outbox.transaction', '{token}', true), set_config('{timeout}'
 
 
 class LeaseLostError(ServiceError):
-    """The row is another worker's by now, or done; this run's effect was rolled back."""
+    """The delivery is another worker's by now, or done; this run's effect was rolled back."""
 
 
 @dataclass(slots=True)
@@ -55,9 +55,9 @@ class Progress:
     begun: bool = False
     """`begin()` was called."""
     completed: bool = False
-    """The effect and the row's completion are committed."""
+    """The effect and the delivery's completion are committed."""
     lost: bool = False
-    """The row is somebody else's; the effect was rolled back."""
+    """The delivery is somebody else's; the effect was rolled back."""
     unreached: bool = False
     """The session is not there yet: PostgreSQL has executed nothing of the run's."""
 

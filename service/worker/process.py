@@ -1,7 +1,7 @@
 """The worker process, under the stock Dramatiq CLI: `dramatiq service.worker:setup_broker`.
 
-Every consumer becomes a Dramatiq actor of its name whose one argument is the row's id. What must stay true: an actor
-returns whatever happened, so Dramatiq acknowledges and never retries; the row alone decides what comes next.
+Every consumer becomes a Dramatiq actor of its name whose one argument is a delivery's id. What must stay true: an actor
+returns whatever happened, so Dramatiq acknowledges and never retries; the ledger alone decides what comes next.
 """
 
 from __future__ import annotations
@@ -148,19 +148,19 @@ def _exit_on_dead_thread(args: threading.ExceptHookArgs) -> None:
     os._exit(70)
 
 
-def _deliver(outbox: _Outbox, message_id: UUID, limit: float) -> None:
+def _deliver(outbox: _Outbox, delivery_id: UUID, limit: float) -> None:
     """Run one delivery from a worker thread; a `def` consumer runs in this very thread."""
     runner = outbox.runner
     try:
         restart_limit = partial(outbox.limits.manager.add_timeout, threading.get_ident(), limit)
-        run = _on_loop(runner.deliver(message_id, restart_limit))
+        run = _on_loop(runner.deliver(delivery_id, restart_limit))
         if run is not None:
             stuck = outbox.watchdog.running(f"{run.spec.name} ({run.claim.id})", runner.patience(run.spec))
             runner.run_in_thread(run, outbox.limits, stuck, _on_loop)
     except (Interrupt, RuntimeError, asyncio.CancelledError) as error:
         # A coroutine that outlives its time limit is abandoned by Dramatiq while it still runs: its fence and its
         # transaction's timeout end it, and the row comes due when its lease does.
-        _log.error("worker.abandoned", message_id=str(message_id), error=repr(error))
+        _log.error("worker.abandoned", delivery_id=str(delivery_id), error=repr(error))
 
 
 def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
@@ -213,6 +213,6 @@ def build(settings: Settings) -> Broker:
         _declare(broker, outbox, spec)
     if consumers:
         declare_unknown(
-            broker, lambda message_id: _deliver(outbox, message_id, outbox.settings.time_limit), consumers[0].queue
+            broker, lambda delivery_id: _deliver(outbox, delivery_id, outbox.settings.time_limit), consumers[0].queue
         )
     return broker

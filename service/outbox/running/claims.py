@@ -41,17 +41,17 @@ class Claims:
         self._waiting = asyncio.Semaphore(_WAITING)
         self._sharing: asyncio.Task[None] | None = None
 
-    async def claim(self, message_id: UUID, token: UUID) -> Claim | None:
+    async def claim(self, delivery_id: UUID, token: UUID) -> Claim | None:
         """See `delivering.claim`, whose errors this raises."""
         answer: asyncio.Future[Claim | None] = asyncio.get_running_loop().create_future()
-        self._asked.append((message_id, token, answer))
+        self._asked.append((delivery_id, token, answer))
         if self._sharing is None:
             self._sharing = asyncio.create_task(self._share())
         claim = await answer
         if claim is not None:
             return claim
         async with self._waiting, self._ledger() as connection:
-            return await delivering.claim(connection, message_id, token, self._lease)
+            return await delivering.claim(connection, delivery_id, token, self._lease)
 
     async def _share(self) -> None:
         try:
@@ -67,7 +67,7 @@ class Claims:
     async def _ask(self, asked: list[tuple[UUID, UUID, asyncio.Future[Claim | None]]]) -> None:
         try:
             async with self._ledger() as connection:
-                wanted = [(message_id, token) for message_id, token, _ in asked]
+                wanted = [(delivery_id, token) for delivery_id, token, _ in asked]
                 claims = await delivering.claim_free(connection, wanted, self._lease)
         except Exception as error:  # noqa: BLE001  it is theirs who asked, and those who ask next are served
             for _, _, answer in asked:
@@ -79,6 +79,6 @@ class Claims:
                 answer.cancel()
             raise
         given = {(claim.id, claim.token): claim for claim in claims}
-        for message_id, token, answer in asked:
+        for delivery_id, token, answer in asked:
             if not answer.done():
-                answer.set_result(given.get((message_id, token)))
+                answer.set_result(given.get((delivery_id, token)))

@@ -54,16 +54,16 @@ class Heartbeat(threading.Thread):
         self._lock = threading.Lock()
         self._stopped = asyncio.Event()
 
-    def watch(self, message_id: UUID, token: UUID, longest: timedelta) -> None:
+    def watch(self, delivery_id: UUID, token: UUID, longest: timedelta) -> None:
         """Extend this claim's lease until `forget`, but never past `longest` after its start."""
         with self._lock:
-            self._watched[message_id] = (token, longest)
+            self._watched[delivery_id] = (token, longest)
 
-    def forget(self, message_id: UUID, token: UUID) -> None:
+    def forget(self, delivery_id: UUID, token: UUID) -> None:
         """The run is over. Another run of the same message in this process keeps its watch."""
         with self._lock:
-            if self._watched.get(message_id, (None, None))[0] == token:
-                del self._watched[message_id]
+            if self._watched.get(delivery_id, (None, None))[0] == token:
+                del self._watched[delivery_id]
 
     def start(self) -> None:
         """Start the thread."""
@@ -116,7 +116,7 @@ class Heartbeat(threading.Thread):
             async with asyncio.timeout_at(deadline):
                 connection = self._connection = await self._connect()
         with self._lock:
-            leases = [(message_id, token, longest) for message_id, (token, longest) in self._watched.items()]
+            leases = [(delivery_id, token, longest) for delivery_id, (token, longest) in self._watched.items()]
         if not leases and not unused:
             return
         # Not `asyncio.timeout`: the ROLLBACK would wait for the cancelled statement's answer, for longer than a lease.

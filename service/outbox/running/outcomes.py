@@ -43,12 +43,12 @@ _REASON_LENGTH = 500
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The effect and the row's completion are committed."""
+    """The effect and the delivery's completion are committed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The row is somebody else's; the effect was rolled back."""
+    """The delivery is somebody else's; the effect was rolled back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Suspected:
-    """An outage or the row's own doing; the attempt is refunded until that was done too often."""
+    """An outage or the delivery's own doing; the attempt is refunded until that was done too often."""
 
     error: BaseException
     delay: timedelta
@@ -188,12 +188,12 @@ def log_completed(claim: Claim) -> None:
     _log.info(
         "outbox.completed",
         consumer=claim.consumer,
-        message_id=str(claim.id),
+        delivery_id=str(claim.id),
         attempt=claim.attempts,
         duration_ms=round((time.perf_counter() - claim.began) * 1000, 1),
     )
 
 
 def log_lost(claim: Claim) -> None:
-    """Tell that the row is somebody else's."""
-    _log.warning("outbox.lease_lost", consumer=claim.consumer, message_id=str(claim.id))
+    """Tell that the delivery is somebody else's."""
+    _log.warning("outbox.lease_lost", consumer=claim.consumer, delivery_id=str(claim.id))

@@ -1,6 +1,6 @@
-"""Runs the deliveries of one worker process: from the id in a broker message to a settled row.
+"""Runs the deliveries of one worker process: from the id in a broker message to a settled delivery.
 
-What must stay true: a message may be acknowledged whatever happens here, since the row comes due again by itself.
+What must stay true: a message may be acknowledged whatever happens here, since the delivery comes due again by itself.
 So nothing is raised into Dramatiq. An outage of PostgreSQL uses up no attempts: a claim waits for it to come back, and
 so does what became of a run, for as long as the process lives. The claim's token makes it safe to be late.
 """
@@ -132,19 +132,19 @@ class Runner:
         for thread in list(self._in_threads):
             raise_thread_exception(thread, Shutdown)
 
-    async def deliver(self, message_id: UUID, restart_limit: Callable[[], None] | None = None) -> Run | None:
-        """Run the delivery of a row to its end; that of a `def` consumer is returned, for `run_in_thread`.
+    async def deliver(self, delivery_id: UUID, restart_limit: Callable[[], None] | None = None) -> Run | None:
+        """Run a delivery to its end; that of a `def` consumer is returned, for `run_in_thread`.
 
         Args:
-            message_id: The row.
+            delivery_id: As the message has it.
             restart_limit: Called when the claim had to be waited for, so that the consumer has its whole time limit.
         """
         asked = asyncio.get_running_loop().time()
-        claim = await self._claim(message_id)
+        claim = await self._claim(delivery_id)
         if restart_limit is not None and asyncio.get_running_loop().time() - asked > self._settings.grace / 4:
             restart_limit()
         if claim is None:
-            _log.debug("outbox.nothing_to_claim", message_id=str(message_id))
+            _log.debug("outbox.nothing_to_claim", delivery_id=str(delivery_id))
             return None
         spec = consumer_named(claim.consumer)
         if self._releasing:
@@ -170,28 +170,28 @@ class Runner:
         delivery = Delivery(claim, self._sessions, progress, is_async=spec.is_async, timeout_ms=timeout_ms)
         return Run(claim, spec, delivery, progress)
 
-    async def _claim(self, message_id: UUID) -> Claim | None:
+    async def _claim(self, delivery_id: UUID) -> Claim | None:
         token = uuid4()
         attempt = 0
         try:
             while True:
                 try:
-                    return await self._claims.claim(message_id, token)
+                    return await self._claims.claim(delivery_id, token)
                 except DRIVER_ERRORS as error:
                     attempt += 1
-                    _log.warning("outbox.claim_waits", error=type(error).__name__, message_id=str(message_id))
+                    _log.warning("outbox.claim_waits", error=type(error).__name__, delivery_id=str(delivery_id))
                     if self._stopping:
                         break
                     await asyncio.sleep(backoff(attempt, 100, 3_000).total_seconds())
         except asyncio.CancelledError:
-            self._later(message_id, token, partial(self._give_back, message_id, token))
+            self._later(delivery_id, token, partial(self._give_back, delivery_id, token))
             raise
-        self._later(message_id, token, partial(self._give_back, message_id, token))
+        self._later(delivery_id, token, partial(self._give_back, delivery_id, token))
         return None
 
-    async def _give_back(self, message_id: UUID, token: UUID) -> None:
+    async def _give_back(self, delivery_id: UUID, token: UUID) -> None:
         """Undo a claim that nobody waits for any more: it may have been made without a reply."""
-        claim = await self._claims.claim(message_id, token)
+        claim = await self._claims.claim(delivery_id, token)
         if claim is not None:
             await self._write(claim, Released())
 
@@ -298,7 +298,7 @@ class Runner:
             case _ if spec.throws and isinstance(error, spec.throws):
                 return Dead(error, f"{type(error).__name__} is not retried")
             case _ if lost_database(error) and run.progress.unreached:
-                # Nothing was executed, so it is never the row's doing.
+                # Nothing was executed, so it is never the delivery's doing.
                 tries = min(claim.dispatches, 7)
                 return Released(error, backoff(tries, self.min_backoff(spec), self.max_backoff(spec)))
             case _ if lost_database(error):
@@ -337,7 +337,7 @@ class Runner:
         finally:
             self._forget(claim)
 
-    def _later(self, message_id: UUID, token: UUID, write: Callable[[], Awaitable[None]]) -> None:
+    def _later(self, delivery_id: UUID, token: UUID, write: Callable[[], Awaitable[None]]) -> None:
         """Go on until it is written, or one lease long from when this worker stops; the lease is kept until then."""
 
         async def write_at_last() -> None:
@@ -351,18 +351,18 @@ class Runner:
                     try:
                         return await write()
                     except DRIVER_ERRORS as error:
-                        _log.warning("outbox.not_settled", error=type(error).__name__, message_id=str(message_id))
+                        _log.warning("outbox.not_settled", error=type(error).__name__, delivery_id=str(delivery_id))
                     if self._stopping:
                         give_up_at = min(give_up_at, loop.time() + self._lease.total_seconds())
                     if loop.time() >= give_up_at:
-                        _log.error("outbox.given_up", message_id=str(message_id))
+                        _log.error("outbox.given_up", delivery_id=str(delivery_id))
                         return None
             finally:
-                self._heartbeat.forget(message_id, token)
+                self._heartbeat.forget(delivery_id, token)
 
         if len(self._unsettled) >= _UNSETTLED:
-            _log.error("outbox.given_up", message_id=str(message_id))
-            self._heartbeat.forget(message_id, token)
+            _log.error("outbox.given_up", delivery_id=str(delivery_id))
+            self._heartbeat.forget(delivery_id, token)
             return
         task = asyncio.create_task(write_at_last())
         self._unsettled[token] = task
@@ -379,7 +379,7 @@ class Runner:
             except Exception as error:  # what a consumer raised may do anything when it is asked what it says
                 if isinstance(error, DRIVER_ERRORS) and not isinstance(error, CONTENT_ERRORS):
                     raise
-                _log.error("outbox.unstorable", message_id=str(claim.id), exception=trace(error, claim.payload))
+                _log.error("outbox.unstorable", delivery_id=str(claim.id), exception=trace(error, claim.payload))
                 await self._store(claim, unstorable(outcome, error))
 
     async def _store(self, claim: Claim, outcome: Outcome) -> None:
@@ -418,4 +418,4 @@ def _cut_early(timer: asyncio.Timeout) -> bool:
 def _traced(claim: Claim) -> AbstractContextManager[None]:
     """What a run publishes and logs carries the ids of what caused it."""
     headers = claim.headers | {"causation_id": str(claim.id)}
-    return trace_context(headers, consumer=claim.consumer, message_id=str(claim.id))
+    return trace_context(headers, consumer=claim.consumer, delivery_id=str(claim.id))

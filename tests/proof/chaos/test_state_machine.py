@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
         transaction = self.relay.transaction()
         self.run(transaction.start())
         batch = self.run(take_due(self.relay, "model", NO_FLOOR, 10, PAUSES, expired_leases=not spares))
-        handed_over = {UUID(each.id) for each in (batch.rows if batch else [])}
+        handed_over = {UUID(each.delivery_id) for each in (batch.rows if batch else [])}
         assert handed_over == {message_id for message_id in taken if not self.rows[message_id].suspect}
         assert (batch.suspects if batch else 0) == len(taken) - len(handed_over)
         return transaction, taken

@@ -15,7 +15,7 @@ from dramatiq.middleware import default_middleware
 from pydantic import SecretStr
 
 from relay.brokers.factory import make_sender
-from service.ledger.message import Handover
+from service.ledger.message import DueDelivery
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker
 from tests.waiting import until
@@ -120,20 +120,20 @@ async def sender(stock: Stock) -> AsyncIterator[Sender]:
     await sender.close()
 
 
-def batch(size: int = 20) -> list[Handover]:
-    return [Handover(str(uuid4()), "plain.record", TRACE if number % 2 else None) for number in range(size)]
+def batch(size: int = 20) -> list[DueDelivery]:
+    return [DueDelivery(str(uuid4()), "plain.record", TRACE if number % 2 else None) for number in range(size)]
 
 
 async def test_each_body_equals_the_message_that_it_decodes_to(stock: Stock, sender: Sender) -> None:
     rows = batch()
     await sender.hand_over("ledger", rows, "t")
     bodies = await stock.bodies()
-    bodies = sorted(bodies, key=lambda body: [row.id for row in rows].index(json.loads(body)["message_id"]))
-    assert [json.loads(body)["message_id"] for body in bodies] == [row.id for row in rows]
+    bodies = sorted(bodies, key=lambda body: [row.delivery_id for row in rows].index(json.loads(body)["message_id"]))
+    assert [json.loads(body)["message_id"] for body in bodies] == [row.delivery_id for row in rows]
     for body, row in zip(bodies, rows, strict=True):
         message: dramatiq.Message[None] = dramatiq.Message.decode(body)
         assert (message.queue_name, message.actor_name) == ("ledger", "plain.record")
-        assert (message.args, message.kwargs) == ((row.id,), {})
+        assert (message.args, message.kwargs) == ((row.delivery_id,), {})
         assert message.options.get("traceparent") == row.trace
         assert message.encode() == body
 
@@ -159,7 +159,7 @@ async def test_a_stock_worker_runs_each_message_once_and_nothing_remains(
     finally:
         # What is not acknowledged by then goes back into its queue.
         worker.stop()
-    assert sorted(ran) == sorted(row.id for row in rows)
+    assert sorted(ran) == sorted(row.delivery_id for row in rows)
     assert sum((await stock.remains()).values()) == 0
 
 

@@ -18,7 +18,7 @@ from relay.brokers.redis_sender import RedisSender
 from relay.process.loop import Relay
 from service.database.driver import connect
 from service.ledger.dispatching import NO_FLOOR, Pauses, queue_heads, take_due
-from service.ledger.message import Handover
+from service.ledger.message import DueDelivery
 from tests.proof.ledger import domain
 from tests.waiting import until
 
@@ -159,14 +159,14 @@ async def test_bodies_whose_list_was_deleted_are_removed(
     held = f"{settings.broker.namespace}:__acks__.worker.ledger"
     ids = [str(uuid4()) for _ in range(4)]
     sender = RedisSender(settings.broker)
-    await sender.hand_over("ledger", [Handover(ids[0], "ledger.react", None)], "t1")
+    await sender.hand_over("ledger", [DueDelivery(ids[0], "ledger.react", None)], "t1")
     await broker.zadd(f"{settings.broker.namespace}:__heartbeats__", {"worker": 1})
     await broker.sadd(held, str(await broker.lpop(key)))
-    await sender.hand_over("ledger", [Handover(ids[1], "ledger.react", None)], "t2")
+    await sender.hand_over("ledger", [DueDelivery(ids[1], "ledger.react", None)], "t2")
     assert await broker.hlen(f"{key}.msgs") == 2
     await broker.delete(key, held)
-    await sender.hand_over("ledger", [Handover(ids[2], "ledger.react", None)], "t3")
-    await sender.hand_over("ledger", [Handover(ids[3], "ledger.react", None)], "t4")
+    await sender.hand_over("ledger", [DueDelivery(ids[2], "ledger.react", None)], "t3")
+    await sender.hand_over("ledger", [DueDelivery(ids[3], "ledger.react", None)], "t4")
     await sender.close()
     assert await broker.hkeys(f"{key}.msgs") == [f"{ids[2]}:t3", f"{ids[3]}:t4"]
 
@@ -194,7 +194,7 @@ async def test_two_relays_skip_each_others_rows(ledger: Ledger, connect: Connect
             second = await take_due(two, "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
     assert first is not None
     assert second is not None
-    assert len({row.id for row in first.rows} | {row.id for row in second.rows}) == 4
+    assert len({row.delivery_id for row in first.rows} | {row.delivery_id for row in second.rows}) == 4
 
 
 async def test_what_commits_late_below_the_floor_is_found(
@@ -245,7 +245,7 @@ async def count_is(broker: redis.asyncio.Redis, settings: Settings, count: int) 
 async def test_a_repeated_call_within_a_transaction_queues_once(settings: Settings, ledger: Ledger) -> None:
     """A later transaction must not be suppressed by it: its dispatch is needed."""
     sender = RedisSender(settings.broker)
-    batch = [Handover(str(uuid4()), "ledger.react", None)]
+    batch = [DueDelivery(str(uuid4()), "ledger.react", None)]
     assert await sender.hand_over("ledger", batch, "t1") == 1
     assert await sender.hand_over("ledger", batch, "t1") == 1
     assert await sender.hand_over("ledger", batch, "t2") == 2
@@ -285,7 +285,7 @@ async def test_a_trace_of_another_form_is_left_out_and_its_neighbours_keep_their
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     traces = {str(uuid4()): each for each in (trace, "odd", None, trace.upper(), trace)}
     sender = RedisSender(settings.broker)
-    await sender.hand_over("ledger", [Handover(each, "ledger.react", traces[each]) for each in traces], "t")
+    await sender.hand_over("ledger", [DueDelivery(each, "ledger.react", traces[each]) for each in traces], "t")
     await sender.close()
     bodies = map(json.loads, await broker.hvals(f"{settings.broker.namespace}:ledger.msgs"))
     passed_on = {body["message_id"]: body["options"].get("traceparent") for body in bodies}
@@ -301,7 +301,7 @@ class Watched(RedisSender):
         self.sizes: list[int] = []
         self.queues: list[str] = []
 
-    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+    async def hand_over(self, queue: str, batch: Sequence[DueDelivery], transaction: str) -> int:
         self.asked.append(time.monotonic())
         waiting = await super().hand_over(queue, batch, transaction)
         self.sizes.append(len(batch))

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from relay.brokers.redis_sender import RedisSender
 from relay.brokers.sender import BrokerUnavailableError
 from service.dev.valkey import Valkey
-from service.ledger.message import Handover
+from service.ledger.message import DueDelivery
 from service.settings import BrokerSettings
 from tests.waiting import until
 
@@ -34,7 +34,7 @@ async def sender(url: str) -> AsyncIterator[RedisSender]:
 
 
 async def publish(sender: RedisSender) -> None:
-    await sender.hand_over("ledger", [Handover(str(uuid4()), "ledger.react", None)], uuid4().hex)
+    await sender.hand_over("ledger", [DueDelivery(str(uuid4()), "ledger.react", None)], uuid4().hex)
 
 
 async def is_blamed(sender: RedisSender) -> None:

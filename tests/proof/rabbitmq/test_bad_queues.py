@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import aiormq
     from pamqp.common import FieldTable
 
-    from service.ledger.message import Handover
+    from service.ledger.message import DueDelivery
     from service.settings import BrokerSettings, Settings
     from tests.proof.ledger.conftest import Ledger
     from tests.proof.rabbitmq.conftest import Running
@@ -69,7 +69,7 @@ class Watched(RabbitmqSender):
         super().__init__(settings)
         self.asked = 0
 
-    async def hand_over(self, queue: str, batch: Sequence[Handover], transaction: str) -> int:
+    async def hand_over(self, queue: str, batch: Sequence[DueDelivery], transaction: str) -> int:
         self.asked += queue == "ledger"
         return await super().hand_over(queue, batch, transaction)
 

@@ -19,7 +19,7 @@ from relay.brokers.rabbitmq_batch import publish_batch
 from relay.brokers.rabbitmq_channel import OneChannel
 from relay.brokers.rabbitmq_sender import RabbitmqSender
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
-from service.ledger.message import Handover
+from service.ledger.message import DueDelivery
 from service.settings import BrokerSettings
 from tests.waiting import until
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 
-def batch(size: int = 3) -> list[Handover]:
-    return [Handover(str(uuid4()), "ledger.react", None) for _ in range(size)]
+def batch(size: int = 3) -> list[DueDelivery]:
+    return [DueDelivery(str(uuid4()), "ledger.react", None) for _ in range(size)]
 
 
 @pytest.fixture
@@ -61,12 +61,12 @@ async def test_a_batch_is_queued_durably_in_its_order(sender: RabbitmqSender, am
     await sender.hand_over("ledger", rows, "t")
     assert await sender.depth("ledger") == 500
     found = [(await get(amqp)).header.properties for _ in rows]
-    assert [properties.message_id for properties in found] == [row.id for row in rows]
+    assert [properties.message_id for properties in found] == [row.delivery_id for row in rows]
     assert {properties.delivery_mode for properties in found} == {2}
 
 
 async def test_a_body_larger_than_a_frame_arrives_whole(sender: RabbitmqSender, amqp: aiormq.Channel) -> None:
-    row = Handover(str(uuid4()), "x" * 300_000, None)
+    row = DueDelivery(str(uuid4()), "x" * 300_000, None)
     await sender.hand_over("ledger", [row, *batch()], "t")
     assert json.loads((await get(amqp)).body)["actor_name"] == row.consumer
     assert await count(amqp) == 3
