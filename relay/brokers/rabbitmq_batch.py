@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from aiormq import Channel
 
-__all__ = ["count", "publish_batch"]
+__all__ = ["count", "send_batch"]
 
 _PERSISTENT = 2
 
 
-async def publish_batch(channel: Channel, queue: str, messages: Sequence[tuple[str, bytes]]) -> int:
+async def send_batch(channel: Channel, queue: str, messages: Sequence[tuple[str, bytes]]) -> int:
     """Publish ids and bodies to a queue, and return how many messages then wait in it.
 
     Raises:

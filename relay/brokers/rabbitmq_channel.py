@@ -24,7 +24,7 @@ __all__ = ["OneChannel"]
 # It logs every frame and, with a traceback, every connection that is lost; the relay reports the loss in one line.
 logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 
-_HEARTBEAT = "20"
+_HEARTBEAT_SECONDS = "20"
 _GOODBYE = 2.0
 
 
@@ -51,7 +51,7 @@ class OneChannel:
 
     def __init__(self, settings: BrokerSettings) -> None:
         address = URL(settings.url.get_secret_value())
-        self._url = address.update_query(heartbeat=address.query.get("heartbeat", _HEARTBEAT))
+        self._url = address.update_query(heartbeat=address.query.get("heartbeat", _HEARTBEAT_SECONDS))
         secure = address.scheme == "amqps"
         self._tls = tls_context(settings.tls_ca_file) if secure else None
         self._transport = _Transport(secure=secure, silence_timeout=settings.silence_timeout)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryError
 
-from relay.brokers.rabbitmq_batch import count, publish_batch
+from relay.brokers.rabbitmq_batch import count, send_batch
 from relay.brokers.rabbitmq_channel import OneChannel
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.ledger.message import DueDelivery, encode
@@ -68,7 +68,7 @@ class RabbitmqSender:
         """
         timestamp = int(time.time() * 1000)
         messages = [(row.delivery_id, encode(queue, row, timestamp).encode()) for row in batch]
-        return await self._ask(queue, lambda channel: publish_batch(channel, queue, messages))
+        return await self._ask(queue, lambda channel: send_batch(channel, queue, messages))
 
     async def depth(self, queue: str) -> int:
         """See `Sender.depth`."""

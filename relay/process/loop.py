@@ -100,7 +100,7 @@ class Relay:
         """Finish the batch at hand and end."""
         self._stopping.set()
         if self._wakeup is not None:
-            self._wakeup.wake()
+            self._wakeup.end()
 
     async def run(self) -> None:
         """Serve until stopped; an outage of PostgreSQL or of the broker is waited out."""

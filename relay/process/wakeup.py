@@ -60,7 +60,7 @@ class Wakeup:
     def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
         self._connection = connection
         self._notified = asyncio.Event()
-        self._closing = False
+        self._ended = False
         self._payloads: list[object] = []
         self._kept_awake = 0
 
@@ -111,9 +111,9 @@ class Wakeup:
         """End this sleep; there is something new to do."""
         self._notified.set()
 
-    def wake(self) -> None:
+    def end(self) -> None:
         """End this sleep and every later one."""
-        self._closing = True
+        self._ended = True
         self._notified.set()
 
     async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> bool:
@@ -124,7 +124,7 @@ class Wakeup:
             longest: Seconds to sleep at most.
         """
         self._notified.clear()
-        if self._closing:
+        if self._ended:
             return False
         row = await self._connection.fetchrow(_TRY)
         assert row is not None

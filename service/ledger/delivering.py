@@ -73,7 +73,7 @@ _CLAIMABLE = f"""
  OR ({_STATE} = 'running' AND message.claim_token = asked.token))
 """
 
-_TAKE = """
+_AS_RUNNING = """
 SET state = 'running',
     claim_token = asked.token,
     attempts = message.attempts
@@ -88,7 +88,7 @@ message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale
 """
 
 _CLAIM = f"""
-UPDATE outbox_message AS message {_TAKE}
+UPDATE outbox_message AS message {_AS_RUNNING}
 FROM (SELECT $1::uuid AS id, $2::uuid AS token) AS asked
 WHERE message.id = asked.id AND {_CLAIMABLE}
 RETURNING {_TAKEN}, CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
@@ -102,7 +102,7 @@ WITH asked AS MATERIALIZED (
     WHERE message.id = ANY($1::uuid[]) AND {_CLAIMABLE}
     FOR UPDATE OF message SKIP LOCKED
 )
-UPDATE outbox_message AS message {_TAKE}
+UPDATE outbox_message AS message {_AS_RUNNING}
 FROM asked WHERE message.ctid = asked.ctid
 RETURNING {_TAKEN},
           (SELECT set_config('synchronous_commit', 'off', true)

@@ -48,7 +48,7 @@ NO_FLOOR = Floor(datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 _LOST = """
 jsonb_build_object('type', 'WorkerLost', 'message', 'the lease ended without a heartbeat', 'traceback', '')
 """
-_TAKE = f"""
+_TAKE_DUE = f"""
 WITH due AS MATERIALIZED (
     SELECT ctid, id, due_at, state = 'running' AND attempts >= {SUSPECT_FROM} AS suspect FROM outbox_message
     WHERE queue = $1 AND state <> 'completed' AND due_at <= now() AND (due_at, id) >= ($2, $3)
@@ -89,7 +89,7 @@ FROM heads
 
 
 # The same for queues that are known, above their floors: it crawls over nothing that has been handed over.
-_DUE = f"""
+_DUE_QUEUES = f"""
 SELECT known.queue
 FROM unnest($1::text[], $2::timestamptz[], $3::uuid[]) AS known (queue, due_at, id)
 CROSS JOIN LATERAL (
@@ -138,7 +138,7 @@ async def take_due(
         expired_leases: Whether a row that is `running` may be taken from its worker when its lease has ended.
     """
     rows = await connection.fetch(
-        _TAKE, queue, floor.due_at, floor.id, limit, pauses.redispatch_after, expired_leases,
+        _TAKE_DUE, queue, floor.due_at, floor.id, limit, pauses.redispatch_after, expired_leases,
         pauses.min_backoff, pauses.max_backoff,
     )  # fmt: skip
     if not rows:
@@ -155,4 +155,4 @@ async def queue_heads(connection: Connection) -> list[QueueHead]:
 async def due_queues(connection: Connection, floors: Mapping[str, Floor]) -> list[str]:
     """Which of these queues have a row that is due above the floor and are not paused."""
     columns = (list(floors), [floor.due_at for floor in floors.values()], [floor.id for floor in floors.values()])
-    return [row["queue"] for row in await connection.fetch(_DUE, *columns)]
+    return [row["queue"] for row in await connection.fetch(_DUE_QUEUES, *columns)]

@@ -44,7 +44,7 @@ class StuckError(ServiceError):
     """Something in this process does not come back."""
 
 
-class _Run:
+class _Watched:
     """Something in the calling thread that must end, or answer, before it was looked at for `limit` seconds."""
 
     def __init__(self, what: str, limit: float) -> None:
@@ -88,8 +88,8 @@ class Watchdog(threading.Thread):
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: float) -> None:
         super().__init__(name="outbox-watchdog", daemon=True)
         self._loop = loop
-        self._loop_run = _Run("the event loop", limit)
-        self._runs: dict[int, _Run] = {}
+        self._watched_loop = _Watched("the event loop", limit)
+        self._runs: dict[int, _Watched] = {}
         self._orphaned_for = 0
         self._stopping = False
         self._stopped = threading.Event()
@@ -97,7 +97,7 @@ class Watchdog(threading.Thread):
     @contextmanager
     def running(self, what: str, limit: float) -> Iterator[None]:
         """Around what the calling thread runs, for at most `limit` seconds."""
-        self._runs[threading.get_ident()] = _Run(what, limit)
+        self._runs[threading.get_ident()] = _Watched(what, limit)
         try:
             yield
         finally:
@@ -119,8 +119,8 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         """Look until stopped."""
         while not self._stopped.wait(_INTERVAL):
-            self._loop.call_soon_threadsafe(self._loop_run.answer)
-            for each in (self._loop_run, *self._runs.copy().values()):
+            self._loop.call_soon_threadsafe(self._watched_loop.answer)
+            for each in (self._watched_loop, *self._runs.copy().values()):
                 each.look()
             self._look_at_parent()
 

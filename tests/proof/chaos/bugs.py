@@ -66,7 +66,7 @@ def commit_before_publish() -> None:
 
     @when_imported("service.ledger.dispatching")
     def forget(module: Any) -> None:
-        _replace(module, "_TAKE", _DUE_AGAIN, "$5::interval * 100000")
+        _replace(module, "_TAKE_DUE", _DUE_AGAIN, "$5::interval * 100000")
 
     @when_imported("relay.process.loop")
     def patch(module: Any) -> None:

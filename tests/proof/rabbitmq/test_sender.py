@@ -15,7 +15,7 @@ from aiormq import DeliveryError
 from pydantic import SecretStr
 
 from relay.brokers.factory import make_sender
-from relay.brokers.rabbitmq_batch import publish_batch
+from relay.brokers.rabbitmq_batch import send_batch
 from relay.brokers.rabbitmq_channel import OneChannel
 from relay.brokers.rabbitmq_sender import RabbitmqSender
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
@@ -93,7 +93,7 @@ async def test_what_no_queue_takes_is_returned(rabbitmq: Rabbitmq) -> None:
     line = OneChannel(BrokerSettings(url=SecretStr(rabbitmq.url)))
     channel = await line.open()
     with pytest.raises(DeliveryError):
-        await publish_batch(channel, "missing", [(str(uuid4()), b"{}")])
+        await send_batch(channel, "missing", [(str(uuid4()), b"{}")])
     await line.close()
 
 
