@@ -64,7 +64,6 @@ class OneChannel:
         return self._channel
 
     async def open(self) -> Channel:
-        """Connect."""
         self._connection = Connection(self._url, context=self._tls, transport_factory=self._transport)
         await self._connection.connect()
         channel = await self._connection.channel()
@@ -98,7 +97,6 @@ class OneChannel:
         return False
 
     def abort(self) -> None:
-        """Cut the connection."""
         self._transport.abort()
 
     async def close(self) -> None:

@@ -71,11 +71,9 @@ class RabbitmqSender:
         return await self._ask(queue, lambda channel: send_batch(channel, queue, messages))
 
     async def depth(self, queue: str) -> int:
-        """See `Sender.depth`."""
         return await self._ask(queue, lambda channel: count(channel, queue))
 
     async def inspect(self, queue: str) -> int | None:
-        """See `Sender.inspect`."""
 
         async def question(channel: Channel) -> int:
             await count(channel, queue)
@@ -90,11 +88,9 @@ class RabbitmqSender:
             raise
 
     async def ping(self) -> None:
-        """See `Sender.ping`."""
         await self._ping(self._timeout)
 
     async def close(self) -> None:
-        """See `Sender.close`."""
         lines = list(self._lines.values())
         self._lines.clear()
         await asyncio.gather(*(line.close() for line in lines))

@@ -135,7 +135,6 @@ class RedisSender:
         self._probe = self._client.register_script(_PROBE_SCRIPT)
 
     async def hand_over(self, queue: str, batch: Sequence[DueDelivery], transaction: str) -> int:
-        """See `Sender.hand_over`."""
         list_key = f"{self._namespace}:{queue}"
         arguments = [transaction, f"{self._namespace}:__heartbeats__", f"{self._namespace}:__acks__.", f".{queue}"]
         for (consumer, traced), rows in _groups(batch).items():
@@ -148,7 +147,6 @@ class RedisSender:
         return int(await self._call(self._script(keys=keys, args=arguments)))
 
     async def depth(self, queue: str) -> int:
-        """See `Sender.depth`."""
         return int(await self._call(self._client.llen(f"{self._namespace}:{queue}")))
 
     async def inspect(self, queue: str) -> int | None:
@@ -157,14 +155,12 @@ class RedisSender:
         return await self.depth(queue)
 
     async def ping(self) -> None:
-        """See `Sender.ping`."""
         try:
             await self._call(self._probe(keys=[f"{self._namespace}:__outbox_probe__"]))
         except QueueRefusedError as error:
             raise BrokerUnavailableError(str(error)) from error
 
     async def close(self) -> None:
-        """See `Sender.close`."""
         await self._client.aclose()
 
     async def _call(self, command: Awaitable[Any]) -> Any:

@@ -109,22 +109,18 @@ class LentSession(FlushingSession):
         super().commit()
 
     def rollback(self) -> None:
-        """Refused while it is lent."""
         self._refuse("there is one transaction: use begin_nested() for what may be undone, or raise")
         super().rollback()
 
     def close(self) -> None:
-        """Refused while it is lent."""
         self._refuse("the session is closed by its owner: remove the close()")
         super().close()
 
     def reset(self) -> None:
-        """Refused while it is lent."""
         self._refuse("there is one transaction: remove the reset()")
         super().reset()
 
     def invalidate(self) -> None:
-        """Refused while it is lent."""
         self._refuse("the session is closed by its owner: remove the invalidate()")
         super().invalidate()
 

@@ -38,12 +38,10 @@ class Guard:
 
     @classmethod
     def ending(cls, pid: int, signal: str = "TERM") -> Self:
-        """End a process."""
         return cls(_KILL, signal, f"{pid}")
 
     @classmethod
     def removing(cls, folder: Path) -> Self:
-        """Remove a temporary folder."""
         return cls(_REMOVE, str(folder))
 
     def dismiss(self) -> None:

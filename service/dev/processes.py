@@ -142,7 +142,6 @@ class Process:
         self.wait()
 
     def kill(self) -> None:
-        """SIGKILL the whole group."""
         self._clean_up()
 
     def _clean_up(self) -> None:

@@ -79,7 +79,6 @@ class Sink:
         return bound
 
     async def stop(self) -> None:
-        """Listen no more."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -145,7 +144,6 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the sink until SIGTERM."""
     parser = argparse.ArgumentParser(description="An SMTP server that only writes down what it accepts.")
     parser.add_argument("--port", type=int, default=0, help="loopback port; 0 takes any free one")
     parser.add_argument("--file", type=Path, required=True, help="where to write accepted messages")

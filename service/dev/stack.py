@@ -184,7 +184,6 @@ def api_command(port: int) -> list[str]:
 
 
 def relay_command() -> list[str]:
-    """A relay."""
     return [*outbox_command(), "relay"]
 
 
@@ -199,6 +198,5 @@ def worker_command(*, processes: int, threads: int) -> list[str]:
 
 
 def sink_command(port: int, file: Path, reject_file: Path, delay: float = 0) -> list[str]:
-    """The SMTP sink."""
     options: dict[str, Any] = {"--port": port, "--file": file, "--reject-file": reject_file, "--delay": delay}
     return _program("service.dev.sink", *(str(part) for option in options.items() for part in option))

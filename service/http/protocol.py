@@ -35,12 +35,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._begun = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock."""
         super().connection_made(transport)
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
         self._stop_clock()
         super().connection_lost(exc)
 
@@ -57,7 +55,6 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_clock()
 
     def on_message_begin(self) -> None:
-        """A request's first byte."""
         self._begun, self._unseen = True, 0
         super().on_message_begin()
 
@@ -78,7 +75,6 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The end of the body."""
         self._unseen = 0
         if not self.transport.is_closing():
             super().on_message_complete()

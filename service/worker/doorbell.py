@@ -92,7 +92,6 @@ class DoorbellRedisBroker(RedisBroker):
         return _DoorbellConsumer(self, queue_name, prefetch, timeout / 1000, fetched)
 
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
-        """Enqueue, and ring."""
         enqueued = super().enqueue(message, delay=delay)
         self.ring(enqueued.queue_name)
         return enqueued
@@ -110,8 +109,6 @@ def _place(message: Message[Any] | MessageProxy) -> bytes:
 
 
 class _DoorbellConsumer(Consumer):
-    """Fetches a queue's messages."""
-
     def __init__(
         self, broker: DoorbellRedisBroker, queue: str, prefetch: int, timeout: float, fetched: _Fetched
     ) -> None:
@@ -230,7 +227,6 @@ class _DoorbellConsumer(Consumer):
                 return
 
     def ack(self, message: MessageProxy) -> None:
-        """The message is done."""
         self._settle(message, well=True)
 
     def nack(self, message: MessageProxy) -> None:

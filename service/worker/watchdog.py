@@ -117,7 +117,6 @@ class Watchdog(threading.Thread):
         self.join(timeout=5)
 
     def run(self) -> None:
-        """Look until stopped."""
         while not self._stopped.wait(_INTERVAL):
             self._loop.call_soon_threadsafe(self._watched_loop.answer)
             for each in (self._watched_loop, *self._runs.copy().values()):

@@ -73,7 +73,6 @@ class Stage:
 
     @property
     def mails(self) -> Path:
-        """What the sink accepted."""
         return self.folder / "mails.jsonl"
 
     @property

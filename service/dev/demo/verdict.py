@@ -69,7 +69,6 @@ class Verdict:
 
 
 async def count(stage: Stage) -> Counts:
-    """Count what PostgreSQL holds."""
     [effects], [ledger] = await stage.database.fetch(EFFECTS), await stage.database.fetch(_LEDGER)
     return Counts(**effects, **ledger)
 

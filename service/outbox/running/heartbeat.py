@@ -66,7 +66,6 @@ class Heartbeat(threading.Thread):
                 del self._watched[delivery_id]
 
     def start(self) -> None:
-        """Start the thread."""
         self._loop = asyncio.new_event_loop()
         super().start()
 
@@ -77,7 +76,6 @@ class Heartbeat(threading.Thread):
         self.join(timeout=5)
 
     def run(self) -> None:
-        """Beat until stopped."""
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._until_stopped())
 

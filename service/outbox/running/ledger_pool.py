@@ -52,7 +52,6 @@ class LedgerPool:
         await self._pool
 
     async def close(self) -> None:
-        """End the connections."""
         await self._pool.close()
 
     @asynccontextmanager
