@@ -26,7 +26,7 @@ from service.database.base import Base
 from service.database.driver import DRIVER_ERRORS, open_connection
 from service.errors import ConfigurationError
 from service.settings import load_settings
-from service.terminal import visible
+from service.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from service.errors import ServiceError
-from service.terminal import visible, visible_json
+from service.text import visible, visible_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence

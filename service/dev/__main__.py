@@ -23,7 +23,7 @@ from service.dev.stack import (
     undo,
 )
 from service.errors import ServiceError
-from service.terminal import visible
+from service.text import visible
 
 if TYPE_CHECKING:
     from types import FrameType

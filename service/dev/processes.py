@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from service.dev.guard import Guard
 from service.dev.places import ROOT
-from service.terminal import visible
+from service.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

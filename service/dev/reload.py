@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.terminal import visible
+from service.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

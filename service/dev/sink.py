@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 
 from aiosmtpd.smtp import SMTP
 
-from service.terminal import visible
+from service.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ from service.dev.processes import Process, Supervisor, stop_all, to_terminal
 from service.dev.reload import Watch, shown
 from service.dev.servers import free_port
 from service.network.postgres_url import read_postgres
-from service.terminal import visible
+from service.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,8 +18,7 @@ from uuid import uuid4
 import structlog
 
 from service.telemetry.log_queue import QueuedHandler
-from service.terminal import visible
-from service.text import storable
+from service.text import storable, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from service.terminal import visible, visible_json
+from service.text import visible, visible_json
 from tests.proof.cli.conftest import json_literal
 
 if TYPE_CHECKING:
