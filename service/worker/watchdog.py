@@ -7,8 +7,8 @@ turn each worker that is handed the row. Once the process is gone, attempts are 
 Where Dramatiq's main process is killed, nobody stops its children or would start them again: they would go on beside
 those of the next one, with the code of then. So each stops as if it had been told to.
 
-What must stay true: it counts its own looks and not the clock, so that a machine that stood still is not taken for
-stuck; and a run that waits for PostgreSQL to write its outcome down is over, so that an outage is not either.
+What must stay true: it counts its own looks and not the clock, so that a machine that stood still is not taken for a
+stuck process; nor is an outage: a run is over before its outcome is written down, which waits for PostgreSQL.
 """
 
 from __future__ import annotations

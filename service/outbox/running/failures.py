@@ -82,8 +82,8 @@ def trace(error: BaseException, payload: Mapping[str, Any]) -> str:
 
 
 def _without_values(text: str, payload: Mapping[str, Any]) -> str:
-    """Short values are removed as whole words only: EUR, but not of EUROPE. One character or digit, or two of them in a
-    number, tell nothing and stand everywhere."""
+    """Short values are removed as whole words only: EUR, but not of EUROPE. The shortest stay, for they give nothing
+    away and would be found everywhere: one character, or two digits."""
     for value in sorted(map(_shown, payload.values()), key=len, reverse=True):
         if len(value) >= 4 and not _NUMBER.fullmatch(value):
             text = re.sub(re.escape(value), "[payload]", text, flags=re.IGNORECASE)  # servers repeat in another case

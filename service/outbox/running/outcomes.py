@@ -127,7 +127,7 @@ def unstorable(outcome: Outcome, refusal: Exception) -> Outcome:
 
 
 async def write(connection: Connection, claim: Claim, outcome: Outcome, patience: timedelta) -> None:
-    """Write an outcome into the row, unless the row is not the claim's any more. Of two there is nothing to write.
+    """Write an outcome into the row, unless the row is not the claim's any more. `Completed` and `Lost` need no write.
 
     Args:
         connection: In no transaction, or in one of its own.
