@@ -17,15 +17,7 @@ from uuid_utils.compat import uuid7
 from service.errors import EventDefinitionError
 from service.outbox.fields import check_fields
 
-__all__ = [
-    "MAX_CONSUMERS",
-    "Event",
-    "delivery_id",
-    "event_type_of",
-    "new_event_id",
-    "new_id",
-    "registered_events",
-]
+__all__ = ["MAX_CONSUMERS", "Event", "delivery_id", "event_type_of", "new_event_id", "new_id", "registered_events"]
 
 MAX_CONSUMERS = 255
 """Consumers one event type can have: as many deliveries as fit between two event ids."""

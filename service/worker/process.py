@@ -72,24 +72,15 @@ class _Loop(AsyncIO):
 
 
 class _Outbox(Middleware):
-    """Gives every worker process an engine and a runner, made and disposed of on its event loop."""
+    """Gives every worker process an engine, a runner and a watchdog, made on its event loop when it boots."""
+
+    runner: Runner
+    watchdog: Watchdog
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.settings = settings.outbox
         self.limits = TimeLimit()
-        self._runner: Runner | None = None
-        self._watchdog: Watchdog | None = None
-
-    @property
-    def watchdog(self) -> Watchdog:
-        assert self._watchdog is not None, "the worker has not booted"
-        return self._watchdog
-
-    @property
-    def runner(self) -> Runner:
-        assert self._runner is not None, "the worker has not booted"
-        return self._runner
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
         # Dramatiq only logs an exception raised here, and would run a worker that can do nothing.
@@ -103,12 +94,12 @@ class _Outbox(Middleware):
     async def _open(self, threads: int) -> None:
         database = self._settings.database.model_copy(update={"pool_size": max(threads, 1)})
         self._engine = create_engine(database, application_name="outbox-worker")
-        self._runner = Runner(self._settings, self._engine)
-        await self._runner.open()
-        patience = self._runner.patience
+        self.runner = Runner(self._settings, self._engine)
+        await self.runner.open()
+        patience = self.runner.patience
         limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
-        self._watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))
-        self._watchdog.start()
+        self.watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))
+        self.watchdog.start()
 
     def after_process_message(self, *_: Any, **_results: Any) -> None:
         self.watchdog.ended()

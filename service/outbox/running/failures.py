@@ -21,12 +21,7 @@ from service.text import storable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "describe",
-    "lost_database",
-    "said",
-    "trace",
-]
+__all__ = ["describe", "lost_database", "said", "trace"]
 
 _MESSAGE_LENGTH = 500
 _FRAMES = 6
