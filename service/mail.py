@@ -27,7 +27,6 @@ __all__ = ["MailDeferredError", "MailRefusedError", "send"]
 # Refusals of our own account rather than of this e-mail: someone can repair it, so it is worth a retry.
 _ACCOUNT_CODES = {530, 534, 535, 538}
 
-
 # Servers repeat the recipient in another case, with its domain in punycode, or as what it is an alias of.
 _ADDRESS = re.compile(r"""[^\s<>()\[\],;:"']+@[^\s<>()\[\],;:"']+""")
 

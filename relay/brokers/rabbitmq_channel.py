@@ -74,10 +74,8 @@ class OneChannel:
     @property
     def ended(self) -> bool:
         """Whether it was open and is no longer."""
-        return self._channel is not None and (self._channel.is_closed or self._connection_closed())
-
-    def _connection_closed(self) -> bool:
-        return self._connection is None or not self._connection.is_opened
+        connection, channel = self._connection, self._channel
+        return channel is not None and (channel.is_closed or connection is None or not connection.is_opened)
 
     def reason(self) -> BaseException | None:
         """Why RabbitMQ ended the channel or the connection, where it did."""

@@ -44,7 +44,6 @@ DRIVER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.Interface
 CONTENT_ERRORS = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, asyncpg.ProgramLimitExceededError)
 """Those of them that are about the values of a statement (SQLSTATE 22, 23, 54): it fails again, however often."""
 
-
 # Every statement of the ledger's own finds its rows by an index, however small the table is when it is planned. Plans
 # may then be kept for good: made anew for each call, they cost twice as much as the statements.
 _BY_INDEX = {
@@ -54,10 +53,8 @@ _BY_INDEX = {
     "enable_mergejoin": "off",
 }
 
-
 _BEGIN_WITHIN = 10.0
 """Seconds for a server to answer BEGIN, which waits for nothing; one that has vanished would never answer."""
-
 
 _ENDS = re.compile(
     r"(?:\s|;|--[^\n]*\n|/\*.*?\*/)*(?:(?:COMMIT|END|ABORT|ROLLBACK(?!(?:\s+WORK|\s+TRANSACTION)?\s+TO))\b|PREPARE\s+TRANS)",

@@ -51,10 +51,7 @@ def create_engine(
         }
     else:
         # A plan kept since a table was small would read all of it when it is large.
-        server_settings = {
-            "plan_cache_mode": "force_custom_plan",
-            "idle_session_timeout": "0",
-        }
+        server_settings = {"plan_cache_mode": "force_custom_plan", "idle_session_timeout": "0"}
         if statement_timeout is not None:
             server_settings["statement_timeout"] = f"{int(statement_timeout * 1000)}"
             server_settings["idle_in_transaction_session_timeout"] = f"{int(statement_timeout * 1000)}"

@@ -195,5 +195,4 @@ def log_completed(claim: Claim) -> None:
 
 
 def log_lost(claim: Claim) -> None:
-    """Tell that the delivery is somebody else's."""
     _log.warning("outbox.lease_lost", consumer=claim.consumer, delivery_id=str(claim.id))
