@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from uuid_utils.compat import uuid7
 
 from service.errors import EventDefinitionError
-from service.outbox.fields import check_fields
+from service.outbox.event_fields import check_fields
 
 __all__ = ["MAX_CONSUMERS", "Event", "delivery_id", "event_type_of", "new_event_id", "new_id", "registered_events"]
 
