@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from service.dev.demo.example import Load
 from service.dev.demo.faults import kill_relay, kill_worker, wipe_broker
 from service.dev.demo.stage import REJECTED, Stage, shortened, stage
-from service.dev.demo.verdict import Counts, Verdict, count, judge, latencies
+from service.dev.demo.verdict import Holdings, Verdict, count, judge, latencies
 from service.dev.places import ServerError, clone_data, scratch
 from service.dev.sink import read_mails
 
@@ -104,7 +104,7 @@ async def _show_progress(made: Stage, load: Load) -> None:
         _show_counts(load, await count(made))
 
 
-def _show_counts(load: Load, counts: Counts) -> None:
+def _show_counts(load: Load, counts: Holdings) -> None:
     _say(
         f"orders {len(load.accepted):>3}/{load.wanted}  deliveries done {counts.completed:>4}, open {counts.open:>3}, "
         f"dead {counts.dead}"

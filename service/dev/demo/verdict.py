@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from service.dev.demo.stage import Stage
     from service.dev.sink import Mail
 
-__all__ = ["Counts", "Verdict", "count", "judge"]
+__all__ = ["Holdings", "Verdict", "count", "judge"]
 
 _LEDGER = """
 SELECT (SELECT count(*) FROM outbox_message WHERE state <> 'completed') AS open,
@@ -37,7 +37,7 @@ FROM outbox_message WHERE state = 'completed' AND ($1 OR dispatches = 1)
 
 
 @dataclass(frozen=True)
-class Counts:
+class Holdings:
     """What PostgreSQL holds."""
 
     undecided: int
@@ -68,9 +68,9 @@ class Verdict:
         return not self.lost and not self.duplicated
 
 
-async def count(stage: Stage) -> Counts:
+async def count(stage: Stage) -> Holdings:
     [effects], [ledger] = await stage.database.fetch(EFFECTS), await stage.database.fetch(_LEDGER)
-    return Counts(**effects, **ledger)
+    return Holdings(**effects, **ledger)
 
 
 async def latencies(stage: Stage, *, interrupted: bool) -> tuple[float, float]:
