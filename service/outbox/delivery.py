@@ -66,7 +66,7 @@ class Delivery:
     """What a consumer knows of its delivery, and its way to the database.
 
     Attributes:
-        idempotency_key: The same for every attempt and replay; pass it to whatever the consumer calls outside.
+        idempotency_key: The delivery's id, for whatever the consumer calls outside. It stays the same in a replay.
         event_id: Shared by all deliveries of the event.
         consumer: Name under which the row is stored.
         attempt: From 1; a fresh count after a replay.

@@ -29,7 +29,7 @@ from service.outbox.publish import publish
 from service.outbox.running.runner import Run, Runner
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -169,12 +169,11 @@ class InlineWorker:
         """As a worker runs it; where that would end its process, the test fails."""
         loop, patience, done = asyncio.get_running_loop(), self.runner.patience(run.spec), asyncio.Event()
 
-        def on_loop(coroutine: Coroutine[Any, Any, None]) -> None:
-            asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-
         def work() -> None:
             try:
-                self.runner.run_in_thread(run, _limits(), nullcontext(), on_loop)
+                self.runner.run_in_thread(
+                    run, _limits(), nullcontext(), lambda each: asyncio.run_coroutine_threadsafe(each, loop).result()
+                )
             finally:
                 loop.call_soon_threadsafe(done.set)
 

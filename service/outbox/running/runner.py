@@ -60,7 +60,7 @@ __all__ = ["Run", "Runner"]
 _log = get_logger(__name__)
 
 _UNSETTLED = 1_000
-"""Rows that wait for PostgreSQL in this process at most; what is beyond is left to the lease."""
+"""Outcomes that wait for PostgreSQL in this process at most; what is beyond is left to the lease."""
 
 
 class _UnknownConsumerError(Exception):
@@ -89,11 +89,8 @@ class Runner:
         self._lease = timedelta(seconds=settings.outbox.lease)
         self._sessions = session_factory(engine, OneTransaction)
         self._ledger = LedgerPool(settings)
-        self._heartbeat = Heartbeat(
-            lambda: connect(settings.database, "outbox-worker-heartbeat"),
-            self._lease,
-            transactions=settings.database.pooler,
-        )
+        beat_on = partial(connect, settings.database, "outbox-worker-heartbeat")
+        self._heartbeat = Heartbeat(beat_on, self._lease, transactions=settings.database.pooler)
         self._claims = Claims(self._ledger, self._lease)
         self._running: set[asyncio.Task[Any]] = set()
         self._in_threads: dict[int, Claim] = {}
