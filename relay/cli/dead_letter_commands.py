@@ -55,12 +55,12 @@ def list_(
     """List dead letters. The latest come first."""
     if state not in dead_letters.STATES:
         raise CommandError(f"--state: {state!r} is not one of {', '.join(dead_letters.STATES)}")
-    wanted = dead_letters.Filter(consumer, event_type, queue, error=error, state=state)
+    wanted = dead_letters.LetterFilter(consumer, event_type, queue, error=error, state=state)
     asyncio.run(_list(wanted, since, until, limit, as_json=as_json))
 
 
 async def _list(
-    wanted: dead_letters.Filter, since: str | None, until: str | None, limit: int, *, as_json: bool
+    wanted: dead_letters.LetterFilter, since: str | None, until: str | None, limit: int, *, as_json: bool
 ) -> None:
     async with connect(load_settings().database) as connection:
         first, end = await parse_span(connection, since, until)
@@ -73,7 +73,7 @@ async def _list(
         resolved = wanted.state != "open"
         lines = [cells(row, resolved=resolved) async for row in rows]
     if not lines:
-        line("There are no open dead letters." if wanted == dead_letters.Filter() else "No dead letter matches.")
+        line("There are no open dead letters." if wanted == dead_letters.LetterFilter() else "No dead letter matches.")
         return
     line(summary(lines, resolved=resolved))
     if total > len(lines):
@@ -112,7 +112,7 @@ def _resolving(action: Action, does: str) -> None:
         why: Why = None,
         as_json: Json = False,
     ) -> int:
-        wanted = dead_letters.Filter(consumer, event_type, queue, error=error)
+        wanted = dead_letters.LetterFilter(consumer, event_type, queue, error=error)
         return carry_out(
             Order(action, ids or [], wanted, since, until, everything, dry_run, yes, rate, by or whoami(), why, as_json)
         )

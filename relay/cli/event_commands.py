@@ -50,7 +50,7 @@ def list_(
     """
     if state is not None and state not in event_search.STATES:
         raise CommandError(f"--state: {state!r} is not one of {', '.join(event_search.STATES)}")
-    wanted = event_search.Filter(event_type, consumer, None, (state,) if state else event_search.STATES)
+    wanted = event_search.EventFilter(event_type, consumer, None, (state,) if state else event_search.STATES)
     found, listed = ask(lambda connection: _list(connection, wanted, since, until, limit))
     if as_json:
         head = {"looked_at": found.looked_at, "complete": not (found.more or found.bounded)}
@@ -64,7 +64,7 @@ def list_(
 
 
 async def _list(
-    connection: Connection, wanted: event_search.Filter, since: str | None, until: str | None, limit: int
+    connection: Connection, wanted: event_search.EventFilter, since: str | None, until: str | None, limit: int
 ) -> tuple[event_search.Found, list[event_search.ListedEvent]]:
     first, end = await parse_span(connection, since, until)
     found = await event_search.find(connection, replace(wanted, since=first, until=end), limit)
@@ -107,7 +107,7 @@ async def _tell(reference: str) -> tuple[list[Story], bool]:
         story = await tell(connection, given, keep) if (given := _uuid(reference)) else None
         if story is not None:
             return [story], False
-        found = await event_search.find(connection, event_search.Filter(correlation_id=reference), _STORIES)
+        found = await event_search.find(connection, event_search.EventFilter(correlation_id=reference), _STORIES)
         told = [await tell(connection, each, keep) for each in reversed(found.event_ids)]
     if found.more:
         note(f"Only the newest {_STORIES} events of this correlation id are told.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from service.ledger.event_search import ListedEvent
-    from service.ledger.history import Delivery, Step, Story
+    from service.ledger.history import DeliveryStory, Step, Story
 
 __all__ = ["story_as_json", "story_lines", "summary"]
 
@@ -72,7 +72,7 @@ def story_lines(story: Story) -> Iterator[tuple[str, str]]:
         yield from _part(delivery)
 
 
-def _part(delivery: Delivery) -> Iterator[tuple[str, str]]:
+def _part(delivery: DeliveryStory) -> Iterator[tuple[str, str]]:
     yield f"{delivery.consumer}, queue {delivery.queue}: {delivery.state.upper()}", ""
     yield f"  message {delivery.message_id}", ""
     for step in delivery.steps:
@@ -113,12 +113,12 @@ _NEXT = {
 }
 
 
-def _said(step: Step, delivery: Delivery) -> str:
+def _said(step: Step, delivery: DeliveryStory) -> str:
     because = f": {step.why}" if step.why else ""
     return _STEPS[step.kind].format(step=step, nth=_ordinal(step.number), consumer=delivery.consumer, because=because)
 
 
-def _expected(delivery: Delivery) -> str:
+def _expected(delivery: DeliveryStory) -> str:
     following = delivery.next
     span, later = _seconds(abs(following.wait)), following.wait > timedelta()
     sentence = _NEXT[following.kind].format(
@@ -132,7 +132,7 @@ def _expected(delivery: Delivery) -> str:
     return sentence + _halt(delivery)
 
 
-def _halt(delivery: Delivery) -> str:
+def _halt(delivery: DeliveryStory) -> str:
     pause = delivery.next.pause
     if pause is None:
         return ""

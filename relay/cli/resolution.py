@@ -29,7 +29,7 @@ class Order:
 
     action: Action
     references: Sequence[str]
-    wanted: dead_letters.Filter
+    wanted: dead_letters.LetterFilter
     since: str | None
     until: str | None
     everything: bool

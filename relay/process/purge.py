@@ -36,4 +36,4 @@ async def purge_regularly(settings: Settings) -> None:
         except DRIVER_ERRORS as error:
             _log.warning("relay.purge_failed", error=type(error).__name__)
         else:
-            _log.debug("relay.purged", messages=removed)
+            _log.debug("relay.purged", deliveries=removed)

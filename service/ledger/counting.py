@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.ledger.pausing import Pause
 
-__all__ = ["Completed", "Counts", "LedgerCounts", "count"]
+__all__ = ["CompletedCount", "Counts", "LedgerCounts", "count"]
 
 SMALL_TABLE = 64 * 2**20
 """Bytes up to which completed rows are counted."""
@@ -67,7 +67,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
+class CompletedCount:
     """All completed rows; `count` is `None` before the table was first analyzed."""
 
     count: int | None
@@ -80,7 +80,7 @@ class LedgerCounts:
 
     relays: int = 0
     consumers: dict[tuple[str, str], Counts] = field(default_factory=dict)
-    completed: Completed = Completed(None, True)
+    completed: CompletedCount = CompletedCount(None, True)
     paused: list[Pause] = field(default_factory=list)
 
     def total(self, name: str) -> int:
@@ -111,10 +111,10 @@ async def count(connection: Connection, *, exact: bool = False) -> LedgerCounts:
     if counted:
         for each in found.consumers.values():
             each.completed = each.completed or 0
-        found.completed = Completed(found.total("completed"), estimated=False)
+        found.completed = CompletedCount(found.total("completed"), estimated=False)
     elif size["rows"] >= 0:
         still_open = sum(found.total(name) for name in ("pending", "dispatched", "running"))
-        found.completed = Completed(max(size["rows"] - still_open, 0), estimated=True)
+        found.completed = CompletedCount(max(size["rows"] - still_open, 0), estimated=True)
     return found
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["STATES", "Filter", "find", "find_ids", "load", "look_up", "overview"]
+__all__ = ["STATES", "LetterFilter", "find", "find_ids", "load", "look_up", "overview"]
 
 _PAGE = 200
 """Dead letters that are in memory at a time."""
@@ -62,7 +62,7 @@ ORDER BY resolution IS NULL DESC, id DESC
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class LetterFilter:
     """Which dead letters are meant; what is `None` does not narrow it."""
 
     consumer: str | None = None
@@ -74,7 +74,7 @@ class Filter:
     state: str = "open"
 
 
-async def find(connection: Connection, wanted: Filter, limit: int) -> tuple[int, list[int]]:
+async def find(connection: Connection, wanted: LetterFilter, limit: int) -> tuple[int, list[int]]:
     """How many dead letters there are, and the ids of the latest `limit` of them."""
     arguments = _arguments(wanted)
     total = await connection.fetchval(_sql(_COUNT, wanted), *arguments)
@@ -92,17 +92,17 @@ async def load(connection: Connection, ids: Sequence[int]) -> AsyncIterator[dict
             yield dict(row)
 
 
-async def find_ids(connection: Connection, wanted: Filter) -> list[int]:
+async def find_ids(connection: Connection, wanted: LetterFilter) -> list[int]:
     """The ids of all of them, oldest first."""
     rows = await connection.fetch(_sql(_IDS, wanted), *_arguments(wanted))
     return [row["id"] for row in rows]
 
 
-def _sql(template: str, wanted: Filter) -> str:
+def _sql(template: str, wanted: LetterFilter) -> str:
     return template.format(where=_WHERE[wanted.state], filter=_FILTER)
 
 
-def _arguments(wanted: Filter) -> list[Any]:
+def _arguments(wanted: LetterFilter) -> list[Any]:
     # What is stored was cleaned, so what is looked for is cleaned alike.
     names = (wanted.consumer, wanted.event_type, wanted.queue, wanted.error)
     consumer, event_type, queue, error = (None if each is None else storable(each) for each in names)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["STATES", "Delivered", "Filter", "Found", "ListedEvent", "find", "load"]
+__all__ = ["STATES", "Delivered", "EventFilter", "Found", "ListedEvent", "find", "load"]
 
 STATES = ("pending", "dispatched", "running", "completed", "dead")
 """States a delivery can be listed by; one that was replayed or discarded is no longer dead."""
@@ -66,7 +66,7 @@ FROM unnest($1::uuid[], $2::uuid[]) AS event (first, last) CROSS JOIN LATERAL (
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class EventFilter:
     """Events with a delivery like this; what is `None` does not narrow it."""
 
     event_type: str | None = None
@@ -111,7 +111,7 @@ class ListedEvent:
     deliveries: list[Delivered] = field(default_factory=list)
 
 
-async def find(connection: Connection, wanted: Filter, limit: int) -> Found:
+async def find(connection: Connection, wanted: EventFilter, limit: int) -> Found:
     """The newest `limit` events that match, among the newest `BOUND` deliveries of that time."""
     first = first_id_after(wanted.since) if wanted.since else UUID(int=0)
     cursor = first_id_after(wanted.until) if wanted.until else UUID(int=2**128 - 1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.ledger.pausing import Pause
 
-__all__ = ["Delivery", "Next", "Step", "Story", "tell"]
+__all__ = ["DeliveryStory", "Next", "Step", "Story", "tell"]
 
 _ROWS = """
 SELECT *, due_at - clock_timestamp() AS due_in FROM outbox_message WHERE id > $1 AND id <= $2 ORDER BY id
@@ -68,7 +68,7 @@ class Next:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
+class DeliveryStory:
     """One consumer's part: how it stands, what happened, and what happens next."""
 
     message_id: UUID
@@ -89,7 +89,7 @@ class Story:
     published_at: datetime
     payload: dict[str, Any]
     headers: dict[str, str]
-    deliveries: list[Delivery]
+    deliveries: list[DeliveryStory]
 
 
 async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story | None:
@@ -128,14 +128,14 @@ def _delivery(
     dead: list[dict[str, Any]],
     paused: dict[str, Pause],
     keep: timedelta,
-) -> Delivery:
+) -> DeliveryStory:
     latest = row or dead[-1]
     steps = [Step(latest["created_at"], "published")]
     for letter in dead:
         steps += _death(letter)
     if row is not None:
         steps += _life(row)
-    return Delivery(
+    return DeliveryStory(
         message_id=message_id,
         consumer=latest["consumer"],
         queue=latest["queue"],
