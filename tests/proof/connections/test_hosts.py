@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 from service.database.driver import open_connection
 from service.database.engine import create_engine
 from service.settings import DatabaseSettings
-from tests.proof.ledger.proxy import proxy, socket_of
+from tests.servers.proxy import proxy, socket_of
 from tests.waiting import until
 
 if TYPE_CHECKING:

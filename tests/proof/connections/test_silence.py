@@ -35,8 +35,8 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.proof.ledger.processes import Processes, Started
     from tests.proof.rabbitmq.server import Rabbitmq
+    from tests.servers.processes import Processes, Started
     from tests.servers.real_servers import Where
 
 pytestmark = pytest.mark.slow

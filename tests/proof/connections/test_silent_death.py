@@ -20,7 +20,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.proof.ledger.processes import Processes, Started
+    from tests.servers.processes import Processes, Started
     from tests.servers.real_servers import Where
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from relay.brokers.sender import BrokerUnavailableError
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker
 from tests.proof.connections.gate import gate
-from tests.proof.ledger.proxy import socket_of
+from tests.servers.proxy import socket_of
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from service.errors import DatabaseUnavailableError
 from service.outbox.running.ledger_pool import LedgerPool
 from service.settings import DatabaseSettings, Settings
 from tests.proof.connections.gate import Gate, gate
-from tests.proof.ledger.proxy import socket_of
+from tests.servers.proxy import socket_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

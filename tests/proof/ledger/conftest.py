@@ -14,8 +14,8 @@ from service.database.sessions import transaction
 from service.outbox import Event, publish
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
-from tests.proof.ledger.processes import Processes
 from tests.proof.rabbitmq.node import node, rabbitmq
+from tests.servers.processes import Processes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,10 +15,10 @@ from service.dev.servers import free_port
 from tests.conftest import _create_database
 from tests.proof.ledger import domain
 from tests.proof.ledger.conftest import Ledger
-from tests.proof.ledger.processes import Processes
 from tests.proof.ledger.services import crash
 from tests.proof.ledger.services.sender import Ordered
 from tests.proof.ledger.test_worker import all_completed
+from tests.servers.processes import Processes
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from service.settings import Settings
-    from tests.proof.ledger.processes import Started
+    from tests.servers.processes import Started
     from tests.servers.real_servers import Where
 
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from service.settings import Settings
     from tests.proof.ledger.conftest import Ledger
-    from tests.proof.ledger.processes import Processes, Started
     from tests.proof.rabbitmq.server import Rabbitmq
+    from tests.servers.processes import Processes, Started
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from service.settings import Settings
-    from tests.proof.ledger.processes import Processes, Started
+    from tests.servers.processes import Processes, Started
     from tests.servers.real_servers import Where
 
 pytestmark = pytest.mark.slow

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
-    from tests.proof.ledger.proxy import Link
+    from tests.servers.proxy import Link
 
 LEASE = timedelta(seconds=3)
 LONGEST = timedelta(minutes=1)

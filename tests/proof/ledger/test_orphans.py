@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from service.settings import Settings
     from tests.proof.ledger.conftest import Ledger
-    from tests.proof.ledger.processes import Processes
+    from tests.servers.processes import Processes
 
 pytestmark = pytest.mark.slow
 

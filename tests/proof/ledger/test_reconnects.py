@@ -12,8 +12,8 @@ from sqlalchemy.engine import make_url
 from relay.process.sparing import Sparing
 from relay.process.wakeup import Wakeup
 from service.errors import ConfigurationError
-from tests.proof.ledger.proxy import Link, Proxy, proxy, socket_of
 from tests.proof.ledger.test_relay import dispatched, running, sleeping
+from tests.servers.proxy import Link, Proxy, proxy, socket_of
 from tests.waiting import until
 
 if TYPE_CHECKING:

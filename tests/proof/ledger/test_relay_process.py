@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import make_url
 
-from tests.proof.ledger.proxy import Link, Proxy, proxy, socket_of
 from tests.proof.ledger.test_relay import dispatched, running
+from tests.servers.proxy import Link, Proxy, proxy, socket_of
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 
 from service.api import create_app
 from service.dev.postgres import psql
-from tests.proof.ledger.proxy import Link, proxy, socket_of
+from tests.servers.proxy import Link, proxy, socket_of
 from tests.service.api.probe import SCHEMA, router
 from tests.service.api.serving import serve
 from tests.service.api.test_problems import assert_problem

@@ -21,7 +21,7 @@ from service.outbox.testing import (
     published,
 )
 from service.telemetry.logs import trace_context
-from tests.proof.testkit.shop import DONE, LET_GO, Announced, Arrived, Echoed, Failing, Forgotten, Hanging, Weighed
+from tests.service.testkit.shop import DONE, LET_GO, Announced, Arrived, Echoed, Failing, Forgotten, Hanging, Weighed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
