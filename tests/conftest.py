@@ -27,7 +27,7 @@ from service.dev.postgres import Postgres, psql
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
 from tests.servers.leftovers import Leftovers
-from tests.servers.real_servers import TEMPLATE, RealServers, Where, copy_of, outside_environment
+from tests.servers.real_servers import TEMPLATE, RealServers, Where, another_postgres, outside_environment
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -189,9 +189,7 @@ def server_folder(servers: Where) -> Path:
 @pytest.fixture
 def own_postgres(servers: Where, server_folder: Path) -> Iterator[Postgres]:
     """A PostgreSQL of this test's own, running, to kill, stop or fill: `own_postgres.url("service")` is migrated."""
-    data_dir = copy_of(Path(servers.seed), server_folder / "postgres")
-    # A kill must not lose commits, as it would without this setting.
-    with Postgres(data_dir, durable=False, settings={"synchronous_commit": "on"}) as postgres:
+    with another_postgres(servers, server_folder / "postgres") as postgres:
         yield postgres
 
 

@@ -14,6 +14,8 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import psutil
+
 from service.dev.places import ROOT
 from tests.waiting import until
 
@@ -47,6 +49,10 @@ class Started:
         assert found is not None, self.log
         return found[0]
 
+    def children(self) -> list[psutil.Process]:
+        """The processes below it, and Python's own helpers beside them."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def says(self, text: str) -> bool:
         """Whether the log has it."""
         return text in self.log.read_text()
@@ -58,13 +64,13 @@ class Started:
         await asyncio.to_thread(self.process.wait)
 
     async def stop(self) -> int:
-        """SIGTERM to the leader, and its exit status; by force if it takes too long."""
+        """SIGTERM to the leader, and its exit status; by force if it takes too long. Orphans are left to be found."""
         self.process.terminate()
         try:
-            status = await asyncio.to_thread(self.process.wait, 60)
-        finally:
+            return await asyncio.to_thread(self.process.wait, 60)
+        except subprocess.TimeoutExpired:
             await self.kill()
-        return status
+            raise
 
 
 class Processes:

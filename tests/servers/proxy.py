@@ -9,10 +9,14 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
+from sqlalchemy import make_url
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-__all__ = ["Link", "Proxy", "proxy", "socket_of"]
+    from service.settings import Settings
+
+__all__ = ["Link", "Proxy", "proxy", "socket_of", "through_a_proxy"]
 
 
 class Link:
@@ -85,6 +89,17 @@ async def proxy(path: str) -> AsyncIterator[Proxy]:
         server.close()
         for link in opened.links:
             link.cut()
+
+
+@asynccontextmanager
+async def through_a_proxy(settings: Settings) -> AsyncIterator[Proxy]:
+    """PostgreSQL behind a proxy, for whoever uses the settings."""
+    url = make_url(settings.database.dsn)
+    async with proxy(socket_of(settings.database.dsn)) as between:
+        settings.database.url = type(settings.database.url)(
+            f"postgresql://{url.username}@127.0.0.1:{between.port}/{url.database}?sslmode=disable"
+        )
+        yield between
 
 
 def socket_of(url: str) -> str:

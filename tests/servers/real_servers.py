@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.dev.places import ROOT, scratch
@@ -18,9 +19,8 @@ from service.dev.valkey import Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
-__all__ = ["TEMPLATE", "RealServers", "Where", "migrate", "outside_environment"]
+__all__ = ["TEMPLATE", "RealServers", "Where", "another_postgres", "copy_of", "migrate", "outside_environment"]
 
 TEMPLATE = "service"
 """The migrated database that every test's database is copied from."""
@@ -83,6 +83,17 @@ class RealServers:
         with Postgres(data_dir, durable=False) as postgres:
             migrate(postgres.ensure_database(TEMPLATE))
         return data_dir
+
+
+def another_postgres(
+    where: Where, data_dir: Path, *, tcp: bool = False, settings: Mapping[str, str] | None = None
+) -> Postgres:
+    """A further PostgreSQL with the migrated database, to be started: `another_postgres(...).url(TEMPLATE)`.
+
+    A kill of it must not lose commits, so it waits for them.
+    """
+    copied = copy_of(Path(where.seed), data_dir)
+    return Postgres(copied, durable=False, settings={"synchronous_commit": "on", **(settings or {})}, tcp=tcp)
 
 
 def copy_of(seed: Path, data_dir: Path) -> Path:

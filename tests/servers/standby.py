@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from service.dev.places import postgres_binaries, server_account
 from service.dev.postgres import Postgres, _identity
+from tests.servers.real_servers import another_postgres
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Standby"]
+    from tests.servers.real_servers import Where
+
+__all__ = ["Standby", "synchronous_pair"]
 
 
 class Standby(Postgres):
@@ -45,3 +50,15 @@ class Standby(Postgres):
     def _ready(self) -> bool:
         lines = self._pid_file()
         return len(lines) > 7 and lines[0] == str(self.pid) and lines[7] in ("ready", "standby")
+
+
+@contextmanager
+def synchronous_pair(where: Where, folder: Path) -> Iterator[tuple[Postgres, Standby]]:
+    """A PostgreSQL on TCP with the migrated database, and its standby, for which the first one's commits wait."""
+    with (
+        another_postgres(where, folder / "primary", tcp=True) as primary,
+        Standby(primary, folder / "standby") as standby,
+    ):
+        primary.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        primary.sql("SELECT pg_reload_conf()")
+        yield primary, standby

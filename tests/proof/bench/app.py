@@ -6,7 +6,6 @@ import time
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-import dramatiq
 from fastapi import APIRouter
 from pydantic import BaseModel
 from sqlalchemy import select, text
@@ -15,9 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, rela
 import service.api
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, consumer, new_id, publish
-from service.settings import load_settings
-from service.telemetry.logs import configure_logging
-from service.worker import build
+from tests.servers.broker import setup_broker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -145,10 +142,3 @@ def create_app() -> FastAPI:
     app = service.api.create_app()
     app.include_router(_router)
     return app
-
-
-def setup_broker() -> None:
-    """A broker with the benchmark's consumers only."""
-    settings = load_settings()
-    configure_logging(settings.log_format, settings.log_level)
-    dramatiq.set_broker(build(settings))

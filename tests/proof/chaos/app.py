@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-import dramatiq
 from fastapi import APIRouter
 from pydantic import BaseModel
 from sqlalchemy import text
@@ -14,10 +13,8 @@ import service.api
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import publish
-from service.settings import load_settings
-from service.telemetry.logs import configure_logging
-from service.worker import build
 from tests.proof.chaos.domain import PLAIN_POISON, POISON, PlainlyPoisoned, Poisoned, ThingMade
+from tests.servers.broker import setup_broker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -54,10 +51,3 @@ def create_app() -> FastAPI:
     app = service.api.create_app()
     app.include_router(router)
     return app
-
-
-def setup_broker() -> None:
-    """A broker with the suite's consumers only."""
-    settings = load_settings()
-    configure_logging(settings.log_format, settings.log_level)
-    dramatiq.set_broker(build(settings))

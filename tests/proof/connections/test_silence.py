@@ -12,7 +12,6 @@ import socket
 import sys
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -23,17 +22,17 @@ from pydantic import SecretStr
 from relay.brokers.rabbitmq_channel import OneChannel
 from relay.brokers.redis_sender import RedisSender
 from service.dev.places import ROOT
-from service.dev.postgres import Postgres
 from service.dev.valkey import Valkey
 from service.network.sockets import silence_options
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker
 from tests.proof.ledger import domain
-from tests.servers.real_servers import copy_of
+from tests.servers.real_servers import another_postgres
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.proof.rabbitmq.server import Rabbitmq
     from tests.servers.processes import Processes, Started
@@ -86,8 +85,7 @@ def over_tcp(
     environment: dict[str, str], servers: Where, server_folder: Path, own_tcp_valkey: Valkey
 ) -> Iterator[tuple[int, int]]:
     """Ports of a PostgreSQL and a Valkey that the processes are to use."""
-    data_dir = copy_of(Path(servers.seed), server_folder / "postgres")
-    with Postgres(data_dir, durable=False, tcp=True) as postgres:
+    with another_postgres(servers, server_folder / "postgres", tcp=True) as postgres:
         postgres.sql(domain.SCHEMA, "service")
         environment |= {"DATABASE__URL": postgres.url("service"), "BROKER__URL": own_tcp_valkey.url}
         assert own_tcp_valkey.port is not None

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
 import psutil
 import pytest
 
-from service.dev.postgres import Postgres
 from service.dev.valkey import Valkey
 from tests.proof.connections.namespace import Namespace
 from tests.proof.ledger import domain
-from tests.servers.real_servers import copy_of
+from tests.servers.real_servers import another_postgres
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.servers.processes import Processes, Started
     from tests.servers.real_servers import Where
@@ -43,8 +42,10 @@ async def test_the_work_goes_on(
     namespace: Namespace, environment: dict[str, str], servers: Where, server_folder: Path, processes: Processes
 ) -> None:
     """Without an option, what waits for an answer waits as long as a statement may, and what only listens for ever."""
-    data_dir = copy_of(Path(servers.seed), server_folder / "postgres")
-    with Postgres(data_dir, durable=False, tcp=True) as postgres, Valkey(server_folder / "valkey", tcp=True) as valkey:
+    with (
+        another_postgres(servers, server_folder / "postgres", tcp=True) as postgres,
+        Valkey(server_folder / "valkey", tcp=True) as valkey,
+    ):
         postgres.sql(domain.SCHEMA, "service")
         environment |= {"DATABASE__URL": postgres.url("service"), "BROKER__URL": valkey.url, "OUTBOX__LEASE": "30"}
         api, *others = await asyncio.gather(

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from service.database.engine import create_engine
-from service.database.sessions import transaction
+from service.database.sessions import session_factory, transaction
 from service.outbox import Event, publish
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.database.sessions import SessionFactory
+    from service.dev.postgres import Postgres
+    from service.dev.valkey import Valkey
     from service.settings import Settings
 
 __all__ = ["Connect", "Ledger", "node", "rabbitmq"]
@@ -118,6 +120,29 @@ async def ledger(connection: asyncpg.Connection[asyncpg.Record], sessions: Sessi
     """The ledger with the effects' table."""
     await connection.execute(domain.SCHEMA)
     return Ledger(connection, sessions)
+
+
+@pytest.fixture
+def own_broker(settings: Settings, environment: dict[str, str], own_valkey: Valkey) -> Valkey:
+    """A Valkey of this test's own, for relay and workers."""
+    settings.broker.url = type(settings.broker.url)(own_valkey.url)
+    environment["BROKER__URL"] = own_valkey.url
+    return own_valkey
+
+
+@pytest.fixture
+async def own_ledger(settings: Settings, environment: dict[str, str], own_postgres: Postgres) -> AsyncIterator[Ledger]:
+    """The ledger in a PostgreSQL of this test's own, for relay and workers."""
+    url = own_postgres.url("service")
+    settings.database.url = type(settings.database.url)(url)
+    environment["DATABASE__URL"] = url
+    engine = create_engine(settings.database, application_name="tests")
+    connection = await asyncpg.connect(url)
+    await connection.execute(domain.SCHEMA)
+    ledger = Ledger(connection, session_factory(engine))
+    yield ledger
+    ledger.connection.terminate()  # a test may have replaced it
+    await engine.dispose()
 
 
 @pytest.fixture

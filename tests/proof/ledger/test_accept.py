@@ -15,9 +15,9 @@ from service.dev.servers import free_port
 from tests.conftest import _create_database
 from tests.proof.ledger import domain
 from tests.proof.ledger.conftest import Ledger
+from tests.proof.ledger.looks import all_completed
 from tests.proof.ledger.services import crash
 from tests.proof.ledger.services.sender import Ordered
-from tests.proof.ledger.test_worker import all_completed
 from tests.servers.processes import Processes
 from tests.waiting import until
 

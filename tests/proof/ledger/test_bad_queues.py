@@ -12,8 +12,9 @@ import pytest
 import redis.asyncio
 
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_relay import dispatched, running
+from tests.proof.ledger.looks import dispatched
 from tests.servers.proxy import Link, Proxy, proxy, socket_of
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ async def test_a_queue_whose_keys_are_forbidden_starves_no_other(
             "ACL", "SETUSER", "default", "resetkeys", f"~{name}:other*", f"~{name}:__outbox_probe__"
         )
         forbidden, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-        async with running(settings):
+        async with relaying(settings):
             await until(lambda: dispatched(ledger, fine))
             row = await ledger.row(forbidden)
             assert row is not None
@@ -73,7 +74,7 @@ async def test_a_queue_over_which_the_connection_breaks_starves_no_other(
 
     async with behind_a_proxy(settings, own_valkey) as between:
         between.request = cut_at_ledger
-        async with running(settings):
+        async with relaying(settings):
             for _ in range(3):
                 broken, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
                 await until(lambda: dispatched(ledger, fine))  # noqa: B023
@@ -98,7 +99,7 @@ async def test_slow_queues_take_turns(ledger: Ledger, settings: Settings, own_va
             await ledger.connection.execute(INTO, last, queue)
     async with behind_a_proxy(settings, own_valkey) as between:
         between.reply = slowly
-        async with running(settings):
+        async with relaying(settings):
             await until(lambda: any_dispatched(ledger, "c"))
 
 
@@ -124,7 +125,7 @@ async def test_a_queue_that_hangs_holds_no_other_up(ledger: Ledger, settings: Se
     async with behind_a_proxy(settings, own_valkey) as between:
         between.request = hang_at_ledger
         settings.broker.publish_timeout = 8
-        async with running(settings):
+        async with relaying(settings):
             (stuck,) = await ledger.publish()
             await until(lambda: hanging == 2)
             fine = uuid4()
@@ -154,7 +155,7 @@ async def test_a_pause_during_a_long_hand_over_is_honoured_after_it(
         await ledger.connection.execute(INTO, paused, "other")
         await ledger.connection.execute("UPDATE outbox_message SET due_at = clock_timestamp() + interval '1 hour'")
         await ledger.publish()
-        async with running(settings):
+        async with relaying(settings):
             await until(lambda: hanging == 1)
             await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('other', 'test')")
             await ledger.expire(paused)

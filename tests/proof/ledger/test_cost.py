@@ -5,10 +5,8 @@ Whoever adds a statement to the path of every event shall notice it here, and de
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -20,19 +18,21 @@ from sqlalchemy import text
 
 from service.database.engine import create_engine
 from service.database.sessions import OneTransaction, session_factory, transaction
-from service.dev.postgres import Postgres
 from service.outbox import publish
 from tests.proof.ledger import domain
+from tests.proof.ledger.backlog import MANY, ROWS
 from tests.proof.ledger.conftest import Ledger
-from tests.proof.ledger.test_plans import MANY, ROWS, all_dispatched
-from tests.proof.ledger.test_relay import running
-from tests.proof.ledger.test_worker import Worker
-from tests.servers.real_servers import TEMPLATE, copy_of
+from tests.proof.ledger.looks import all_completed, all_dispatched
+from tests.proof.ledger.working import start_worker
+from tests.servers.real_servers import TEMPLATE, another_postgres
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
+    from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.settings import Settings
     from tests.servers.real_servers import Where
@@ -47,8 +47,8 @@ _STATEMENT = re.compile(r"^([\w-]+)\|LOG:  (?:execute \S+|statement):", re.MULTI
 @pytest.fixture
 def talkative(servers: Where, server_folder: Path) -> Iterator[Postgres]:
     """A PostgreSQL that logs every statement behind the name of its session."""
-    data_dir = copy_of(Path(servers.seed), server_folder / "postgres")
-    with Postgres(data_dir, durable=False, settings={"log_statement": "all", "log_line_prefix": "%a|"}) as postgres:
+    settings = {"synchronous_commit": "off", "log_statement": "all", "log_line_prefix": "%a|"}
+    with another_postgres(servers, server_folder / "postgres", settings=settings) as postgres:
         yield postgres
 
 
@@ -117,7 +117,7 @@ async def test_the_relay_costs_three_statements_and_one_call_a_batch(
 ) -> None:
     await watched.connection.execute(MANY, "pending")
     called = await commands(told)
-    async with running(told):
+    async with relaying(told):
         await until(lambda: all_dispatched(watched))
     spent = kinds(talkative, "outbox-relay")
     # What is due and which queues there are it asks as time goes by, whatever it hands over.
@@ -152,7 +152,7 @@ async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
     events = 200
     for _ in range(events):
         await watched.publish()
-    async with running(told):
+    async with relaying(told):
         await until(lambda: all_dispatched(watched))
     before, called = statements(talkative), await commands(told)
     like_told = {
@@ -160,11 +160,11 @@ async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
         "BROKER__URL": told.broker.redis_url,
         "OUTBOX__LEASE": f"{told.outbox.lease:g}",
     }
-    worker = Worker(environment | like_told, tmp_path / "worker.log", "-p", "1", "-t", "4")
+    worker = start_worker(environment | like_told, tmp_path / "worker.log")
     try:
         await until(lambda: all_completed(watched))
     finally:
-        await asyncio.to_thread(worker.stop)
+        await worker.stop()
     spent = statements(talkative) - before
     # Runs that begin together claim together.
     assert spent["outbox-worker-ledger"] <= events + CONNECTING
@@ -173,7 +173,3 @@ async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
     assert await updated(watched) == 3 * events
     # A place in the list and one among the unacknowledged for each; the rest is shared by a few.
     assert await commands(told) - called <= 6 * events
-
-
-async def all_completed(ledger: Ledger) -> bool:
-    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state <> 'completed'")

@@ -12,7 +12,7 @@ import pytest
 from service.database.engine import create_engine
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_fencing import blocked
+from tests.proof.ledger.looks import blocked
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_outages import effects_once
-from tests.proof.ledger.test_worker import all_completed, is_state
+from tests.proof.ledger.looks import all_completed, effects_once, is_state
 from tests.waiting import until
 
 if TYPE_CHECKING:

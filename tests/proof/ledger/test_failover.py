@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -14,18 +13,18 @@ import pytest
 
 from service.database.engine import create_engine
 from service.database.sessions import session_factory
-from service.dev.postgres import Postgres
 from tests.proof.ledger import domain
 from tests.proof.ledger.conftest import Ledger
-from tests.proof.ledger.test_outages import effects_once
-from tests.proof.ledger.test_worker import all_completed
-from tests.servers.real_servers import copy_of, migrate
-from tests.servers.standby import Standby
+from tests.proof.ledger.looks import all_completed, effects_once
+from tests.servers.real_servers import migrate
+from tests.servers.standby import Standby, synchronous_pair
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
+    from service.dev.postgres import Postgres
     from service.settings import Settings
     from tests.servers.processes import Processes, Started
     from tests.servers.real_servers import Where
@@ -37,25 +36,16 @@ _DELIVERIES = 5
 
 
 @pytest.fixture
-def primary(servers: Where, server_folder: Path) -> Iterator[Postgres]:
-    """A PostgreSQL on TCP, with the migrated database."""
-    data_dir = copy_of(Path(servers.seed), server_folder / "primary")
-    with Postgres(data_dir, durable=False, settings={"synchronous_commit": "on"}, tcp=True) as primary:
-        yield primary
+def pair(servers: Where, server_folder: Path) -> Iterator[tuple[Postgres, Standby]]:
+    """Two PostgreSQLs; the second is a synchronous standby of the first."""
+    with synchronous_pair(servers, server_folder) as pair:
+        yield pair
 
 
 @pytest.fixture
-def standby(primary: Postgres, server_folder: Path) -> Iterator[Standby]:
-    """Its standby; commits on the primary wait for it."""
-    with Standby(primary, server_folder / "standby") as standby:
-        primary.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
-        primary.sql("SELECT pg_reload_conf()")
-        yield standby
-
-
-@pytest.fixture
-def url(primary: Postgres, standby: Standby, environment: dict[str, str]) -> str:
+def url(pair: tuple[Postgres, Standby], environment: dict[str, str]) -> str:
     """One URL with both, the one that refuses writes first."""
+    primary, standby = pair
     before, after = f"127.0.0.1:{primary.port}", f"127.0.0.1:{standby.port},127.0.0.1:{primary.port}"
     environment["DATABASE__URL"] = primary.url("service").replace(before, after)
     return environment["DATABASE__URL"]
@@ -84,8 +74,9 @@ class Clients:
 
 
 async def test_all_follow_to_the_host_that_takes_writes(
-    url: str, primary: Postgres, standby: Standby, processes: Processes, settings: Settings, environment: dict[str, str]
+    url: str, pair: tuple[Postgres, Standby], processes: Processes, settings: Settings, environment: dict[str, str]
 ) -> None:
+    primary, standby = pair
     primary.sql(domain.SCHEMA, "service")
     await asyncio.to_thread(migrate, url)
     api, *_ = await asyncio.gather(

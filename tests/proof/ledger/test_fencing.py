@@ -15,6 +15,7 @@ import pytest
 from service.ledger import delivering
 from service.ledger.dispatching import NO_FLOOR, Pauses, take_due
 from tests.proof.ledger import domain
+from tests.proof.ledger.looks import blocked
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -24,15 +25,6 @@ if TYPE_CHECKING:
 LEASE = timedelta(seconds=30)
 T = timedelta(seconds=60)
 PAUSES = Pauses(T, timedelta(seconds=10), timedelta(seconds=60))
-
-
-async def blocked(ledger: Ledger) -> bool:
-    """Whether a statement waits for a row lock."""
-    return bool(
-        await ledger.connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        )
-    )
 
 
 @pytest.mark.parametrize("state", ["pending", "dispatched", "running"])

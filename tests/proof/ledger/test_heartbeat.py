@@ -17,7 +17,7 @@ from service.dev.places import ROOT
 from service.ledger import delivering
 from service.outbox.running.heartbeat import Heartbeat
 from service.outbox.running.runner import Runner
-from tests.proof.ledger.test_reconnects import through_a_proxy
+from tests.servers.proxy import through_a_proxy
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -12,14 +12,15 @@ import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from relay.process.loop import Relay
 from service.database import driver
 from service.database.engine import create_engine
 from service.database.sessions import session_factory
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
 from tests.proof.ledger.conftest import Ledger
-from tests.proof.ledger.test_worker import Worker, all_completed, is_state, working
+from tests.proof.ledger.looks import all_completed, dispatched, is_state
+from tests.proof.ledger.working import start_worker, working
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -115,23 +116,20 @@ async def test_a_claim_that_waited_leaves_the_consumer_its_whole_time_limit(
     """Dramatiq's own limit counts the wait, too."""
     environment |= {"OUTBOX__TIME_LIMIT": "6000", "OUTBOX__REDISPATCH_AFTER": "60"}
     settings.outbox.time_limit, settings.outbox.redispatch_after = 6_000, 60
-    relay = Relay(settings)
-    relaying = asyncio.create_task(relay.run())
-    ids = await mortal.ledger.publish(domain.Endured(subject_id=uuid4(), seconds=3.5))
-    for message_id in ids:
-        await until(lambda each=message_id: is_state(mortal.ledger, each, "dispatched"))  # type: ignore[misc]
-    await asyncio.to_thread(mortal.postgres.stop, mode="immediate")
-    worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "4")
-    try:
-        await until(lambda: worker.log.read_text().count("claim_waits") >= len(ids))
-        await asyncio.sleep(4)  # the fault itself: of the limit and the grace, less than the consumers need is left
-        await asyncio.to_thread(mortal.postgres.start)
-        ledger = await mortal.look()
-        await until(lambda: all_completed(ledger))
-    finally:
-        relay.stop()
-        await relaying
-        await asyncio.to_thread(worker.stop)
+    async with relaying(settings):
+        ids = await mortal.ledger.publish(domain.Endured(subject_id=uuid4(), seconds=3.5))
+        for message_id in ids:
+            await until(lambda each=message_id: dispatched(mortal.ledger, each))  # type: ignore[misc]
+        await asyncio.to_thread(mortal.postgres.stop, mode="immediate")
+        worker = start_worker(environment, tmp_path / "worker.log")
+        try:
+            await until(lambda: worker.log.read_text().count("claim_waits") >= len(ids))
+            await asyncio.sleep(4)  # the fault itself: of limit and grace, less than the consumers need is left
+            await asyncio.to_thread(mortal.postgres.start)
+            ledger = await mortal.look()
+            await until(lambda: all_completed(ledger))
+        finally:
+            await worker.stop()
     assert await attempts(ledger) == 1
 
 

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_worker import is_state, relaying
+from tests.proof.ledger.looks import is_state
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -13,56 +13,23 @@ import asyncpg
 import pytest
 import redis.asyncio
 
-from service.database.engine import create_engine
-from service.database.sessions import session_factory, transaction
+from service.database.sessions import transaction
 from service.outbox import Event, publish
 from tests.proof.ledger import domain
-from tests.proof.ledger.conftest import Ledger
-from tests.proof.ledger.test_worker import all_completed, is_state, working
+from tests.proof.ledger.looks import all_completed, all_dispatched, effects_once, is_state
+from tests.proof.ledger.working import working
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from datetime import datetime
     from pathlib import Path
 
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.settings import Settings
+    from tests.proof.ledger.conftest import Ledger
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def own_broker(settings: Settings, environment: dict[str, str], own_valkey: Valkey) -> Valkey:
-    """A Valkey of this test's own, for relay and workers."""
-    settings.broker.url = type(settings.broker.url)(own_valkey.url)
-    environment["BROKER__URL"] = own_valkey.url
-    return own_valkey
-
-
-@pytest.fixture
-async def own_ledger(settings: Settings, environment: dict[str, str], own_postgres: Postgres) -> AsyncIterator[Ledger]:
-    """The ledger in a PostgreSQL of this test's own, for relay and workers."""
-    url = own_postgres.url("service")
-    settings.database.url = type(settings.database.url)(url)
-    environment["DATABASE__URL"] = url
-    engine = create_engine(settings.database, application_name="tests")
-    connection = await asyncpg.connect(url)
-    await connection.execute(domain.SCHEMA)
-    ledger = Ledger(connection, session_factory(engine))
-    yield ledger
-    ledger.connection.terminate()  # a test may have replaced it
-    await engine.dispose()
-
-
-async def effects_once(ledger: Ledger) -> None:
-    """Every completed row has one effect."""
-    odd = await ledger.connection.fetch(
-        """SELECT id, count(effect) FROM outbox_message LEFT JOIN effect ON message_id = id
-           WHERE state = 'completed' GROUP BY id HAVING count(effect) <> 1"""
-    )
-    assert odd == []
 
 
 A_FEW_SECONDS = 5
@@ -92,11 +59,6 @@ async def clock(ledger: Ledger) -> datetime:
     return now
 
 
-async def all_handed_over(ledger: Ledger) -> bool:
-    """Whether nothing waits for the relay."""
-    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
-
-
 async def test_a_flushed_broker_loses_nothing(
     ledger: Ledger, own_broker: Valkey, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -104,7 +66,7 @@ async def test_a_flushed_broker_loses_nothing(
     waiting = f"{settings.broker.namespace}:ledger"
     async with working(environment, settings, tmp_path), redis.asyncio.Redis.from_url(own_broker.url) as client:
         await publish_all(ledger, *slow(12), *quick(60))  # the slow ones keep the worker busy meanwhile
-        await until(lambda: all_handed_over(ledger))
+        await until(lambda: all_dispatched(ledger))
         assert await client.llen(waiting) > 30
         flushed_at = await clock(ledger)
         await client.flushall()
@@ -125,7 +87,7 @@ async def test_an_outage_of_the_broker_uses_up_nothing(
     """However long it lasts: longer than T and than a lease, nothing changes any more."""
     async with working(environment, settings, tmp_path):
         await publish_all(ledger, *slow(8), *quick(30))
-        await until(lambda: all_handed_over(ledger))
+        await until(lambda: all_dispatched(ledger))
         await asyncio.to_thread(own_broker.kill)
         killed_at = await clock(ledger)
         await publish_all(ledger, *quick(30))

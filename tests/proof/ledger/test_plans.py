@@ -10,8 +10,9 @@ from pydantic import SecretStr
 
 from relay.brokers.redis_sender import RedisSender
 from service.outbox.running.runner import Runner
-from tests.proof.ledger.test_relay import running
+from tests.proof.ledger.backlog import MANY, ROWS
 from tests.servers.real_servers import TEMPLATE
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -23,13 +24,6 @@ if TYPE_CHECKING:
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
 
-ROWS = 10_000
-MANY = f"""
-INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, state)
-SELECT id, id, 'ledger.happened', 1, 'ledger.react', 'ledger', json_build_object('subject_id', id)::jsonb, '{{}}', $1
-FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, {ROWS})) AS new
-RETURNING id
-"""
 READ_FROM_INDEX = "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'ix_outbox_message_due'"
 READ_BY_WORKERS = """
 SELECT (SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'outbox_message')
@@ -74,12 +68,8 @@ async def drained(settings: Settings, **options: int) -> None:
     async def all_waiting() -> bool:
         return await sender.depth("ledger") == ROWS
 
-    async with running(settings.model_copy(update={"outbox": patient}), sender):
+    async with relaying(settings.model_copy(update={"outbox": patient}), sender):
         await until(all_waiting)
-
-
-async def all_dispatched(ledger: Ledger) -> bool:
-    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
 
 
 async def reported(connection: asyncpg.Connection[asyncpg.Record]) -> int:

@@ -20,7 +20,9 @@ from service.dev.servers import free_port
 from service.errors import ConfigurationError
 from service.outbox import publish
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_worker import Worker, all_completed
+from tests.proof.ledger.looks import all_completed
+from tests.proof.ledger.working import start_worker
+from tests.servers.relaying import relaying
 from tests.waiting import until, until_sync
 
 if TYPE_CHECKING:
@@ -79,31 +81,28 @@ async def test_api_and_workers_work_behind_it(
     database_url: str,
     tmp_path: Path,
 ) -> None:
-    relay = Relay(settings.model_copy(deep=True))
-    relaying = asyncio.create_task(relay.run())
-    with pgbouncer(server_folder, database_url) as url:
-        settings.database.url = type(settings.database.url)(url)
-        settings.database.pooler = True
-        worker = Worker(
-            environment | {"DATABASE__URL": url, "DATABASE__POOLER": "true"}, tmp_path / "log", "-p", "1", "-t", "8"
-        )
-        engine = create_engine(settings.database, application_name="api")
-        try:
-            await until(lambda: worker.says("ready for action"))
-            sessions = session_factory(engine)
+    async with relaying(settings.model_copy(deep=True)):
+        with pgbouncer(server_folder, database_url) as url:
+            settings.database.url = type(settings.database.url)(url)
+            settings.database.pooler = True
+            worker = start_worker(
+                environment | {"DATABASE__URL": url, "DATABASE__POOLER": "true"}, tmp_path / "log", "-p", "1", "-t", "8"
+            )
+            engine = create_engine(settings.database, application_name="api")
+            try:
+                await until(lambda: worker.says("ready for action"))
+                sessions = session_factory(engine)
 
-            async def post(number: int) -> None:
-                async with transaction(sessions) as session:
-                    how = "fail" if number % 10 == 0 else ""
-                    publish(session, domain.Happened(subject_id=uuid4(), how=how))
+                async def post(number: int) -> None:
+                    async with transaction(sessions) as session:
+                        how = "fail" if number % 10 == 0 else ""
+                        publish(session, domain.Happened(subject_id=uuid4(), how=how))
 
-            await asyncio.gather(*[post(number) for number in range(60)])
-            await until(lambda: all_completed(ledger))
-        finally:
-            await asyncio.to_thread(worker.stop)
-            relay.stop()
-            await relaying
-            await engine.dispose()
+                await asyncio.gather(*[post(number) for number in range(60)])
+                await until(lambda: all_completed(ledger))
+            finally:
+                await worker.stop()
+                await engine.dispose()
     assert await ledger.connection.fetchval("SELECT count(*) FROM effect") == 54
     assert await ledger.connection.fetchval("SELECT count(*) FROM dead_letter") == 6
     assert not worker.says("claim_waits")

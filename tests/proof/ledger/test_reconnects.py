@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy.engine import make_url
 
 from relay.process.sparing import Sparing
 from relay.process.wakeup import Wakeup
 from service.errors import ConfigurationError
-from tests.proof.ledger.test_relay import dispatched, running, sleeping
-from tests.servers.proxy import Link, Proxy, proxy, socket_of
+from tests.proof.ledger.looks import dispatched, sleeping
+from tests.servers.proxy import Link, through_a_proxy
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
 
 pytestmark = pytest.mark.slow
-
-
-@asynccontextmanager
-async def through_a_proxy(settings: Settings) -> AsyncIterator[Proxy]:
-    """PostgreSQL behind a proxy, for whoever uses the settings."""
-    url = make_url(settings.database.dsn)
-    async with proxy(socket_of(settings.database.dsn)) as between:
-        settings.database.url = type(settings.database.url)(
-            f"postgresql://{url.username}@127.0.0.1:{between.port}/{url.database}?sslmode=disable"
-        )
-        yield between
 
 
 @pytest.fixture
@@ -61,7 +47,7 @@ async def test_a_postgres_that_stands_still_at_the_start_is_waited_for(
     (message_id,) = await ledger.publish()
     async with through_a_proxy(settings) as between:
         between.reply = stand_still
-        async with running(settings):
+        async with relaying(settings):
             await until(lambda: sum(map(listens, between.links)) >= 2)
             go_on.set()
             await until(lambda: dispatched(ledger, message_id))
@@ -91,14 +77,14 @@ async def test_a_relay_that_is_never_told_refuses_to_start(ledger: Ledger, setti
     async with through_a_proxy(settings) as between:
         between.reply = swallow_notifications
         with pytest.raises(ConfigurationError, match="not told of notifications"):
-            async with running(settings):
+            async with relaying(settings):
                 await until(lambda: len(between.links) > 2)
 
 
 async def test_a_relay_that_was_told_once_does_not_blame_the_settings(
     ledger: Ledger, settings: Settings, impatient: None
 ) -> None:
-    async with through_a_proxy(settings) as between, running(settings):
+    async with through_a_proxy(settings) as between, relaying(settings):
         await until(lambda: sleeping(ledger))
         between.reply = swallow_notifications
         seen = len(between.links)
@@ -118,7 +104,7 @@ async def test_a_connection_that_breaks_again_and_again_recovers_what_was_lost(
     await ledger.set(lost, state="running", attempts=1)
     await ledger.expire(lost)
     broken = 0
-    async with running(settings):
+    async with relaying(settings):
 
         async def recovered() -> bool:
             nonlocal broken

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -15,11 +14,12 @@ import pytest
 import redis.asyncio
 
 from relay.brokers.redis_sender import RedisSender
-from relay.process.loop import Relay
 from service.database.driver import connect
 from service.ledger.dispatching import NO_FLOOR, Pauses, queue_heads, take_due
 from service.ledger.message import DueDelivery
 from tests.proof.ledger import domain
+from tests.proof.ledger.looks import dispatched, sleeping
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-    from relay.brokers.sender import Sender
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.ledger.dispatching import QueueHead
@@ -35,19 +34,6 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Connect, Ledger
 
 PAUSES = Pauses(timedelta(seconds=60), timedelta(seconds=10), timedelta(seconds=60))
-
-
-@asynccontextmanager
-async def running(settings: Settings, sender: Sender | None = None) -> AsyncIterator[Relay]:
-    """A relay on the test's loop."""
-    relay = Relay(settings, sender)
-    task = asyncio.create_task(relay.run())
-    try:
-        yield relay
-    finally:
-        relay.stop()
-        async with asyncio.timeout(60):
-            await task
 
 
 @pytest.fixture
@@ -65,7 +51,7 @@ async def queued(broker: redis.asyncio.Redis, settings: Settings, queue: str = "
 
 async def test_an_event_reaches_the_queue(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
     (message_id,) = await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: queued(broker, settings))
     row = await ledger.row(message_id)
     assert row is not None
@@ -75,21 +61,11 @@ async def test_an_event_reaches_the_queue(ledger: Ledger, settings: Settings, br
 
 async def test_a_notification_wakes_the_relay(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
     settings.outbox.lease = 600  # by itself it would wake after 15 s
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: sleeping(ledger))
         (message_id,) = await ledger.publish()
         await until(lambda: queued(broker, settings), timeout=12)
     assert await queued(broker, settings) == [str(message_id)]
-
-
-async def sleeping(ledger: Ledger) -> bool:
-    """Whether a relay holds the sleeper's lock."""
-    return bool(
-        await ledger.connection.fetchval(
-            """SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
-               WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND datname = current_database()"""
-        )
-    )
 
 
 async def test_an_event_right_after_another_is_not_kept_waiting(
@@ -97,7 +73,7 @@ async def test_an_event_right_after_another_is_not_kept_waiting(
 ) -> None:
     """The pause before another look is for rows that are due and locked, not for those that were just handed over."""
     monkeypatch.setattr("relay.process.loop.SHORTEST_SLEEP", 100.0)
-    async with running(settings):
+    async with relaying(settings):
         for expected in range(1, 5):
             await ledger.publish()
             await until(lambda: has_queued(broker, settings, expected))  # noqa: B023
@@ -110,7 +86,7 @@ async def has_queued(broker: redis.asyncio.Redis, settings: Settings, expected: 
 async def test_a_delayed_event_waits(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
     (late,) = await ledger.publish(delay=timedelta(seconds=1))
     (prompt,) = await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: queued(broker, settings))
         assert await queued(broker, settings) == [str(prompt)]
         await until(lambda: has(broker, settings, late))
@@ -128,7 +104,7 @@ async def test_what_no_worker_claims_is_handed_over_again(
 ) -> None:
     settings.outbox.redispatch_after = 0.3
     (message_id,) = await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: queued(broker, settings))
         await broker.delete(f"{settings.broker.namespace}:ledger", f"{settings.broker.namespace}:ledger.msgs")
         await until(lambda: queued(broker, settings))
@@ -144,7 +120,7 @@ async def test_what_the_broker_lost_in_part_is_queued_again(
     """The body that is left over must not pass for a message that is still queued."""
     settings.outbox.redispatch_after = 0.3
     (message_id,) = await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: queued(broker, settings))
         await broker.delete(f"{settings.broker.namespace}:ledger")
         assert await broker.hlen(f"{settings.broker.namespace}:ledger.msgs")
@@ -204,7 +180,7 @@ async def test_what_commits_late_below_the_floor_is_found(
     transaction = late.transaction()
     await transaction.start()
     await late.execute(INSERT, uuid4())
-    async with running(settings):
+    async with relaying(settings):
         for _ in range(5):
             await ledger.publish()
         await until(lambda: count_is(broker, settings, 5))
@@ -221,7 +197,7 @@ async def test_what_commits_late_below_the_floor_does_not_wait_for_the_backlog(
     await transaction.start()
     await late.execute(INSERT, late_id)
     await ledger.connection.executemany(INSERT, [(uuid4(),) for _ in range(5_000)])
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: some_dispatched(ledger))
         await transaction.commit()
         await until(lambda: dispatched(ledger, late_id))
@@ -256,7 +232,7 @@ async def test_a_broker_outage_counts_against_no_event(ledger: Ledger, settings:
     settings.broker.url = type(settings.broker.url)(own_valkey.url)
     own_valkey.stop()
     (message_id,) = await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: relay_waits(ledger))
         row = await ledger.row(message_id)
         assert row is not None
@@ -273,10 +249,6 @@ async def relay_waits(ledger: Ledger) -> bool:
             "AND datname = current_database()"
         )
     )
-
-
-async def dispatched(ledger: Ledger, message_id: UUID) -> bool:
-    return await ledger.state(message_id) == "dispatched"
 
 
 async def test_a_trace_of_another_form_is_left_out_and_its_neighbours_keep_theirs(
@@ -320,7 +292,7 @@ async def test_a_broker_that_is_away_is_asked_less_and_less_often(
     own_valkey.stop()
     sender = Watched(settings.broker)
     await ledger.publish()
-    async with running(settings, sender):
+    async with relaying(settings, sender):
         await until(lambda: len(sender.asked) > 4)
     assert sender.asked[4] - sender.asked[0] > 0.05 + 0.1 + 0.2 + 0.4
 
@@ -331,7 +303,7 @@ async def test_a_queue_that_refuses_is_asked_less_and_less_often(
     await broker.set(f"{settings.broker.namespace}:ledger", "not a list")
     sender = Watched(settings.broker)
     await ledger.publish()
-    async with running(settings, sender):
+    async with relaying(settings, sender):
         await until(lambda: len(sender.asked) > 3)
     assert sender.asked[3] - sender.asked[0] > 0.125 + 0.25 + 0.5
 
@@ -346,7 +318,7 @@ async def test_a_postgres_that_is_away_is_asked_less_and_less_often(settings: Se
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     settings.database.url = type(settings.database.url)(f"postgresql://nobody@127.0.0.1:{port}/none?sslmode=disable")
-    async with server, running(settings):
+    async with server, relaying(settings):
         await until(lambda: len(asked) > 4)
     assert asked[4] - asked[0] > 0.05 + 0.1 + 0.2 + 0.4
 
@@ -357,7 +329,7 @@ async def test_a_full_broker_counts_against_no_event(ledger: Ledger, settings: S
         await client.config_set("maxmemory-policy", "noeviction")
         await client.config_set("maxmemory", "1")
         (message_id,) = await ledger.publish()
-        async with running(settings):
+        async with relaying(settings):
             await until(lambda: relay_waits(ledger))
             row = await ledger.row(message_id)
             assert row is not None
@@ -371,7 +343,7 @@ async def test_a_queue_that_refuses_leaves_the_others_alone(
 ) -> None:
     await broker.set(f"{settings.broker.namespace}:ledger", "not a list")
     refused, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: has_other(broker, settings, fine))
         assert await ledger.state(refused) == "pending"
         await broker.delete(f"{settings.broker.namespace}:ledger")
@@ -387,7 +359,7 @@ async def test_a_backlog_waits_in_postgres(ledger: Ledger, settings: Settings, b
     settings.outbox.high_water_mark, settings.outbox.batch_size = 10, 4
     for _ in range(30):
         await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: count_is(broker, settings, 10))
         _, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
         await until(lambda: has_other(broker, settings, fine))
@@ -402,7 +374,7 @@ async def test_a_paused_queue_is_left_alone_until_it_is_resumed(
     settings.outbox.lease = 600  # by itself it would look again after 15 s
     await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('ledger', 'test')")
     paused, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: has_other(broker, settings, fine))
         assert await ledger.state(paused) == "pending"
         await ledger.connection.execute("WITH gone AS (DELETE FROM paused_queue) SELECT outbox_wake()")
@@ -412,7 +384,7 @@ async def test_a_paused_queue_is_left_alone_until_it_is_resumed(
 async def test_a_pause_stops_two_busy_relays(ledger: Ledger, settings: Settings) -> None:
     settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
     await ledger.connection.execute(MANY, 20_000)
-    async with running(settings), running(settings):
+    async with relaying(settings), relaying(settings):
         await until(lambda: some_dispatched(ledger))
         await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('ledger', 'test')")
         await until(lambda: ledger.connection.fetchval(PAUSED_FOR_LONG))
@@ -443,7 +415,7 @@ async def test_a_backlog_of_an_outage_is_handed_over_in_whole_batches_at_once(
     own_valkey.stop()
     sender = Watched(settings.broker)
     await ledger.publish()
-    async with running(settings, sender):
+    async with relaying(settings, sender):
         await until(lambda: len(sender.asked) > 3)
         await ledger.connection.execute(MANY, rows - 1)
         tried = len(sender.asked) + 1
@@ -477,7 +449,7 @@ async def test_a_restarted_postgres_is_reconnected_and_running_rows_are_spared(
 
     settings.outbox.lease = 4
     settings.database.url = type(settings.database.url)(own_postgres.url("service"))
-    async with running(settings):
+    async with relaying(settings):
         connection = await asyncpg.connect(own_postgres.url("service"))
         running_id = uuid4()
         await connection.execute(INSERT, running_id)
@@ -519,7 +491,7 @@ async def test_a_round_serves_somebody_however_long_a_look_takes(
     monkeypatch.setattr("relay.process.loop._LOOKING", 0)
     await ledger.connection.execute(ONE_EACH, queues, 3 * queues)
     sender = Watched(settings.broker)
-    async with running(settings, sender):
+    async with relaying(settings, sender):
         await until(lambda: all_dispatched(ledger, 3 * queues), timeout=30)
     assert [len(set(sender.queues[first : first + queues])) for first in (0, queues, 2 * queues)] == [queues] * 3
 
@@ -541,7 +513,7 @@ async def test_looks_that_take_long_come_seldom(
     monkeypatch.setattr("relay.process.loop.queue_heads", slow_heads)
     monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 0.1)
     await ledger.connection.execute(MANY, 20_000)
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: len(looks) > 4, timeout=30)
         assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'pending'")
     for (_, ended), (began, _) in pairwise(looks[1:]):  # the first one proves that the database is migrated
@@ -562,7 +534,7 @@ async def test_a_look_that_takes_too_long_is_told_of_but_not_each_time(
     monkeypatch.setattr("relay.process.loop._SLOW_LOOK", 0.01)
     monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 0.0)
     settings.outbox.batch_size = 1
-    async with running(settings):
+    async with relaying(settings):
         await ledger.connection.execute(ONE_EACH, 3, 30)
         await until(lambda: all_dispatched(ledger, 30))
         await until(lambda: len(looks) > 4)
@@ -574,7 +546,7 @@ async def test_a_queue_that_was_empty_does_not_wait_for_the_next_look(
 ) -> None:
     settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
     await ledger.connection.execute(ONE_EACH, 1, 1)
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: all_dispatched(ledger, 1))
         await ledger.connection.execute("DELETE FROM outbox_message")
         monkeypatch.setattr("relay.process.loop._LOOK_EVERY", 1_000.0)
@@ -597,7 +569,7 @@ async def test_a_full_queue_keeps_nobody_awake(
     monkeypatch.setattr("relay.process.loop.SHORTEST_SLEEP", 100.0)
     settings.outbox.high_water_mark, settings.outbox.batch_size, settings.outbox.lease = 10, 4, 600
     await ledger.connection.execute(MANY, 30)
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: sleeping(ledger))
         await ledger.connection.execute(ONE_EACH, 1, 1)
         await until(lambda: cold_is_dispatched(ledger))
@@ -617,7 +589,7 @@ CREATE TRIGGER conflict BEFORE UPDATE ON outbox_message FOR EACH ROW EXECUTE FUN
 async def test_a_conflict_is_tried_again_on_the_same_connection(ledger: Ledger, settings: Settings) -> None:
     await ledger.connection.execute(CONFLICT)
     (message_id,) = await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: relay_session(ledger))
         session = await relay_session(ledger)
         await until(lambda: dispatched(ledger, message_id))
@@ -643,14 +615,14 @@ async def relay_session(ledger: Ledger) -> int | None:
 
 
 async def test_it_stops_in_mid_sleep(ledger: Ledger, settings: Settings) -> None:
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: sleeping(ledger))
     assert not await sleeping(ledger)
 
 
 async def test_bodies_are_dramatiqs_own(ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis) -> None:
     (message_id,) = await ledger.publish()
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: queued(broker, settings))
     ((unique, body),) = (await broker.hgetall(f"{settings.broker.namespace}:ledger.msgs")).items()
     decoded = json.loads(body)

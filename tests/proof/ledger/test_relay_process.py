@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import make_url
 
-from tests.proof.ledger.test_relay import dispatched, running
+from tests.proof.ledger.looks import dispatched
 from tests.servers.proxy import Link, Proxy, proxy, socket_of
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ async def test_a_second_signal_does_not_wait_and_loses_nothing(
     row = await ledger.row(message_id)
     assert row is not None
     assert (row["state"], row["dispatches"]) == ("pending", 0)
-    async with running(settings):
+    async with relaying(settings):
         await until(lambda: dispatched(ledger, message_id))
 
 
@@ -139,7 +140,7 @@ async def test_a_relay_that_freezes_in_mid_batch_gives_its_rows_back(
         async with asyncio.timeout(60):
             await held.reached.wait()
         process.send_signal(signal.SIGSTOP)
-        async with running(settings):
+        async with relaying(settings):
             assert await ledger.connection.fetchval(LOCKED)
             await until(lambda: dispatched(ledger, message_id))
 

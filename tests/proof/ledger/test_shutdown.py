@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_outages import own_broker, own_ledger
-from tests.proof.ledger.test_worker import is_state, working
+from tests.proof.ledger.looks import is_state
+from tests.proof.ledger.working import working
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["own_broker", "own_ledger"]
-
 
 async def test_a_full_broker_that_takes_nothing_back(
     ledger: Ledger, own_broker: Valkey, environment: dict[str, str], settings: Settings, tmp_path: Path
@@ -42,7 +40,7 @@ async def test_a_full_broker_that_takes_nothing_back(
             acks = next(client.scan_iter(match="*__acks__*.ledger"))
             await until(lambda: client.scard(acks) == 2, what="one that runs and one that waits for the thread")
             client.config_set("maxmemory", 1)
-        assert await asyncio.to_thread(worker.stop) == 0
+        assert await worker.stop() == 0
         assert worker.says("Worker has been shut down.")
 
 
@@ -55,7 +53,7 @@ async def test_a_broker_that_is_away_when_a_run_ends(
         await until(lambda: is_state(ledger, message_id, "running"))
         await asyncio.to_thread(own_broker.kill)
         await until(lambda: is_state(ledger, message_id, "completed"))
-        assert await asyncio.to_thread(worker.stop) == 0
+        assert await worker.stop() == 0
         assert worker.says("Worker has been shut down.")
 
 
@@ -88,7 +86,7 @@ async def test_a_stalled_postgres(
         (message_id,) = await own_ledger.publish(domain.Happened(subject_id=uuid4(), how=how))
         await until(lambda: is_state(own_ledger, message_id, "running" if how else "completed"))
         with stalled(own_postgres):
-            assert await asyncio.to_thread(worker.stop) == 0
+            assert await worker.stop() == 0
         assert worker.says("Worker has been shut down.")
 
 
@@ -100,5 +98,5 @@ async def test_a_second_signal(ledger: Ledger, environment: dict[str, str], sett
         worker.process.terminate()
         await until(lambda: worker.says("Shutting down"))
         began = time.monotonic()
-        await asyncio.to_thread(worker.stop)
+        await worker.stop()
         assert time.monotonic() - began < 50

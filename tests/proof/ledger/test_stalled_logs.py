@@ -18,7 +18,9 @@ import pytest
 from service.dev.places import ROOT
 from service.dev.servers import free_port
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_worker import all_completed, is_state, relaying, working
+from tests.proof.ledger.looks import all_completed, is_state
+from tests.proof.ledger.working import working
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -8,24 +8,23 @@ import json
 import os
 import re
 import subprocess
-import sys
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-import psutil
 import pytest
 import redis.asyncio
 from pydantic import SecretStr
 
-from relay.process.loop import Relay
 from service.outbox.testing import inline_worker
 from service.telemetry.logs import trace_context
 from tests.proof.ledger import domain
+from tests.proof.ledger.looks import all_completed, is_state
+from tests.proof.ledger.working import start_worker, working
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    import subprocess
     from pathlib import Path
 
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -36,71 +35,6 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
 
 
-class Worker:
-    """A Dramatiq master with its children."""
-
-    def __init__(self, environment: dict[str, str], log: Path, *arguments: str) -> None:
-        self.log = log
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "dramatiq", "tests.proof.ledger.app:setup_broker", *arguments],
-                env=environment,
-                stdout=output,
-                stderr=output,
-            )
-
-    def children(self) -> list[psutil.Process]:
-        """The processes that run consumers, and Python's own helpers beside them."""
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def stop(self, within: float = 60) -> int:
-        """SIGTERM, and the exit status."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        try:
-            return self.process.wait(within)
-        except subprocess.TimeoutExpired:
-            for each in self.children():
-                each.kill()
-            self.process.kill()
-            raise
-
-    def says(self, text: str) -> bool:
-        """Whether the log has it."""
-        return text in self.log.read_text()
-
-
-@asynccontextmanager
-async def working(
-    environment: dict[str, str], settings: Settings, tmp_path: Path, *arguments: str
-) -> AsyncIterator[Worker]:
-    """A worker and a relay."""
-    arguments = arguments or ("-p", "1", "-t", "4")
-    worker = Worker(environment, tmp_path / "worker.log", *arguments)
-    try:
-        async with relaying(settings):
-            await until(lambda: worker.says("ready for action"))
-            yield worker
-    finally:
-        await asyncio.to_thread(worker.stop)
-
-
-@asynccontextmanager
-async def relaying(settings: Settings) -> AsyncIterator[None]:
-    """A relay on the test's loop."""
-    relay = Relay(settings)
-    task = asyncio.create_task(relay.run())
-    try:
-        yield
-    finally:
-        relay.stop()
-        await task
-
-
-async def is_state(ledger: Ledger, message_id: UUID, state: str) -> bool:
-    return await ledger.state(message_id) == state
-
-
 async def test_effects_of_many_events_happen_once(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -108,10 +42,6 @@ async def test_effects_of_many_events_happen_once(
         ids = [await ledger.publish() for _ in range(50)]
         await until(lambda: all_completed(ledger))
     assert [await ledger.effects(each[0]) for each in ids] == [1] * 50
-
-
-async def all_completed(ledger: Ledger) -> bool:
-    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state <> 'completed'")
 
 
 @pytest.mark.slow
@@ -178,11 +108,11 @@ async def test_what_a_killed_worker_ran_runs_again(
             child.kill()
         worker.process.kill()
         worker.process.wait()
-        second = Worker(environment, tmp_path / "second.log", "-p", "1", "-t", "4")
+        second = start_worker(environment, tmp_path / "second.log")
         try:
             await until(lambda: is_state(ledger, message_id, "completed"))
         finally:
-            await asyncio.to_thread(second.stop)
+            await second.stop()
     row = await ledger.row(message_id)
     assert row is not None
     assert row["attempts"] == 2
@@ -193,21 +123,16 @@ async def until_dead(
     ledger: Ledger, environment: dict[str, str], settings: Settings, folder: Path, poison: UUID
 ) -> int:
     """Start a worker when the last has ended, as a supervisor does; how many were lost until the dead letter."""
-    relay = Relay(settings)
-    task = asyncio.create_task(relay.run())
-    try:
+    async with relaying(settings):
         for number in range(5):
-            worker = Worker(environment, folder / f"{number}.log", "-p", "1", "-t", "1")
+            worker = start_worker(environment, folder / f"{number}.log", "-p", "1", "-t", "1")
             try:
                 await until(lambda process=worker.process: gone_or_dead(process, ledger, poison))  # type: ignore[misc]
             finally:
-                await asyncio.to_thread(worker.stop)
+                await worker.stop()
             if await ledger.dead_letter(poison):
                 return number
             assert worker.process.returncode in (1, 70)
-    finally:
-        relay.stop()
-        await task
     raise AssertionError("it is not dead")
 
 
@@ -253,7 +178,7 @@ async def test_a_worker_that_stood_still_is_not_taken_for_stuck(
         for each in family:
             each.resume()
         await until(lambda: is_state(ledger, message_id, "completed"))
-        assert await asyncio.to_thread(worker.stop) == 0
+        assert await worker.stop() == 0
 
 
 async def is_dead(ledger: Ledger, message_id: UUID) -> bool:
@@ -271,7 +196,7 @@ async def test_sigterm_releases_what_does_not_end_in_the_grace(
     async with working(environment, settings, tmp_path) as worker:
         (message_id,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang"))
         await until(lambda: is_state(ledger, message_id, "running"))
-        assert await asyncio.to_thread(worker.stop) == 0
+        assert await worker.stop() == 0
         row = await ledger.row(message_id)
     assert row is not None
     assert row["attempts"] == 0
@@ -288,7 +213,7 @@ async def test_sigterm_releases_a_def_consumer_that_does_not_end_in_the_grace(
         event = domain.Endured(subject_id=uuid4(), seconds=60, at_once=at_once)
         *_, message_id = await ledger.publish(event)
         await until(lambda: is_state(ledger, message_id, "running"))
-        assert await asyncio.to_thread(worker.stop) == 0
+        assert await worker.stop() == 0
         row = await ledger.row(message_id)
     assert row is not None
     assert row["attempts"] == 0
@@ -359,11 +284,11 @@ async def test_options_in_a_body_reach_no_delivery(
     ids = [await ledger.happen("slower") for _ in FOREIGN_OPTIONS]
     for message_id, options in zip(ids, FOREIGN_OPTIONS, strict=True):
         await push(settings, f"ledger{suffix}", {"args": [str(message_id)], "options": options})
-    worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "3")
+    worker = start_worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "3")
     try:
         await until(lambda: all_completed(ledger))
     finally:
-        await asyncio.to_thread(worker.stop)
+        await worker.stop()
     assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE attempts <> 1") == 0
 
 
@@ -441,12 +366,12 @@ async def test_a_dead_thread_ends_the_process(
         "w.Worker.start = patched\n"
     )
     environment["PYTHONPATH"] = str(script.parent)
-    worker = Worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "1")
+    worker = start_worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "1")
     try:
         await until(lambda: worker.says("ready for action"))
         (tmp_path / "now").touch()
         await until(lambda: worker.process.poll() is not None)
     finally:
-        await asyncio.to_thread(worker.stop)
+        await worker.stop()
     assert worker.says("worker.thread_died")
     assert worker.process.returncode != 0

@@ -10,10 +10,8 @@ import asyncio
 import statistics
 import sys
 import time
-from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import asyncpg
@@ -21,17 +19,14 @@ import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 from pydantic import SecretStr
 
-from relay.process.loop import Relay
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
 from service.telemetry.logs import configure_logging
 from tests.proof.ledger.domain import SCHEMA
-from tests.proof.rabbitmq.conftest import Worker
+from tests.proof.ledger.working import start_worker
 from tests.proof.rabbitmq.server import Rabbitmq
 from tests.servers.real_servers import TEMPLATE, RealServers, outside_environment
+from tests.servers.relaying import relaying
 from tests.waiting import until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 _INSERT = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
@@ -42,21 +37,12 @@ FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, $1)) AS new
 _LEFT = "SELECT count(*) FROM outbox_message WHERE dispatches = 0"
 
 
-@asynccontextmanager
-async def _relaying(settings: Settings) -> AsyncIterator[None]:
-    relay = Relay(settings)
-    task = asyncio.create_task(relay.run())
-    yield
-    relay.stop()
-    await task
-
-
 async def _drain(settings: Settings, connection: asyncpg.Connection[asyncpg.Record], rows: int) -> float:
     """Rows per second of a relay whose backlog is `rows`."""
     await connection.execute(_INSERT, rows, "drain")
     await connection.execute("VACUUM ANALYZE outbox_message")
     began = time.perf_counter()
-    async with _relaying(settings):
+    async with relaying(settings):
         await until(lambda: _none_left(connection), timeout=600, every=0.1)
         took = time.perf_counter() - began
     await connection.execute("DELETE FROM outbox_message")
@@ -86,16 +72,16 @@ async def _latencies(
 ) -> list[float]:
     """Milliseconds from commit to the start of the consumer, one event at a time."""
     await connection.execute(SCHEMA)
-    worker = Worker(environment, folder / "worker.log", "-p", "1", "-t", "4")
+    worker = start_worker(environment, folder / "worker.log")
     try:
         await until(lambda: worker.says("ready for action"), timeout=60)
-        async with _relaying(settings):
+        async with relaying(settings):
             for _ in range(205):
                 await connection.execute(_INSERT, 1, "ledger")
                 await asyncio.sleep(0.05)
             await until(lambda: _all_started(connection), timeout=30)
     finally:
-        await asyncio.to_thread(worker.stop)
+        await worker.stop()
     rows = await connection.fetch(
         "SELECT extract(epoch FROM started_at - created_at)::float8 * 1000 AS wait FROM outbox_message "
         "ORDER BY created_at"

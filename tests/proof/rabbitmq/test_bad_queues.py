@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -11,12 +9,13 @@ import pytest
 
 from relay.brokers.rabbitmq_sender import RabbitmqSender
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_relay import dispatched, running
-from tests.proof.rabbitmq.test_sender import count, to_queue_process
+from tests.proof.ledger.looks import dispatched
+from tests.proof.rabbitmq.queues import count, hanging
+from tests.servers.relaying import relaying as relaying_with
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
 
     import aiormq
     from pamqp.common import FieldTable
@@ -74,21 +73,11 @@ class Watched(RabbitmqSender):
         return await super().hand_over(queue, batch, transaction)
 
 
-@asynccontextmanager
-async def hanging(rabbitmq: Rabbitmq) -> AsyncIterator[None]:
-    """The process of the queue `ledger` does not answer."""
-    await asyncio.to_thread(rabbitmq.control, "eval", to_queue_process("suspend"))
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(rabbitmq.control, "eval", to_queue_process("resume"))
-
-
 async def test_a_queue_that_hangs_holds_no_other_up(
     ledger: Ledger, settings: Settings, rabbitmq: Rabbitmq, amqp: aiormq.Channel
 ) -> None:
     sender = Watched(settings.broker)
-    async with running(settings, sender):
+    async with relaying_with(settings, sender):
         first, fine = await ledger.publish(domain.FannedOut(subject_id=uuid4()))
         await until(lambda: both_dispatched(ledger, first, fine))
         async with hanging(rabbitmq):

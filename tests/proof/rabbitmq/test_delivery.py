@@ -7,12 +7,14 @@ import json
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 
 from tests.proof.ledger import domain
-from tests.proof.rabbitmq.conftest import Worker
+from tests.proof.ledger.looks import all_completed, is_state
+from tests.proof.ledger.working import start_worker
+from tests.proof.rabbitmq.queues import count
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
     from tests.proof.rabbitmq.conftest import Running
     from tests.proof.rabbitmq.server import Rabbitmq
+    from tests.servers.processes import Started
 
 pytestmark = pytest.mark.slow
 
@@ -32,10 +35,6 @@ T = 2
 
 RESTART = 3
 """Seconds after which Dramatiq restarts a consumer that has lost its connection."""
-
-
-async def everything_done(ledger: Ledger) -> bool:
-    return not await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state <> 'completed'")
 
 
 async def effects_of_each(ledger: Ledger) -> dict[int, int]:
@@ -53,19 +52,13 @@ async def most(ledger: Ledger, column: str) -> int:
     return int(await ledger.connection.fetchval(f"SELECT max({column}) FROM outbox_message"))
 
 
-async def is_state(ledger: Ledger, message_id: UUID, state: str) -> bool:
-    return await ledger.state(message_id) == state
-
-
-async def count(amqp: aiormq.Channel, queue: str) -> int:
-    return (await amqp.queue_declare(queue, passive=True)).message_count or 0
-
-
-async def test_every_effect_happens_once(ledger: Ledger, relaying: Running, worker: Worker, rabbitmq: Rabbitmq) -> None:
+async def test_every_effect_happens_once(
+    ledger: Ledger, relaying: Running, worker: Started, rabbitmq: Rabbitmq
+) -> None:
     async with relaying():
         for _ in range(50):
             await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
         assert await effects_of_each(ledger) == {1: 100}
 
         def acknowledged() -> bool:
@@ -75,14 +68,14 @@ async def test_every_effect_happens_once(ledger: Ledger, relaying: Running, work
         await until(lambda: asyncio.to_thread(acknowledged))
 
 
-async def test_an_idle_worker_starts_at_once(ledger: Ledger, relaying: Running, worker: Worker) -> None:
+async def test_an_idle_worker_starts_at_once(ledger: Ledger, relaying: Running, worker: Started) -> None:
     async with relaying():
         (first,) = await ledger.publish()
         await until(lambda: is_state(ledger, first, "completed"))
         ids = []
         for _ in range(15):
             ids += await ledger.publish()
-            await until(lambda: everything_done(ledger), every=0.1)
+            await until(lambda: all_completed(ledger), every=0.1)
     waits = await ledger.connection.fetch(
         "SELECT extract(epoch FROM started_at - created_at)::float8 AS wait FROM outbox_message WHERE id = ANY($1)", ids
     )
@@ -90,7 +83,7 @@ async def test_an_idle_worker_starts_at_once(ledger: Ledger, relaying: Running, 
 
 
 async def test_a_restart_of_the_broker_loses_and_burns_nothing(
-    ledger: Ledger, relaying: Running, worker: Worker, rabbitmq: Rabbitmq
+    ledger: Ledger, relaying: Running, worker: Started, rabbitmq: Rabbitmq
 ) -> None:
     async with relaying(), publishing(ledger) as published:
         await until(lambda: len(published) > 20)
@@ -98,7 +91,7 @@ async def test_a_restart_of_the_broker_loses_and_burns_nothing(
         more = len(published) + 20
         await until(lambda: len(published) > more)
         published.stop()
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
     assert await effects_of_each(ledger) == {1: len(published) * 2}
     assert await most(ledger, "attempts") == 1
 
@@ -133,21 +126,21 @@ class publishing:  # noqa: N801  reads as a verb where it is used
 
 
 async def test_closed_connections_are_opened_again(
-    ledger: Ledger, relaying: Running, worker: Worker, rabbitmq: Rabbitmq
+    ledger: Ledger, relaying: Running, worker: Started, rabbitmq: Rabbitmq
 ) -> None:
     async with relaying():
         await ledger.publish()
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
         await asyncio.to_thread(rabbitmq.control, "close_all_connections", "for a test")
         for _ in range(5):
             await ledger.publish()
-        await until(lambda: everything_done(ledger), timeout=RESTART + 60)
+        await until(lambda: all_completed(ledger), timeout=RESTART + 60)
     assert await effects_of_each(ledger) == {1: 6}
     assert await most(ledger, "attempts") == 1
 
 
 async def test_a_deleted_queue_is_back_soon_and_the_others_do_not_notice(
-    ledger: Ledger, relaying: Running, worker: Worker, amqp: aiormq.Channel
+    ledger: Ledger, relaying: Running, worker: Started, amqp: aiormq.Channel
 ) -> None:
     async with relaying(), publishing(ledger) as published:
         await until(lambda: len(published) > 20)
@@ -157,7 +150,7 @@ async def test_a_deleted_queue_is_back_soon_and_the_others_do_not_notice(
         await until(lambda: len(published) > before + 50)
         published.stop()
         await until(lambda: done_in(ledger, "other"))
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
         assert time.monotonic() - began < T + RESTART + 40
     assert await effects_of_each(ledger) == {1: len(published) * 2}
 
@@ -169,11 +162,11 @@ async def done_in(ledger: Ledger, queue: str) -> bool:
 
 
 async def test_a_memory_alarm_burns_nothing_and_the_backlog_drains(
-    ledger: Ledger, relaying: Running, worker: Worker, rabbitmq: Rabbitmq
+    ledger: Ledger, relaying: Running, worker: Started, rabbitmq: Rabbitmq
 ) -> None:
     async with relaying():
         await ledger.publish(domain.FannedOut(subject_id=uuid4()))
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
         await asyncio.to_thread(rabbitmq.fill_memory)
         try:
             for _ in range(30):
@@ -181,10 +174,10 @@ async def test_a_memory_alarm_burns_nothing_and_the_backlog_drains(
             # One look at PostgreSQL for each probe that RabbitMQ did not answer.
             for _ in range(3):
                 await until(lambda: relay_probes(ledger), every=0.001)
-            assert not await everything_done(ledger)
+            assert not await all_completed(ledger)
         finally:
             await asyncio.to_thread(rabbitmq.free_memory)
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
     assert await effects_of_each(ledger) == {1: 62}
     assert await most(ledger, "attempts") == 1
     assert await most(ledger, "dispatches") <= 1
@@ -209,7 +202,7 @@ async def test_a_queue_of_other_making_is_left_alone_and_the_others_flow(
         assert [await ledger.state(refused) for refused, _ in both] == ["pending"] * 10
         assert await most(ledger, "attempts") == 1
         await amqp.queue_delete("ledger")
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
     assert await effects_of_each(ledger) == {1: 20}
 
 
@@ -217,14 +210,14 @@ class another_worker:  # noqa: N801  reads as a noun where it is used
     """A worker that starts after the test has prepared the queues."""
 
     def __init__(self, environment: dict[str, str], folder: Path) -> None:
-        self._worker = Worker(environment, folder / "another.log", "-p", "1", "-t", "4")
+        self._worker = start_worker(environment, folder / "another.log")
 
-    async def __aenter__(self) -> Worker:
+    async def __aenter__(self) -> Started:
         await until(lambda: self._worker.says("ready for action"))
         return self._worker
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._worker.stop)
+        await self._worker.stop()
 
 
 SECRET = "hunter2"
@@ -266,19 +259,19 @@ def body(fields: bytes | dict[str, Any]) -> bytes:
 
 
 async def test_what_cannot_run_is_set_aside_and_its_neighbours_run(
-    ledger: Ledger, relaying: Running, worker: Worker, amqp: aiormq.Channel
+    ledger: Ledger, relaying: Running, worker: Started, amqp: aiormq.Channel
 ) -> None:
     async with relaying():
         await ledger.publish()
-        await until(lambda: everything_done(ledger))  # so the queue is there
+        await until(lambda: all_completed(ledger))  # so the queue is there
         for fields in (*UNUSABLE, *ODD):
             await amqp.basic_publish(body(fields), routing_key="ledger", mandatory=True)
             await ledger.publish()
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
         await until(lambda: is_count(amqp, "ledger.XQ", len(UNUSABLE)))
     assert await most(ledger, "dispatches") == 1
     assert worker.process.poll() is None
-    await asyncio.to_thread(worker.stop)
+    await worker.stop()
     assert await count(amqp, "ledger") == 0
     assert not worker.says(SECRET)
 
@@ -288,7 +281,7 @@ async def is_count(amqp: aiormq.Channel, queue: str, expected: int) -> bool:
 
 
 async def test_a_row_runs_whichever_consumer_its_message_names(
-    ledger: Ledger, worker: Worker, amqp: aiormq.Channel
+    ledger: Ledger, worker: Started, amqp: aiormq.Channel
 ) -> None:
     message_id = await ledger.happen()
     await amqp.basic_publish(
@@ -309,14 +302,14 @@ FOREIGN_OPTIONS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("suffix", ["", ".DQ"])
 async def test_options_in_a_body_reach_no_delivery(
-    ledger: Ledger, worker: Worker, amqp: aiormq.Channel, suffix: str
+    ledger: Ledger, worker: Started, amqp: aiormq.Channel, suffix: str
 ) -> None:
     ids = [await ledger.happen("slower") for _ in FOREIGN_OPTIONS]
     queue = f"ledger{suffix}"
     for message_id, options in zip(ids, FOREIGN_OPTIONS, strict=True):
         fields = {"args": [str(message_id)], "queue_name": queue, "options": options}
         await amqp.basic_publish(body(fields), routing_key=queue, mandatory=True)
-    await until(lambda: everything_done(ledger))
+    await until(lambda: all_completed(ledger))
     assert await most(ledger, "attempts") == 1
 
 
@@ -328,12 +321,12 @@ def quorum(settings: Settings, environment: dict[str, str]) -> None:
 
 
 async def test_quorum_queues(
-    quorum: None, ledger: Ledger, relaying: Running, worker: Worker, rabbitmq: Rabbitmq
+    quorum: None, ledger: Ledger, relaying: Running, worker: Started, rabbitmq: Rabbitmq
 ) -> None:
     async with relaying():
         for _ in range(20):
             await ledger.publish()
-        await until(lambda: everything_done(ledger))
+        await until(lambda: all_completed(ledger))
     listed = await asyncio.to_thread(rabbitmq.control, "list_queues", "name", "type")
     kinds = dict(line.split() for line in listed.splitlines())
     assert (kinds["ledger"], kinds["ledger.DQ"], kinds["ledger.XQ"]) == ("quorum", "quorum", "quorum")

@@ -21,6 +21,7 @@ from relay.brokers.rabbitmq_sender import RabbitmqSender
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.ledger.message import DueDelivery
 from service.settings import BrokerSettings
+from tests.proof.rabbitmq.queues import count, hanging
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -44,10 +45,6 @@ async def sender(rabbitmq: Rabbitmq) -> AsyncIterator[RabbitmqSender]:
     assert isinstance(sender, RabbitmqSender)
     yield sender
     await sender.close()
-
-
-async def count(amqp: aiormq.Channel, queue: str = "ledger") -> int:
-    return (await amqp.queue_declare(queue, passive=True)).message_count or 0
 
 
 async def get(amqp: aiormq.Channel, queue: str = "ledger") -> DeliveredMessage:
@@ -126,21 +123,13 @@ async def test_a_queue_that_hangs_is_refused_and_another_is_not(
 ) -> None:
     """As a quorum queue does that has lost its majority."""
     await sender.hand_over("ledger", batch(), "t")
-    await asyncio.to_thread(rabbitmq.control, "eval", to_queue_process("suspend"))
-    try:
+    async with hanging(rabbitmq):
         began = time.monotonic()
         with pytest.raises(QueueRefusedError, match="did not answer"):
             await sender.hand_over("ledger", batch(500), "t")
         assert time.monotonic() - began < 2.5
         await sender.hand_over("other", batch(500), "t")
-    finally:
-        await asyncio.to_thread(rabbitmq.control, "eval", to_queue_process("resume"))
     assert await count(amqp, "other") == 500
-
-
-def to_queue_process(verb: str) -> str:
-    name = 'rabbit_misc:r(<<"/">>, queue, <<"ledger">>)'
-    return f"{{ok, Q}} = rabbit_amqqueue:lookup({name}), sys:{verb}(amqqueue:get_pid(Q))."
 
 
 @pytest.mark.parametrize("queue", ["", "x" * 300, "amq.reserved"])

@@ -10,7 +10,7 @@ import pytest
 
 from relay.cli.status import Status, gather
 from tests.proof.ledger import domain
-from tests.proof.rabbitmq.test_bad_queues import hanging
+from tests.proof.rabbitmq.queues import hanging
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from service.api import create_app
 from service.dev.postgres import psql
 from tests.servers.proxy import Link, proxy, socket_of
 from tests.service.api.probe import SCHEMA, router
+from tests.service.api.problems import assert_problem
 from tests.service.api.serving import serve
-from tests.service.api.test_problems import assert_problem
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
+from tests.service.api.problems import assert_problem
 from tests.service.api.serving import raw_request, serve
-from tests.service.api.test_problems import assert_problem
 from tests.waiting import until
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import SecretStr
 
+from tests.service.api.problems import assert_problem
 from tests.service.api.serving import serve
-from tests.service.api.test_problems import assert_problem
 
 if TYPE_CHECKING:
     import httpx

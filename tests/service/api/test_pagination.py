@@ -14,8 +14,8 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 from service.http.pagination import Page, PageQuery, page_of
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import new_id
+from tests.service.api.problems import assert_problem
 from tests.service.api.serving import serve
-from tests.service.api.test_problems import assert_problem
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

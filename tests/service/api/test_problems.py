@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.service.api.problems import assert_problem
 from tests.service.api.serving import raw_request, serve
 
 if TYPE_CHECKING:
@@ -15,16 +16,6 @@ if TYPE_CHECKING:
     import httpx
 
     from tests.service.api.conftest import MakeApp
-
-
-def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    assert response.headers["Content-Type"] == "application/problem+json"
-    body: dict[str, Any] = response.json()
-    assert (response.status_code, body["status"], body["code"]) == (status, status, code)
-    assert body["type"] == f"urn:problem-type:{code}"
-    assert body["title"]
-    assert body["correlation_id"] == response.headers["X-Correlation-ID"]
-    return body
 
 
 async def test_an_unknown_path(client: httpx.AsyncClient) -> None:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from pydantic import SecretStr
 
-from service.dev.postgres import Postgres
-from tests.servers.real_servers import copy_of
-from tests.servers.standby import Standby
+from tests.servers.standby import Standby, synchronous_pair
 from tests.service.api.probe import SCHEMA
 from tests.service.api.serving import serve
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import httpx
 
+    from service.dev.postgres import Postgres
     from tests.servers.real_servers import Where
     from tests.service.api.conftest import MakeApp
 
@@ -31,27 +30,18 @@ KEY = {"Idempotency-Key": "k"}
 
 
 @pytest.fixture
-def primary(servers: Where, server_folder: Path) -> Iterator[Postgres]:
-    """A PostgreSQL with the migrated database."""
-    data_dir = copy_of(Path(servers.seed), server_folder / "primary")
-    with Postgres(data_dir, durable=False, settings={"synchronous_commit": "on"}, tcp=True) as primary:
-        primary.sql(SCHEMA, "service")
-        yield primary
-
-
-@pytest.fixture
-def standby(primary: Postgres, server_folder: Path) -> Iterator[Standby]:
-    """Its standby; commits on the primary wait for it from now on."""
-    with Standby(primary, server_folder / "standby") as standby:
-        primary.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
-        primary.sql("SELECT pg_reload_conf()")
-        yield standby
+def pair(servers: Where, server_folder: Path) -> Iterator[tuple[Postgres, Standby]]:
+    """Two PostgreSQLs; the second is a synchronous standby of the first."""
+    with synchronous_pair(servers, server_folder) as pair:
+        yield pair
 
 
 @pytest.mark.parametrize("path", ["/probes", "/accepted"])
 async def test_a_repeated_request_succeeds_when_the_standby_has_the_first(
-    make_app: MakeApp, primary: Postgres, standby: Standby, path: str
+    make_app: MakeApp, pair: tuple[Postgres, Standby], path: str
 ) -> None:
+    primary, standby = pair
+    primary.sql(SCHEMA, "service")
     headers = KEY if path == "/probes" else {}
 
     async def post(client: httpx.AsyncClient) -> int:

@@ -13,8 +13,8 @@ import pytest
 
 from service.dev.places import ROOT, postgres_binaries
 from service.dev.postgres import psql
-from tests.proof.ledger import domain
 from tests.servers.real_servers import TEMPLATE, migrate
+from tests.service.deploy import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,5 +82,5 @@ def roles(empty_database: Roles) -> Roles:
     apply_roles(empty_database.admin)
     migrate(empty_database.migrator)
     apply_roles(empty_database.admin)
-    psql(empty_database.migrator, domain.SCHEMA)
+    psql(empty_database.migrator, app.SCHEMA)
     return empty_database

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from dramatiq.cli import make_argument_parser
-from ruamel.yaml import YAML
 from uvicorn.importer import import_from_string
 from uvicorn.main import main as uvicorn_command
 
@@ -17,16 +16,9 @@ from service.dev.places import ROOT
 from service.http.protocol import BoundedProtocol
 from service.outbox.consumers import registered_consumers
 from service.settings import ApiSettings, OutboxSettings
+from tests.service.deploy.compose import COMPOSE, parsed
 
 pytestmark = pytest.mark.slow
-
-COMPOSE = (ROOT / "compose.yaml").read_text()
-
-
-def parsed() -> dict[str, dict[str, Any]]:
-    """The services, with what they take over from each other."""
-    found: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load(COMPOSE)["services"]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import pytest
 
 from service.dev.places import ROOT
 from service.dev.servers import free_port
-from tests.service.deploy.test_compose import parsed
+from tests.service.deploy.compose import parsed
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:

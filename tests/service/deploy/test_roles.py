@@ -12,7 +12,6 @@ import pytest
 from fastapi import APIRouter
 from pydantic import SecretStr
 
-from relay.process.loop import Relay
 from service.api import create_app
 from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql
@@ -20,10 +19,11 @@ from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import accept, publish
 from service.settings import DatabaseSettings, Settings
-from tests.proof.ledger import domain
-from tests.proof.ledger.test_worker import Worker
+from tests.servers.processes import Started
 from tests.servers.real_servers import migrate
+from tests.servers.relaying import relaying
 from tests.service.api.serving import serve
+from tests.service.deploy.app import Happened
 from tests.service.deploy.conftest import Roles, apply_roles
 from tests.waiting import until
 
@@ -41,7 +41,7 @@ router = APIRouter(route_class=IdempotentRoute)
 @router.post("/happen/{how}", status_code=201)
 async def happen(how: str, session: Session) -> None:
     """Publish an event, and accept the same one from elsewhere."""
-    event = domain.Happened(subject_id=uuid4(), how="" if how == "well" else how)
+    event = Happened(subject_id=uuid4(), how=how)
     publish(session, event)
     await accept(session, f"elsewhere-{event.subject_id}", event)
 
@@ -61,26 +61,23 @@ def _outbox(environment: Mapping[str, str], roles: Roles, *arguments: str) -> st
 async def test_every_process_does_its_work(
     roles: Roles, settings: Settings, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    worker = Worker({**environment, "DATABASE__URL": roles.app}, tmp_path / "worker.log", "-p", "1", "-t", "2")
-    relay = Relay(_settings(settings, roles.relay))
-    running = asyncio.create_task(relay.run())
+    command = ("dramatiq", "tests.service.deploy.app:setup_broker", "-p", "1", "-t", "2")
+    worker = Started({**environment, "DATABASE__URL": roles.app}, tmp_path / "worker.log", *command)
     app = create_app(_settings(settings, roles.app))
     app.include_router(router)
     try:
-        async with serve(app) as client:
+        async with relaying(_settings(settings, roles.relay)), serve(app) as client:
             assert (await client.get("/health/ready")).status_code == 200
             for how in ("well", "fail", "die"):
                 for _ in range(2):
                     answer = await client.post(f"/happen/{how}", headers={"Idempotency-Key": how})
                     assert answer.status_code == 201, answer.text
-        await until(lambda: _said(roles, "SELECT count(*) FROM effect") == "2")
-        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "4")
-        await asyncio.to_thread(_operate, environment, roles)
-        await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "7")
+            await until(lambda: _said(roles, "SELECT count(*) FROM effect") == "2")
+            await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "4")
+            await asyncio.to_thread(_operate, environment, roles)
+            await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "7")
     finally:
-        relay.stop()
-        await running
-        await asyncio.to_thread(worker.stop)
+        await worker.stop()
 
 
 def _said(roles: Roles, query: str) -> str:
@@ -89,8 +86,8 @@ def _said(roles: Roles, query: str) -> str:
 
 def _operate(environment: Mapping[str, str], roles: Roles) -> None:
     """What a person does at the command line."""
-    assert "ledger.react" in _outbox(environment, roles, "status")
-    assert "ledger.react" in _outbox(environment, roles, "dead-letters", "list")
+    assert "deploy.react" in _outbox(environment, roles, "status")
+    assert "deploy.react" in _outbox(environment, roles, "dead-letters", "list")
     event = _said(roles, "SELECT event_id FROM dead_letter ORDER BY id LIMIT 1")
     assert "dead letter" in _outbox(environment, roles, "events", "show", event).lower()
     _outbox(environment, roles, "queues", "pause", "--all", "--why", "a test")

@@ -32,6 +32,7 @@ __all__ = [
     "Block",
     "blocks",
     "missing",
+    "stripped",
     "text_of",
 ]
 
@@ -124,3 +125,9 @@ def _headings(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def stripped() -> str:
+    """What the README's strip line removes."""
+    [line] = blocks(README, language="sh")
+    return line.text

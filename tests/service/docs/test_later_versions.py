@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.dev.places import ROOT
-from tests.service.docs.pages import LATER_VERSIONS, blocks
-from tests.service.docs.test_readme import stripped
+from tests.service.docs.pages import LATER_VERSIONS, blocks, stripped
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -44,12 +44,6 @@ print(consumers_of(OrderPlaced)[0].queue, router.routes[0].path)
 """
 
 
-def stripped() -> str:
-    """What the strip line removes."""
-    [line] = blocks(README, language="sh")
-    return line.text
-
-
 def test_it_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 120
 

@@ -7,15 +7,12 @@ import os
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import dramatiq
 from fastapi import APIRouter
 
 import service.api
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Event, publish
-from service.settings import load_settings
-from service.telemetry.logs import configure_logging
-from service.worker import build
+from tests.servers.broker import setup_broker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,10 +36,3 @@ def create_app() -> FastAPI:
     app = service.api.create_app()
     app.include_router(_router)
     return app
-
-
-def setup_broker() -> None:
-    """A broker with this release's consumers only."""
-    settings = load_settings()
-    configure_logging(settings.log_format, settings.log_level)
-    dramatiq.set_broker(build(settings))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
 
-import dramatiq
 from fastapi import APIRouter, Header
 from pydantic import BaseModel
 from sqlalchemy import text
@@ -13,10 +12,8 @@ from sqlalchemy import text
 import service.api
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, accept, consumer
-from service.settings import load_settings
-from service.telemetry.logs import configure_logging
-from service.worker import build
 from tests.proof.ledger.services import crash
+from tests.servers.broker import setup_broker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -61,10 +58,3 @@ def create_app() -> FastAPI:
     app = service.api.create_app()
     app.include_router(_router)
     return app
-
-
-def setup_broker() -> None:
-    """A broker with the receiver's consumer only."""
-    settings = load_settings()
-    configure_logging(settings.log_format, settings.log_level)
-    dramatiq.set_broker(build(settings))

@@ -1,0 +1,19 @@
+"""`compose.yaml`, as Docker reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from service.dev.places import ROOT
+
+__all__ = ["COMPOSE", "parsed"]
+
+COMPOSE = (ROOT / "compose.yaml").read_text()
+
+
+def parsed() -> dict[str, dict[str, Any]]:
+    """The services, with what they take over from each other."""
+    found: dict[str, dict[str, Any]] = YAML(typ="safe", pure=True).load(COMPOSE)["services"]
+    return found
