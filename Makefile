@@ -18,10 +18,15 @@ JOBS ?= $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 # The slow tests take minutes: restarts, outages, RabbitMQ, copies of the project.
 MARK ?= not slow
 
+# What goes with a folder that may be deleted.
+GONE := $(if $(wildcard service/dev/demo/*.py),,demo) $(if $(wildcard tests/proof/chaos/*.py),,chaos) \
+	$(if $(wildcard tests/proof/bench/*.py),,bench)
+PEERS := tests/proof/bench/requirements
+
 .PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock upgrade install
 
 help: ## List what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '$(if $(wildcard service/dev/demo/*.py),,!/make demo /){ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n '$(GONE:%=/^%:/d;)s/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 demo: $(STAMP) ## Kill workers, relays and the broker under load, and count what was lost (under 90 s)
 	@$(PY) -m service.dev demo
@@ -63,13 +68,13 @@ fmt: $(STAMP) ## Format and mend what can be mended
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-UV_COMPILE := uv pip compile pyproject.toml --universal --generate-hashes --no-annotate \
+UV_COMPILE := uv pip compile --universal --generate-hashes --no-annotate \
 	--python-version 3.11 --custom-compile-command "make lock" --quiet
 lock: ## Pin what is new in pyproject.toml, and move no other version (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv" >&2; exit 1; }
-	$(UV_COMPILE) $(UPGRADE) -o requirements.lock
-	$(UV_COMPILE) $(UPGRADE) --group dev -o requirements-dev.lock
-	$(UV_COMPILE) $(UPGRADE) --group dev --group bench -c requirements-dev.lock -o requirements-bench.lock
+	$(UV_COMPILE) $(UPGRADE) pyproject.toml -o requirements.lock
+	$(UV_COMPILE) $(UPGRADE) pyproject.toml --group dev -o requirements-dev.lock
+	$(if $(wildcard $(PEERS).in),$(UV_COMPILE) $(UPGRADE) $(PEERS).in -c requirements-dev.lock -o $(PEERS).lock)
 
 upgrade: UPGRADE := --upgrade
 upgrade: lock ## Move every version to the newest that pyproject.toml allows (needs uv)
@@ -99,6 +104,6 @@ $(STAMP): pyproject.toml $(PACKAGES)
 	@touch $@
 
 # The libraries that the benchmark compares with.
-$(VENV)/.bench: requirements-bench.lock $(PACKAGES)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bench.lock
+$(VENV)/.bench: $(PEERS).lock $(PACKAGES)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r $(PEERS).lock
 	@touch $@

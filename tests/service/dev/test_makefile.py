@@ -40,7 +40,8 @@ def _python(folder: Path, script: str) -> str:
 def test_make_alone_lists_the_targets_and_installs_nothing(fresh: Path) -> None:
     done = _make(fresh)
     assert done.returncode == 0
-    assert "make demo " not in done.stdout, "the demo goes with the example domain"
+    for target in ("demo", "chaos", "bench"):
+        assert f"make {target} " not in done.stdout, "it goes with its folder"
     for target in ("test", "dev", "reset", "lint", "fmt", "lock", "migration", "downgrade"):
         assert f"make {target} " in done.stdout
     assert not (fresh / ".venv").exists()
@@ -73,5 +74,12 @@ def test_only_a_changed_lock_installs_the_packages_again(fresh: Path, edited: st
 @pytest.mark.parametrize("target", ["lock", "upgrade"])
 def test_only_upgrade_moves_versions(fresh: Path, target: str) -> None:
     done = _make(fresh, "-n", target)
-    assert done.stdout.count("uv pip compile") == 3
-    assert done.stdout.count("--upgrade") == (3 if target == "upgrade" else 0)
+    assert done.stdout.count("uv pip compile") == 2
+    assert done.stdout.count("--upgrade") == (2 if target == "upgrade" else 0)
+
+
+def test_what_the_benchmark_compares_with_is_locked_where_there_is_one(fresh: Path) -> None:
+    peers = fresh / "tests" / "proof" / "bench" / "requirements.in"
+    peers.parent.mkdir(parents=True)
+    peers.touch()
+    assert _make(fresh, "-n", "lock").stdout.count("uv pip compile") == 3

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 _FILES = ("pyproject.toml", "compose.yaml", "README.md", "Makefile", "CHANGELOG.md", ".gitattributes")
-_LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-bench.lock")
+_LOCKS = ("requirements.lock", "requirements-dev.lock")
 
 
 class _Git:
