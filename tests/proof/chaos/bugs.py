@@ -10,7 +10,7 @@ import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from tests.proof.chaos.patching import when_imported
+from tests.proof.chaos.patching import replace, when_imported
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -24,7 +24,7 @@ def _replace(module: Any, name: str, old: str, new: str) -> None:
     statement: str = getattr(module, name)
     if old not in statement:
         raise SystemExit(f"cannot plant the bug: {module.__name__}.{name} is another statement by now")
-    setattr(module, name, statement.replace(old, new))
+    replace(module, name, statement.replace(old, new))
 
 
 def no_fence() -> None:
@@ -58,7 +58,7 @@ def complete_before_effect() -> None:
             async with begin(self) as session:
                 yield session
 
-        module.Delivery._begin = begin_completed
+        replace(module.Delivery, "_begin", begin_completed)
 
 
 def commit_before_publish() -> None:
@@ -81,7 +81,7 @@ def commit_before_publish() -> None:
             queue.depth = await self._sender.hand_over(name, batch.rows, module.uuid4().hex[:16])
             return len(batch.rows)
 
-        module.Relay._dispatch = dispatch
+        replace(module.Relay, "_dispatch", dispatch)
 
 
 def narrow_claim() -> None:

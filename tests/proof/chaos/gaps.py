@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tests.proof.chaos.patching import when_imported
+from tests.proof.chaos.patching import replace, when_imported
 from tests.proof.chaos.strikes import dice, record
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _around(owner: Any, name: str, before: str = "", after: str = "") -> None:
         strike(after)
         return result
 
-    setattr(owner, name, struck)
+    replace(owner, name, struck)
 
 
 def _around_sync(owner: Any, name: str, before: str = "", after: str = "") -> None:
@@ -110,7 +110,7 @@ def _around_sync(owner: Any, name: str, before: str = "", after: str = "") -> No
         strike(after)
         return result
 
-    setattr(owner, name, struck)
+    replace(owner, name, struck)
 
 
 @when_imported("service.database.sessions")
@@ -139,7 +139,7 @@ def _relay(module: Any) -> None:
             strike("relay.after_dispatch")
         return moved
 
-    module.Relay._dispatch = dispatch
+    replace(module.Relay, "_dispatch", dispatch)
 
 
 @when_imported("service.ledger.delivering")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import ModuleType
 
-__all__ = ["when_imported"]
+__all__ = ["replace", "when_imported"]
 
 _PATCHES: dict[str, list[Callable[[Any], None]]] = {}
 
@@ -37,6 +37,17 @@ def when_imported(name: str) -> Callable[[Callable[[Any], None]], Callable[[Any]
         return patch
 
     return register
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of a module or class that has it.
+
+    Raises:
+        SystemExit: when it has none of this name, so that the patch would change nothing.
+    """
+    if not hasattr(owner, name):
+        raise SystemExit(f"{owner.__name__} has no {name} to patch")
+    setattr(owner, name, value)
 
 
 class _Loader(importlib.abc.Loader):

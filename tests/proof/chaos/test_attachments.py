@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from relay.process.loop import Relay
 from tests.proof.chaos.bugs import BUGS
 from tests.proof.chaos.gaps import API_GAPS, RELAY_GAPS, WORKER_GAPS
+from tests.proof.chaos.patching import replace, when_imported
 from tests.proof.chaos.world import Plan, World
 from tests.proof.rabbitmq.server import programs
 from tests.waiting import until
@@ -48,6 +50,13 @@ def _fingerprint(bug: str) -> str:
 @pytest.mark.parametrize("bug", BUGS)
 def test_every_bug_can_be_planted(bug: str) -> None:
     assert _fingerprint(bug) != _fingerprint("")
+
+
+def test_a_patch_of_what_is_not_there_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"no module relay\.gone"):
+        when_imported("relay.gone")
+    with pytest.raises(SystemExit, match="Relay has no gone"):
+        replace(Relay, "gone", None)
 
 
 def test_every_gap_is_on_the_way_of_ordinary_work(server_folder: Path, ground: Ground) -> None:
