@@ -71,6 +71,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [["--json"], []])
 def test_a_long_list_is_never_in_memory_as_a_whole(rows: Rows, environment: dict[str, str], form: list[str]) -> None:
     rows.dead_letter(3_000, payload="jsonb_build_object('note', repeat('x', 40000))")

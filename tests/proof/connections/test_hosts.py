@@ -63,6 +63,7 @@ async def _behind(settings: Settings, silent: Silent) -> AsyncIterator[DatabaseS
         yield DatabaseSettings(url=SecretStr(url), connect_timeout=_TIMEOUT)
 
 
+@pytest.mark.slow
 async def test_the_next_one_is_reached_and_remembered(settings: Settings, silent: Silent) -> None:
     async with _behind(settings, silent) as database:
         for _ in range(2):
@@ -86,6 +87,7 @@ async def test_whoever_gave_up_while_it_said_nothing_begins_with_the_next(settin
     assert silent.taken == 1
 
 
+@pytest.mark.slow
 async def test_when_none_will_do_all_were_asked_within_the_time(silent: Silent) -> None:
     other = Silent()
     server = await asyncio.start_server(other.accept, "127.0.0.1", 0)

@@ -203,6 +203,7 @@ def test_a_worker_asks_for_a_consumer_of_each_queue_and_its_delay_queue() -> Non
     assert [each for each in broker.asked if each != "requeue 0"] == ["ack", "close", "close"]
 
 
+@pytest.mark.slow
 def test_an_eta_keeps_a_message_in_memory_and_an_ended_connection_forgets_it() -> None:
     """So it is no thread's, and has to go back into the queue with the next consumer."""
     broker = ScriptedBroker([message(eta=99_999_999_999_999)])

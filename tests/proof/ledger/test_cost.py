@@ -146,6 +146,7 @@ async def updated(ledger: Ledger) -> int:
     return result
 
 
+@pytest.mark.slow
 async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
     talkative: Postgres, watched: Ledger, told: Settings, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def cut_connections(valkey: Valkey) -> None:
     client.close()
 
 
+@pytest.mark.slow
 def test_a_delayed_message_outlives_a_cut_connection(broker: DoorbellRedisBroker, own_valkey: Valkey) -> None:
     """Dramatiq forgets what it delays, and the ids would lie in the acks for as long as the process lives."""
     ran: list[int] = []
@@ -107,6 +108,7 @@ def test_the_messages_of_a_dead_process_are_found_on_an_idle_queue(
     assert any(next(heir) for _ in range(200))
 
 
+@pytest.mark.slow
 def test_a_delivery_that_the_server_heard_nothing_of_is_not_run_again(broker: DoorbellRedisBroker) -> None:
     ran: list[int] = []
     ended = threading.Event()

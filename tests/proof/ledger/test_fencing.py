@@ -243,6 +243,7 @@ async def test_a_heartbeat_does_not_wait_for_a_complete(ledger: Ledger, connect:
     assert row["due_in"] > 25
 
 
+@pytest.mark.slow
 async def test_a_blocked_event_loop_keeps_its_lease(ledger: Ledger, runner: Runner, database_url: str) -> None:
     """The lease is 2 s; the consumer blocks the worker's loop for 3 s, and another worker tries to take the row."""
     message_id = await ledger.happen("block")

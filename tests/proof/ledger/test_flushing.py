@@ -130,6 +130,7 @@ async def ran(engine: AsyncEngine, kind: type[AsyncSession], steps: list[Any], *
         return [*seen, *(await connection.execute(text(counted))).one()]
 
 
+@pytest.mark.slow
 def test_a_session_with_a_published_event_is_as_one_with_an_object(settings: Settings) -> None:
     with asyncio.Runner() as runner:
         engine = create_engine(settings.database, application_name="tests")

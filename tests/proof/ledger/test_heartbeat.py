@@ -171,6 +171,7 @@ async def test_one_whose_connection_hangs_is_stopped_at_once(settings: Settings,
     assert not asyncio.all_tasks(heartbeat._loop)
 
 
+@pytest.mark.slow
 async def test_one_that_cannot_be_stopped_in_time_does_not_fail_the_workers_exit() -> None:
     """A connection may hang for longer than a stopping worker waits; a dead thread would be status 70."""
     process = await asyncio.create_subprocess_exec(

@@ -381,6 +381,7 @@ async def test_a_paused_queue_is_left_alone_until_it_is_resumed(
         await until(lambda: has(broker, settings, paused), timeout=12)
 
 
+@pytest.mark.slow
 async def test_a_pause_stops_two_busy_relays(ledger: Ledger, settings: Settings) -> None:
     settings.outbox.high_water_mark, settings.outbox.batch_size = 100_000, 1
     await ledger.connection.execute(MANY, 20_000)
@@ -406,6 +407,7 @@ FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, $1::int)) AS new
 """
 
 
+@pytest.mark.slow
 async def test_a_backlog_of_an_outage_is_handed_over_in_whole_batches_at_once(
     ledger: Ledger, settings: Settings, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +498,7 @@ async def test_a_round_serves_somebody_however_long_a_look_takes(
     assert [len(set(sender.queues[first : first + queues])) for first in (0, queues, 2 * queues)] == [queues] * 3
 
 
+@pytest.mark.slow
 async def test_looks_that_take_long_come_seldom(
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

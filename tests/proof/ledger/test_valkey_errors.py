@@ -107,6 +107,7 @@ async def test_a_server_that_cannot_save(server_folder: Path) -> None:
             await is_well(ours)
 
 
+@pytest.mark.slow
 async def test_a_server_that_is_loading_its_data(server_folder: Path) -> None:
     slow = {"key-load-delay": "30000", "loading-process-events-interval-bytes": "1024"}  # 30 ms for each key
     valkey = Valkey(server_folder / "valkey", persistent=True)

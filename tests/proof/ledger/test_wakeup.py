@@ -251,6 +251,7 @@ async def test_a_sleepers_death_leaves_the_gate_open(ledger: Ledger, sleeper: Sl
     await wakes(heirs)
 
 
+@pytest.mark.slow
 async def test_a_ghost_sleeper_is_ended(
     ledger: Ledger, environment: dict[str, str], tmp_path: Path, connect: Connect
 ) -> None:

@@ -98,6 +98,7 @@ async def ended(ledger: Ledger, message_id: UUID) -> bool:
     return await ledger.state(message_id) in ("completed", "dead")
 
 
+@pytest.mark.slow
 async def test_what_a_killed_worker_ran_runs_again(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -203,6 +204,7 @@ async def test_sigterm_releases_what_does_not_end_in_the_grace(
     assert row["state"] in ("pending", "dispatched")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [False, True], ids=["in Python", "in a call that nothing interrupts"])
 async def test_sigterm_releases_a_def_consumer_that_does_not_end_in_the_grace(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, at_once: bool
@@ -220,6 +222,7 @@ async def test_sigterm_releases_a_def_consumer_that_does_not_end_in_the_grace(
     assert row["state"] in ("pending", "dispatched")
 
 
+@pytest.mark.slow
 async def test_bodies_nobody_can_run_hurt_no_neighbour(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -292,6 +295,7 @@ async def test_options_in_a_body_reach_no_delivery(
     assert await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE attempts <> 1") == 0
 
 
+@pytest.mark.slow
 async def test_messages_with_odd_arguments_are_dropped(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -311,6 +315,7 @@ async def test_messages_with_odd_arguments_are_dropped(
     assert not worker.says("not a uuid")
 
 
+@pytest.mark.slow
 async def test_the_doorbell_rings_for_an_idle_worker(
     ledger: Ledger, environment: dict[str, str], settings: Settings, own_valkey: Valkey, tmp_path: Path
 ) -> None:

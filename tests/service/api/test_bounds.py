@@ -120,6 +120,7 @@ _WITHOUT_A_REQUEST = {
 }
 
 
+@pytest.mark.slow
 async def test_a_connection_without_a_request_is_closed(process: Process) -> None:
     async def statuses(begins: bytes, goes_on: bytes) -> set[bytes]:
         answers = await asyncio.gather(*(_closed(process[1], begins, goes_on) for _ in range(40)))

@@ -138,6 +138,7 @@ def test_only_a_persistent_valkey_keeps_its_data(server_folder: Path, persistent
         assert client.get("key") == kept
 
 
+@pytest.mark.slow
 def test_valkey_on_tcp_wants_its_password(server_folder: Path) -> None:
     with Valkey(server_folder / "valkey", tcp=True) as valkey:
         with redis.Redis.from_url(valkey.url) as client:
