@@ -4,6 +4,9 @@
                                        └─► chaos.compute   tells the sink, from a `def` consumer
                     event booked ────────► chaos.confirm   tells the sink, from an `async def` consumer
 
+The ledger's own domain (`tests/proof/ledger/domain.py`) misbehaves in one way in each test; here all happens at once,
+and the checker must be able to tell from the tables and the sink what became of each.
+
 No table has a constraint that would hide a repeated effect.
 """
 

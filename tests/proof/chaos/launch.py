@@ -1,4 +1,8 @@
-"""How a process under attack is started: forked from the forge, unless its environment must be new from the start."""
+"""How a process under attack is started: forked from the forge, unless its environment must be new from the start.
+
+A new interpreter for each, as in `tests/servers/processes.py`, would take most of the time of a scenario in which
+processes are killed all the time.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """A TCP proxy in a process of its own, one listener for each link, whose behaviour is changed by lines on stdin.
 
+Not `tests/servers/proxy.py`, whose rules are functions of a test and run on its loop: this one keeps its pace while the
+suite is busy, and ends connections at random.
+
     python -m tests.proof.chaos.proxy '{"worker-1:db": ["127.0.0.1", 5433]}' SEED answers {"worker-1:db": 41001}
     {"links": "worker-*:db", "mode": "latency", "value": 0.05}              answers 0
 

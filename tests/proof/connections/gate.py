@@ -1,4 +1,7 @@
-"""A gate that ends TLS in front of a real server without it, and notes what each client did."""
+"""A gate that ends TLS in front of a real server without it, and notes what each client did.
+
+It speaks PostgreSQL's way to ask for TLS, which `tests/servers/proxy.py` passes on without a look.
+"""
 
 from __future__ import annotations
 
