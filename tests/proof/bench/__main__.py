@@ -119,7 +119,7 @@ def _draw(document: dict[str, Any], folder: Path) -> None:
     try:
         from tests.proof.bench.plots import draw
     except ImportError:
-        print("no pictures: install requirements-bench.lock (`make bench` does)", file=sys.stderr)
+        print("no pictures: `make bench` installs what draws them", file=sys.stderr)
         return
     draw(document, folder)
     print(f"written to {folder}")

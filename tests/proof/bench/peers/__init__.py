@@ -1,6 +1,6 @@
 """What the benchmark compares with: each module is run as a process, see `roles`.
 
-They need `requirements-bench.lock`; nothing else imports them.
+They need `tests/proof/bench/requirements.lock`; nothing else imports them.
 """
 
 __all__ = ["PROMISES", "QUEUES", "RELAYS"]
