@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from service import domains
 from service.database.engine import create_engine
+from service.database.revisions import Revisions
 from service.database.sessions import OneTransaction, session_factory
 from service.errors import ConfigurationError
 from service.http import health
@@ -55,7 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
-    app.state.revisions = await asyncio.to_thread(health.Revisions)
+    app.state.revisions = await asyncio.to_thread(Revisions)
     # The engine belongs to the running event loop, so it is made here and not when the module is imported.
     engine = create_engine(
         settings.database, application_name="api", statement_timeout=settings.database.statement_timeout

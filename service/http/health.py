@@ -8,10 +8,8 @@ rolled out, and the old one has to serve until then.
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from alembic.script import ScriptDirectory
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from sqlalchemy import text
@@ -24,7 +22,7 @@ from service.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["Revisions", "router"]
+__all__ = ["router"]
 
 READY_WITHIN = 2.0
 """Seconds the database may take to answer."""
@@ -37,23 +35,6 @@ class Health(BaseModel):
     """A passed probe."""
 
     status: Literal["ok"] = "ok"
-
-
-class Revisions:
-    """The migrations this code knows."""
-
-    def __init__(self) -> None:
-        # Beside the service in a checkout, in the working directory where the package is installed elsewhere.
-        beside, here = Path(__file__).resolve().parents[2] / "migrations", Path.cwd() / "migrations"
-        root = beside if beside.is_dir() else here
-        scripts = ScriptDirectory(str(root), version_locations=[str(root / "ledger"), str(root / "domains")])
-        self.heads = set(scripts.get_heads())
-        self.known = {script.revision for script in scripts.walk_revisions()}
-
-    def missing(self, applied: set[str]) -> set[str]:
-        """The heads that the database lacks; a revision that this code does not know stands for a newer head."""
-        missing = self.heads - applied
-        return missing if len(missing) > len(applied - self.known) else set()
 
 
 @router.get("/live")
