@@ -84,7 +84,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors) ON outbox_message TO :"app";
     GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
-    GRANT SELECT ON alembic_version TO :"app";
+    GRANT SELECT ON alembic_version TO :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"relay";
     GRANT UPDATE (state, due_at, dispatches, dispatched_at, errors) ON outbox_message TO :"relay";

@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 
 from relay.cli import dead_letter_commands, event_commands, queue_commands
 from relay.cli.command import CommandError, Exit
+from relay.cli.doctor.doctor_command import doctor
 from relay.cli.output import ReaderGoneError, error, note
 from relay.cli.purge_command import purge
 from relay.cli.status_command import status
@@ -34,7 +35,7 @@ app = typer.Typer(
     \b
     Exit codes:
       0    done
-      1    refused or declined, or the condition of --fail-if is true
+      1    refused or declined; --fail-if is true; the doctor found a problem
       2    wrong usage, or a setting is missing or wrong
       3    PostgreSQL or the broker is down, or the database is not migrated
       4    no such event, dead letter or pause, or it was dealt with already
@@ -57,6 +58,7 @@ app.add_typer(dead_letter_commands.app, name="dead-letters")
 app.add_typer(event_commands.app, name="events")
 app.add_typer(queue_commands.app, name="queues")
 app.command()(purge)
+app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

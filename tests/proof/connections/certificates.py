@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Certificates"]
 
-_NAMES = {"right": "IP:127.0.0.1,DNS:localhost", "other-host": "DNS:other.example"}
+_NAMES = {"right": "IP:127.0.0.1,IP:192.0.2.1,DNS:localhost", "other-host": "DNS:other.example"}
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """`right`: of the CA, for 127.0.0.1. `other-host`: of the CA too. `self-signed`: for 127.0.0.1, of nobody."""
+    """`right`: of the CA, for 127.0.0.1 and 192.0.2.1. `other-host`: of the CA too. `self-signed`: of nobody."""
 
     folder: Path
 

@@ -1,0 +1,127 @@
+"""The checks of the broker, of what waits in the queues, and of the addresses that the settings name."""
+
+from __future__ import annotations
+
+import asyncio
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from aiormq import AMQPError
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError, RedisError
+
+from relay.brokers.rabbitmq_channel import OneChannel
+from relay.cli.doctor.findings import Finding, Level, found
+from relay.cli.output import age
+from relay.cli.status import gather
+from service.ledger.pausing import EVERY_QUEUE
+
+if TYPE_CHECKING:
+    from relay.cli.status import Status
+    from service.settings import BrokerSettings, Settings
+
+__all__ = ["check_broker_and_queues", "check_encryption"]
+
+LATE = 300.0
+"""Seconds for which something may be due."""
+
+_PATIENCE = 5.0
+_RELAY = "start one: outbox relay"
+_WORKER = "start one: dramatiq service.worker:setup_broker -Q {}"
+_ENCRYPTED = ("rediss", "valkeys", "amqps", "smtps", "smtp+starttls")
+
+
+async def check_broker_and_queues(settings: Settings) -> list[Finding]:
+    """Ask both, neither of which need be there."""
+    # Without prepared statements, as there may be a pooler.
+    unprepared = settings.database.model_copy(update={"pooler": True})
+    status = await gather(settings.model_copy(update={"database": unprepared}))
+    if status.broker_problem:
+        return [Finding("broker", Level.PROBLEM, status.broker_problem), *_queues(status, set())]
+    idle: set[str] = set()
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            if settings.broker.is_rabbitmq:
+                idle = await _without_worker(settings.broker, status)
+                broker = [Finding("broker", Level.OK, "RabbitMQ takes messages; its queues are durable")]
+            else:
+                broker = await _redis(settings.broker)
+    except NoPermissionError:
+        broker = [Finding("broker", Level.UNKNOWN, "not checked: this user may not run INFO")]
+    except (AMQPError, RedisError, OSError) as error:
+        seen = f"not checked: {str(error)[:200] or type(error).__name__}"
+        broker = [Finding("broker", Level.PROBLEM, seen, "look into its log, and try again")]
+    return [*broker, *_queues(status, idle)]
+
+
+def _queues(status: Status, idle: set[str]) -> list[Finding]:
+    if status.database_problem:
+        return [Finding("queues", Level.UNKNOWN, f"not checked: {status.database_problem}")]
+    paused = {each.queue for each in status.ledger.paused}
+    late = {
+        queue: f"something in {queue} has been due for {age(counts.oldest)}"
+        for (queue, _), counts in sorted(status.ledger.consumers.items(), key=lambda each: each[1].oldest or 0)
+        if (counts.oldest or 0) > LATE and not paused & {queue, EVERY_QUEUE}
+    }
+    idle |= {queue for (queue, _), counts in status.ledger.consumers.items() if counts.unclaimed}
+    refused = [(name, each.problem) for name, each in status.queues.items() if each.state == "refused"]
+    slow = "a relay or workers are missing or too slow: outbox status"
+    anew = "delete it there: it is declared anew, and what was in it is handed over again"
+    return found("queues", f"nothing waits in vain; relays: {status.ledger.relays}", [
+        (not status.ledger.relays, Level.PROBLEM if late else Level.ADVICE, "no relay is connected", _RELAY),
+        *((True, Level.PROBLEM, seen, slow) for seen in late.values()),
+        *((True, Level.PROBLEM, f"no worker takes what is in {name}", _WORKER.format(name)) for name in sorted(idle)),
+        *((True, Level.PROBLEM, f"the broker refuses {name}: {why}", anew) for name, why in refused),
+    ])  # fmt: skip
+
+
+async def _redis(settings: BrokerSettings) -> list[Finding]:
+    options: dict[str, Any] = settings.redis_options
+    async with Redis.from_url(settings.redis_url, **options, socket_timeout=_PATIENCE) as client:
+        info = await client.info()
+    policy, most, used = info.get("maxmemory_policy", "noeviction"), info.get("maxmemory"), info.get("used_memory", 0)
+    memory = f"{used / 1e6:,.0f} of {most / 1e6:,.0f} MB in use" if most else "without a limit of memory"
+    # Nothing of ours expires, so a policy for what does expire leaves it alone.
+    level = Level.PROBLEM if policy.startswith("allkeys") else Level.ADVICE
+    return found("broker", f"{info.get('server_name', 'redis')}, append-only, {policy}, {memory}", (
+        (policy != "noeviction", level, f"maxmemory-policy {policy} evicts queues when memory is short",
+         "set maxmemory-policy noeviction, by CONFIG SET and in the configuration file"),
+        (most and used > 0.8 * most, Level.ADVICE, memory, "raise maxmemory, or lower OUTBOX__HIGH_WATER_MARK"),
+        (not info.get("aof_enabled"), Level.ADVICE, "a restart forgets what waits; it starts a minute or more later",
+         "set appendonly yes, by CONFIG SET and in the configuration file"),
+    ))  # fmt: skip
+
+
+async def _without_worker(settings: BrokerSettings, status: Status) -> set[str]:
+    """The queues that have open deliveries and no consumer."""
+    line = OneChannel(settings)
+    try:
+        channel = await line.open()
+        names = [name for name, queue in status.queues.items() if queue.state in ("ok", "full")]
+        return {name for name in names if not (await channel.queue_declare(name, passive=True)).consumer_count}
+    finally:
+        await line.close()
+
+
+def check_encryption(settings: Settings) -> list[Finding]:
+    """Whether the URLs of broker and mail server ask for TLS."""
+    findings = []
+    for name, secret in (("broker", settings.broker.url), ("smtp", settings.smtp.url)):
+        url = urlsplit(secret.get_secret_value())
+        encrypted = url.scheme in _ENCRYPTED or (url.scheme == "smtp" and url.password)
+        near, variable = url.scheme == "unix" or _is_this_machine(url.hostname or ""), f"{name.upper()}__URL"
+        better = "rediss://, valkeys:// or amqps://" if name == "broker" else "smtp+starttls:// or smtps://"
+        findings += found(f"tls {name}", "asked for" if encrypted else "not encrypted, on one machine", (
+            (not encrypted and not near, Level.ADVICE, "not encrypted, over a network", f"use {better} in {variable}"),
+            (encrypted and "ssl_cert_reqs=none" in url.query, Level.ADVICE, "asked for, of whoever answers",
+             f"remove ssl_cert_reqs from {variable}"),
+        ))  # fmt: skip
+    return findings
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
