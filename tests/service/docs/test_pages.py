@@ -38,7 +38,7 @@ _TRIED = {
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
     "ini": (EXISTING_SERVICE,),
     "sql": (CHANGING, BACKUPS),
-    "console": (FIRST_FEATURE, CONSUMERS, DOCS / "an-order.md", *OPERATIONS),
+    "console": (FIRST_FEATURE, CONSUMERS, DOCS / "an-order.md", DOCS / "doctor.md", *OPERATIONS),
     "text": (DEVELOPING,),
     "mermaid": ALL,
 }
