@@ -151,4 +151,4 @@ def test_nobody_connects_to_postgresql_in_another_way() -> None:
     """TLS, hosts and silence are seen to in one place."""
     sources = [path for room in ("service", "relay", "migrations") for path in (ROOT / room).rglob("*.py")]
     own = {path for path in sources if "dev" not in path.parts and "asyncpg.connect(" in path.read_text()}
-    assert own == {ROOT / "service" / "driver.py"}
+    assert own == {ROOT / "service" / "database" / "driver.py"}
