@@ -25,8 +25,7 @@ from service.dev.valkey import Valkey
 from service.ledger import diagnosis
 from tests.proof.connections.conftest import certificates
 from tests.proof.connections.namespace import Namespace
-from tests.proof.ledger.test_pooler import pgbouncer
-from tests.proof.ledger.test_pooler import pytestmark as needs_pgbouncer
+from tests.proof.ledger.pooling import needs_pgbouncer, pgbouncer
 from tests.servers.real_servers import copy_of
 from tests.servers.standby import Standby
 from tests.service.deploy.conftest import Roles, apply_roles, empty_database, roles
@@ -43,6 +42,8 @@ if TYPE_CHECKING:
     Found = tuple[str, str, str]
     Examine = Callable[[str], list[Found]]
     Start = Callable[[Sequence[str]], subprocess.Popen[str]]
+
+pytestmark = pytest.mark.slow
 
 __all__ = ["certificates", "empty_database", "roles"]
 
@@ -103,8 +104,8 @@ def test_it_says_what_to_do_within_80_columns(outbox: Outbox, rows: Rows) -> Non
 def test_advice_fails_only_when_told_to(
     outbox: Outbox, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay.cli.doctor.doctor_command.check_database", _nothing)
-    monkeypatch.setattr("relay.cli.doctor.doctor_command.check_broker_and_queues", _nothing)
+    monkeypatch.setattr("relay.cli.doctor.database.check_database", _nothing)
+    monkeypatch.setattr("relay.cli.doctor.outside.check_broker_and_queues", _nothing)
     monkeypatch.setenv("SMTP__URL", "smtp://mail.example:25")
     assert outbox("doctor").code == 0
     assert outbox("doctor", "--strict").code == 1
@@ -496,7 +497,7 @@ def test_one_server_that_is_away_hides_nothing_of_the_other(
 
 
 @pytest.mark.parametrize("told", [False, True])
-@needs_pgbouncer[1]
+@needs_pgbouncer
 @pytest.mark.slow
 def test_behind_a_pooler(
     examine: Examine,

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import subprocess
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -15,62 +11,23 @@ import pytest
 from relay.process.loop import Relay
 from service.database.engine import create_engine
 from service.database.sessions import session_factory, transaction
-from service.dev.places import server_account
-from service.dev.servers import free_port
 from service.errors import ConfigurationError
 from service.outbox import publish
 from tests.proof.ledger import domain
 from tests.proof.ledger.looks import all_completed
+from tests.proof.ledger.pooling import needs_pgbouncer, pgbouncer
 from tests.proof.ledger.working import start_worker
 from tests.servers.relaying import relaying
-from tests.waiting import until, until_sync
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from service.settings import Settings
     from tests.proof.ledger.conftest import Ledger
     from tests.servers.real_servers import Where
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin") is None,
-        reason="NOT TESTED: PgBouncer is not installed (on Debian: apt install pgbouncer)",
-    ),
-]
-
-
-@contextmanager
-def pgbouncer(folder: Path, upstream: str) -> Iterator[str]:
-    """A PgBouncer in transaction mode with two server connections; its URL."""
-    from sqlalchemy.engine import make_url
-
-    url = make_url(upstream)
-    port = free_port()
-    folder.joinpath("users.txt").write_text('"postgres" ""\n')
-    config = folder / "pgbouncer.ini"
-    config.write_text(
-        f"[databases]\n{url.database} = host={url.query['host']} port={url.query.get('port', 5432)} user=postgres\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        "pool_mode = transaction\ndefault_pool_size = 2\nmax_client_conn = 100\n"
-        f"auth_file = {folder / 'users.txt'}\nlogfile = {folder / 'log'}\n"
-    )
-    account = server_account()
-    for path in (folder, *folder.iterdir()):
-        if account:
-            shutil.chown(path, account.name)
-    program = shutil.which("pgbouncer", path=os.environ.get("PATH", "") + ":/usr/sbin")
-    assert program
-    user = account.name if account else None
-    process = subprocess.Popen([program, str(config)], user=user, stderr=subprocess.DEVNULL)
-    try:
-        until_sync(lambda: (folder / "log").exists() and "process up" in (folder / "log").read_text())
-        yield f"postgresql://postgres@127.0.0.1:{port}/{url.database}"
-    finally:
-        process.terminate()
-        process.wait(60)
+pytestmark = [pytest.mark.slow, needs_pgbouncer]
 
 
 async def test_api_and_workers_work_behind_it(

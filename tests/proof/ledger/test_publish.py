@@ -18,7 +18,8 @@ from service.database.sessions import session_factory, transaction
 from service.errors import ConsumerDefinitionError, EventDefinitionError, PublishError
 from service.outbox import Event, accept, consumer, publish
 from service.outbox.consumers import consumers_of
-from service.outbox.publish import MAX_DELAY, MAX_PAYLOAD_BYTES
+from service.outbox.payloads import MAX_PAYLOAD_BYTES
+from service.outbox.publish import MAX_DELAY
 from service.telemetry.logs import trace_context
 from tests.proof.ledger import domain
 
