@@ -27,8 +27,6 @@ from service.telemetry.logs import configure_logging, flush_logs
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-__all__ = ["create_app"]
-
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from datetime import timedelta
 
-__all__ = ["backoff"]
-
 
 def backoff(attempt: int, minimum: int, maximum: int) -> timedelta:
     """Time before the retry that follows `attempt` (from 1): doubled each time, between a half and the whole of it.

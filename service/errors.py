@@ -31,19 +31,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-__all__ = [
-    "BusinessError",
-    "ConfigurationError",
-    "ConsumerDefinitionError",
-    "DatabaseUnavailableError",
-    "DeliveryError",
-    "EventDefinitionError",
-    "OutboxError",
-    "PublishError",
-    "ServiceError",
-    "TransactionError",
-]
-
 
 class ServiceError(Exception):
     """Base of every error raised on purpose."""

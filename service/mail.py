@@ -22,8 +22,6 @@ from service.settings import load_settings
 if TYPE_CHECKING:
     from service.settings import SmtpSettings
 
-__all__ = ["MailDeferredError", "MailRefusedError", "send"]
-
 # Refusals of our own account rather than of this e-mail: someone can repair it, so it is worth a retry.
 _ACCOUNT_CODES = {530, 534, 535, 538}
 

@@ -23,18 +23,6 @@ from service.network.urls import check_broker, check_smtp
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = [
-    "ApiSettings",
-    "BrokerSettings",
-    "DatabaseSettings",
-    "DomainSettings",
-    "OutboxSettings",
-    "Settings",
-    "SmtpSettings",
-    "load",
-    "load_settings",
-]
-
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 """A duration in seconds."""
 

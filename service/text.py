@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import re
 
-__all__ = ["storable", "visible", "visible_json"]
-
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _UNUSUAL = re.compile(r"[^ -~]")
 

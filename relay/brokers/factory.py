@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from relay.brokers.sender import Sender
     from service.settings import BrokerSettings
 
-__all__ = ["make_sender"]
-
 
 def make_sender(settings: BrokerSettings) -> Sender:
     """The sender for the broker that `BROKER__URL` names."""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from aiormq import Channel
 
-__all__ = ["count", "send_batch"]
-
 _PERSISTENT = 2
 
 

@@ -19,8 +19,6 @@ from service.network.sockets import notice_silence, tls_context
 if TYPE_CHECKING:
     from service.settings import BrokerSettings
 
-__all__ = ["OneChannel"]
-
 # It logs every frame and, with a traceback, every connection that is lost; the relay reports the loss in one line.
 logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 

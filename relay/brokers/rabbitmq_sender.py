@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from service.settings import BrokerSettings
 
-__all__ = ["RabbitmqSender"]
-
 T = TypeVar("T")
 
 _PROBE = ""

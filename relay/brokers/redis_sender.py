@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from service.settings import BrokerSettings
 
-__all__ = ["RedisSender"]
-
 # The bodies of a group differ only in the deliveries' ids and traces, so the script is sent those, end to end, and the
 # pieces between them. Only a push onto an empty queue rings: every waiting worker has seen it empty since.
 #

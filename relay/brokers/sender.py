@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from service.ledger.message import DueDelivery
 
-__all__ = ["BrokerUnavailableError", "QueueRefusedError", "Sender"]
-
 
 class BrokerUnavailableError(ServiceError):
     """The broker cannot be reached or takes nothing at all: down, out of memory, read-only, loading, not logged in."""

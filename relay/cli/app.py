@@ -21,8 +21,6 @@ from service.settings import load_settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     name="outbox",
     no_args_is_help=True,
@@ -47,7 +45,7 @@ app = typer.Typer(
 @app.command()
 def relay() -> int:
     """Run the relay. It hands over whatever is due, until SIGTERM or Ctrl-C."""
-    # Its brokers' clients are needed by no other command.
+    # Few other commands need its brokers' clients.
     from relay.process.loop import run
 
     return asyncio.run(run(load_settings()))

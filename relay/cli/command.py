@@ -27,18 +27,6 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.settings import DatabaseSettings
 
-__all__ = [
-    "CommandError",
-    "Exit",
-    "ask",
-    "connect",
-    "database_problem",
-    "parse_duration",
-    "parse_moment",
-    "parse_span",
-    "whoami",
-]
-
 T = TypeVar("T")
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}

@@ -10,8 +10,6 @@ from relay.cli.output import Column, age, cut, plain, screen_width, table, times
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["cause", "cells", "describe", "summary"]
-
 
 def cause(row: dict[str, Any]) -> str:
     """Why it died, with the last error where the reason does not say it."""

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.ledger.history import Story
 
-__all__ = ["app"]
-
 app = typer.Typer(help="What became of events.", no_args_is_help=True, rich_markup_mode=None)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from service.ledger.event_search import ListedEvent
     from service.ledger.history import DeliveryStory, Step, Story
 
-__all__ = ["story_as_json", "story_lines", "summary"]
-
 _AGE, _ID, _TYPE, _GAP = 5, 36, 14, 2
 _WIDE = 140
 """Columns from which on there is room for the correlation id too."""

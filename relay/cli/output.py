@@ -22,23 +22,6 @@ from service.text import visible, visible_json
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence
 
-__all__ = [
-    "Column",
-    "ReaderGoneError",
-    "age",
-    "compact",
-    "cut",
-    "error",
-    "line",
-    "note",
-    "plain",
-    "print_json",
-    "print_json_list",
-    "screen_width",
-    "table",
-    "timestamp",
-]
-
 _GAP = 2
 
 

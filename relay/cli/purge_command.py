@@ -16,8 +16,6 @@ from service.settings import load_settings
 if TYPE_CHECKING:
     from service.settings import Settings
 
-__all__ = ["purge"]
-
 _REPORT_EVERY = 250_000
 
 

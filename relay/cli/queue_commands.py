@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.ledger.pausing import Pause, QueueCounts
 
-__all__ = ["app"]
-
 app = typer.Typer(help="Pause and resume queues.", no_args_is_help=True, rich_markup_mode=None)
 
 Queue = Annotated[str | None, typer.Argument(metavar="QUEUE")]

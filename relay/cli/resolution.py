@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["Order", "carry_out", "look_up"]
-
 _SHOWN = 10
 
 

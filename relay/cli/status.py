@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from relay.brokers.sender import Sender
     from service.settings import BrokerSettings, Settings
 
-__all__ = ["BrokerQueue", "Status", "gather"]
-
 _BROKER_PATIENCE = 3.0
 _QUEUE_PATIENCE = 4.0
 _QUEUES_PATIENCE = 6.0

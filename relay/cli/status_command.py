@@ -18,8 +18,6 @@ from service.settings import load_settings
 if TYPE_CHECKING:
     from service.settings import Settings
 
-__all__ = ["status"]
-
 _CLEAR = "\x1b[H\x1b[2J"
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from relay.cli.status import Status
     from service.ledger.counting import Counts
 
-__all__ = ["METRICS", "as_json", "as_text", "check_conditions", "failing"]
-
 METRICS = ("pending", "dispatched", "running", "failed", "unclaimed", "dead", "oldest", "relays", "paused")
 """What a condition can be about."""
 

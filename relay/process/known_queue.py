@@ -14,8 +14,6 @@ from service.ledger.dispatching import NO_FLOOR
 if TYPE_CHECKING:
     from service.ledger.dispatching import Floor
 
-__all__ = ["KnownQueue"]
-
 _SHORTEST_REST = 250
 _LONGEST_REST = 5_000
 """Milliseconds."""

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from service.settings import Settings
 
-__all__ = ["Relay", "run"]
-
 _log = get_logger(__name__)
 
 _LOOK_EVERY = 1.0

@@ -13,8 +13,6 @@ from service.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from service.settings import Settings
 
-__all__ = ["purge_regularly"]
-
 _log = get_logger(__name__)
 
 EVERY = 60.0

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["SESSION", "Sessions"]
-
 SESSION = {
     "plan_cache_mode": "force_custom_plan",
     "jit": "off",

@@ -7,8 +7,6 @@ again and again does not put that off for ever.
 
 from __future__ import annotations
 
-__all__ = ["Sparing"]
-
 _HARMLESS = 0.25
 """The part of a lease that an outage may last: a heartbeat comes when a third of the lease is over, and the workers
 need time to connect again."""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-__all__ = ["LONGEST_SLEEP", "SHORTEST_SLEEP", "Wakeup"]
-
 LONGEST_SLEEP = 15.0
 """Seconds. A lease or a pause may have begun since the relay looked."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from sqlalchemy import MetaData
 from sqlalchemy.orm import DeclarativeBase
 
-__all__ = ["Base"]
-
 
 class Base(DeclarativeBase):
     """Base of every mapped class; the naming convention keeps Alembic's constraint names stable."""

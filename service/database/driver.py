@@ -24,19 +24,6 @@ if TYPE_CHECKING:
 else:
     Connection = asyncpg.Connection  # it takes no parameter when the program runs
 
-__all__ = [
-    "CONTENT_ERRORS",
-    "DRIVER_ERRORS",
-    "ENDED",
-    "Connection",
-    "PreparedBegin",
-    "bound_waits",
-    "connect",
-    "has_transaction_timeout",
-    "open_connection",
-    "read_json",
-]
-
 # asyncpg raises an InternalClientError, which is none of its other errors, when a connection breaks while it is used.
 DRIVER_ERRORS = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What a connection of asyncpg's own may raise when PostgreSQL refuses something or goes away."""

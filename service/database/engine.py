@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from service.settings import DatabaseSettings
 
-__all__ = ["create_engine"]
-
 
 def create_engine(
     settings: DatabaseSettings, *, application_name: str, statement_timeout: float | None = None

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from alembic.script import ScriptDirectory
 
-__all__ = ["Revisions"]
-
 
 class Revisions:
     """The migrations this code knows.

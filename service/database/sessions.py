@@ -24,18 +24,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import SessionTransaction
 
-__all__ = [
-    "FlushingSession",
-    "LentSession",
-    "OneTransaction",
-    "SessionFactory",
-    "commit",
-    "confirm",
-    "restart",
-    "session_factory",
-    "transaction",
-]
-
 SessionFactory = async_sessionmaker[AsyncSession]
 
 

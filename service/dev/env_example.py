@@ -14,8 +14,6 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-__all__ = ["example"]
-
 _HEAD = """\
 # Copy this file to `.env` to change a setting for this clone; the environment wins over it.
 #

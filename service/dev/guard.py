@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Guard"]
-
 _KILL = 'read -r _ && exit; kill -s "$1" "$2"'
 # The servers that write into the folder are being ended by guards of their own at the same time.
 _REMOVE = 'read -r _ && exit; for _ in 1 2 3 4 5 6 7 8 9 10; do sleep 0.5; rm -rf "$1"; [ -e "$1" ] || exit; done'

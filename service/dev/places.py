@@ -29,17 +29,6 @@ from service.errors import ServiceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = [
-    "ROOT",
-    "Account",
-    "ServerError",
-    "clone_data",
-    "postgres_binaries",
-    "scratch",
-    "server_account",
-    "valkey_binary",
-]
-
 ROOT = Path(__file__).resolve().parents[2]
 """The clone."""
 

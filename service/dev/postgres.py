@@ -22,8 +22,6 @@ from service.dev.servers import STOP_TIMEOUT, Server, free_port, new_password, s
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Postgres", "psql"]
-
 _SETTINGS = {
     "max_connections": "200",
     "max_prepared_transactions": "10",

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     Write = Callable[[str, str], None]
     """Takes a process's name and a line of its output."""
 
-__all__ = ["Process", "Supervisor", "stop_all", "to_terminal"]
-
 _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
 _TAB = "\t"
 _LONGEST_PAUSE = 10.0

@@ -16,8 +16,6 @@ from service.text import visible
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Watch", "shown"]
-
 _PERIOD = 1.0
 
 

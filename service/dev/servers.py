@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import signal
     from collections.abc import Callable
 
-__all__ = ["Server", "free_port", "new_password", "socket_folder"]
-
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
 _PORTS = range(29_000, 32_000)  # below Linux's and macOS's for outgoing connections

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from aiosmtpd.smtp import Envelope, Session
 
-__all__ = ["Mail", "Sink", "read_mails"]
-
 
 @dataclass(frozen=True)
 class Mail:

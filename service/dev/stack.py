@@ -26,27 +26,6 @@ from service.dev.valkey import Valkey
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = [
-    "DATABASE",
-    "URLS",
-    "api_command",
-    "clone_lock",
-    "clone_servers",
-    "configured",
-    "embedded_servers",
-    "example",
-    "has_example",
-    "migrate",
-    "note_running",
-    "outbox_command",
-    "relay_command",
-    "run_alembic",
-    "running_environment",
-    "sink_command",
-    "undo",
-    "worker_command",
-]
-
 DATABASE = "service"
 """Name of the database in an embedded server."""
 

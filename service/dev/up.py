@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["look", "reset", "run"]
-
 
 def run() -> int:
     """Run everything until Ctrl-C."""

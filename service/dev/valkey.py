@@ -14,8 +14,6 @@ from service.dev.servers import Server, free_port, new_password, socket_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Valkey"]
-
 
 class Valkey(Server):
     """Valkey in `data_dir`, reached by a Unix socket that only this account can open.

@@ -21,8 +21,6 @@ from service.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
 
-__all__ = ["install_handlers"]
-
 MAX_ERRORS = 20
 """Invalid fields listed at most, so that a small request never causes a large response."""
 

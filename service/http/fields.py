@@ -6,8 +6,6 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, StrictInt
 
-__all__ = ["Count", "Email", "Name"]
-
 # No control characters: PostgreSQL cannot store NUL, and the others only ever do harm in a name.
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1F\x7F]+$", examples=["Tea, 100 g"])]
 # Narrower than RFC 5321 on purpose: what the pattern lets through is an address that ends up in a header.

@@ -22,8 +22,6 @@ from service.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["router"]
-
 READY_WITHIN = 2.0
 """Seconds the database may take to answer."""
 

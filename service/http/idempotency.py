@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["IdempotencyKey", "IdempotentRoute"]
-
 MAX_KEY_LENGTH = 255
 
 # The draft asks for a structured-field string, in quotes; a bare token is taken too, for many clients send one.

@@ -21,8 +21,6 @@ from service.telemetry.logs import get_logger, request_headers, trace_context
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["BodyLimit", "Deadline", "RequestContext"]
-
 _log = get_logger("service.http")
 
 _SECURITY_HEADERS = {

@@ -14,8 +14,6 @@ from service.http.problems import InvalidField, Problem, documented
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-__all__ = ["ID", "created", "install_openapi"]
-
 ID = "$response.body#/id"
 """The id of what was just made, where a link passes it on."""
 

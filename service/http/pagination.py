@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import InstrumentedAttribute
 
-__all__ = ["Page", "PageQuery", "page_of"]
-
 T = TypeVar("T")
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from service.errors import BusinessError
 
-__all__ = ["MEDIA_TYPE", "RETRY_AFTER", "InvalidField", "Problem", "documented", "problem", "problem_responses"]
-
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER = {"Retry-After": "2"}
 

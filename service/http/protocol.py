@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import asyncio
     from typing import Any
 
-__all__ = ["MAX_HEAD_BYTES", "REQUEST_WITHIN", "BoundedProtocol"]
-
 MAX_HEAD_BYTES = 32_768
 """Request line and headers; a larger one gets 431."""
 

@@ -17,8 +17,6 @@ from service.database.sessions import transaction
 if TYPE_CHECKING:
     from service.database.sessions import SessionFactory
 
-__all__ = ["Session"]
-
 
 async def _request_session(request: Request) -> AsyncIterator[AsyncSession]:
     sessions: SessionFactory = request.app.state.sessions

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.ledger.pausing import Pause
 
-__all__ = ["CompletedCount", "Counts", "LedgerCounts", "count"]
-
 SMALL_TABLE = 64 * 2**20
 """Bytes up to which completed rows are counted."""
 

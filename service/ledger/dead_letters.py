@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["STATES", "LetterFilter", "find", "find_ids", "load", "look_up", "overview"]
-
 _PAGE = 200
 """Dead letters that are in memory at a time."""
 

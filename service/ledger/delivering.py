@@ -21,23 +21,6 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
-__all__ = [
-    "ERRORS_KEPT",
-    "SUSPECT_FROM",
-    "Claim",
-    "claim",
-    "claim_free",
-    "complete",
-    "complete_in_transaction",
-    "die",
-    "errors_with",
-    "fail",
-    "forgive",
-    "heartbeat",
-    "postpone",
-    "release",
-]
-
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""
 

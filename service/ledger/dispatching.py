@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["NO_FLOOR", "Batch", "Floor", "Pauses", "QueueHead", "due_queues", "queue_heads", "take_due"]
-
 
 @dataclass(frozen=True, slots=True)
 class Floor:

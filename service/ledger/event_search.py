@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["STATES", "Delivered", "EventFilter", "Found", "ListedEvent", "find", "load"]
-
 STATES = ("pending", "dispatched", "running", "completed", "dead")
 """States a delivery can be listed by; one that was replayed or discarded is no longer dead."""
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-__all__ = ["make_due", "next_due", "published_payloads", "unfinished"]
-
 _DUE = """
 SELECT id, consumer FROM outbox_message
 WHERE state = 'pending' AND due_at <= clock_timestamp() AND (:only = '' OR consumer = :only)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.ledger.pausing import Pause
 
-__all__ = ["DeliveryStory", "Next", "Step", "Story", "tell"]
-
 _ROWS = """
 SELECT *, due_at - clock_timestamp() AS due_in FROM outbox_message WHERE id > $1 AND id <= $2 ORDER BY id
 """

@@ -11,8 +11,6 @@ from uuid import UUID
 if TYPE_CHECKING:
     from datetime import datetime
 
-__all__ = ["event_of", "first_id_after", "last_delivery_of"]
-
 
 def event_of(delivery_id: UUID) -> UUID:
     """The id of the event that this delivery belongs to; an event's own stays as it is."""

@@ -16,18 +16,6 @@ from uuid import UUID
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = [
-    "OF_LEDGER",
-    "OPTIONS",
-    "REDIS_ID",
-    "TRACE",
-    "DueDelivery",
-    "delivery_in",
-    "doorbell",
-    "encode",
-    "is_queue_name",
-]
-
 REDIS_ID = "redis_message_id"
 """The option that names the entry in the queue's list; Dramatiq's Redis broker cannot acknowledge without it."""
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["EVERY_QUEUE", "Pause", "QueueCounts", "count_queues", "pause", "paused_queues", "resume"]
-
 EVERY_QUEUE = "*"
 """The name under which all queues are paused at once."""
 

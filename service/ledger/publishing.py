@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["as_objects", "insert_deliveries", "take_key"]
-
 _INSERT = insert(cast("Table", OutboxMessage.__table__))
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["Purged", "purge", "purge_step_by_step"]
-
 PAGE = 2_000
 """Rows looked at in one transaction."""
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-__all__ = ["Action", "Outcome", "Refusal", "Resolved", "StaysOpen", "refusals", "resolve"]
-
 Action = Literal["replay", "discard"]
 
 BATCH = 200

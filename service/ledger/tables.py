@@ -45,8 +45,6 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from service.database.base import Base
 
-__all__ = ["AcceptedEvent", "DeadLetter", "OutboxMessage", "PausedQueue"]
-
 Timestamp = TIMESTAMP(timezone=True)
 
 

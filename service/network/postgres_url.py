@@ -18,8 +18,6 @@ from service.network.urls import ENCODED, read_query
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Host", "PostgresAddress", "read_postgres"]
-
 _EXPECTED = f"expected postgresql://user:password@host:5432/database, {ENCODED}"
 _SEVERAL = "expected postgresql://user:password@host1:5432,host2:5432/database"
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import socket
 import ssl
 
-__all__ = ["check_ca_file", "notice_silence", "silence_options", "tls_context"]
-
 _PROBES = 3
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from urllib.parse import SplitResult
 
-__all__ = ["ENCODED", "check_broker", "check_smtp", "read_query"]
-
 ENCODED = "with : / ? # @ % , ; in user and password percent-encoded"
 _BROKER = f"expected redis://host:6379/0, valkey://host:6379/0 or amqp://user:password@host:5672/, {ENCODED}"
 _SMTP = (

@@ -22,8 +22,6 @@ from service.outbox.events import MAX_CONSUMERS, Event
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Consumer", "Fail", "Retry", "consumer", "consumer_named", "consumers_of", "registered_consumers"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)+")

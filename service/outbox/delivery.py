@@ -1,12 +1,7 @@
 """A delivery as its consumer has it: what it is told, and the session whose commit also completes the delivery.
 
-The broker's message is a doorbell that carries the delivery's id; it may ring twice, late, or for one that is done.
-What must stay true:
-
-- A consumer's writes and the delivery's completion commit together or not at all. `begin()` ends with the complete
-  statement; if the delivery is not this claim's any more, the effect is rolled back.
-- Whatever goes wrong, the row stays in the ledger with a time at which it comes due again. So every path may end by
-  acknowledging the broker's message, and none raises into Dramatiq, whose own retry could be lost.
+What must stay true: a consumer's writes and the delivery's completion commit together or not at all. `begin()` ends
+with the complete statement; if the delivery is not this claim's any more, the effect is rolled back.
 """
 
 from __future__ import annotations
@@ -32,8 +27,6 @@ if TYPE_CHECKING:
 
     from service.database.sessions import SessionFactory
     from service.ledger.delivering import Claim
-
-__all__ = ["Delivery", "LeaseLostError", "Progress"]
 
 # A query and not SET: it takes the snapshot, after which PostgreSQL refuses another isolation level. The mark of the
 # session's transaction is the claim's token here, so that the complete statement can ask for it.

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-__all__ = ["check_fields"]
-
 _JSON = {str: "string", bool: "boolean", int: "number", float: "number", types.NoneType: "null"}
 _AS_STRING = (UUID, Decimal, datetime, date, time, timedelta)
 _NO_SCALAR = "an event holds IDs and small scalars; store the rest in a row and publish the row's ID"

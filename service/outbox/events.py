@@ -17,8 +17,6 @@ from uuid_utils.compat import uuid7
 from service.errors import EventDefinitionError
 from service.outbox.event_fields import check_fields
 
-__all__ = ["MAX_CONSUMERS", "Event", "delivery_id", "event_type_of", "new_event_id", "new_id", "registered_events"]
-
 MAX_CONSUMERS = 255
 """Consumers one event type can have: as many deliveries as fit between two event ids."""
 
@@ -86,11 +84,6 @@ def _definition(cls: type[Event]) -> tuple[object, ...]:
 def event_type_of(name: str) -> type[Event] | None:
     """The event class registered under a stored name, if any."""
     return _EVENTS.get(name)
-
-
-def registered_events() -> list[type[Event]]:
-    """Every event class, by name."""
-    return [_EVENTS[name] for name in sorted(_EVENTS)]
 
 
 def new_id() -> UUID:

@@ -18,8 +18,6 @@ from service.errors import PublishError
 if TYPE_CHECKING:
     from service.outbox.events import Event
 
-__all__ = ["MAX_PAYLOAD_BYTES", "payload_of"]
-
 MAX_PAYLOAD_BYTES = 8_192
 """Size of an event's JSON at most: it holds IDs and small scalars."""
 

@@ -1,4 +1,4 @@
-"""Writing to the ledger: one row per consumer, in the caller's own transaction.
+"""Publishing: an event and its session are checked, and a row is written for each consumer, in that session.
 
 What must stay true: an event exists if and only if the transaction that published it committed. So `publish` only
 ever leaves rows to be flushed with the session it is given, it refuses a session whose work nobody will commit, and it
@@ -20,7 +20,7 @@ from service.ledger.publishing import as_objects, insert_deliveries, take_key
 from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event, delivery_id, new_event_id
-from service.outbox.payloads import MAX_PAYLOAD_BYTES, payload_of
+from service.outbox.payloads import payload_of
 from service.telemetry.logs import current_headers
 from service.text import storable
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
     from sqlalchemy.orm import Mapper
-
-__all__ = ["MAX_DELAY", "MAX_PAYLOAD_BYTES", "READ_ONLY", "accept", "publish"]
 
 MAX_DELAY = timedelta(days=366)
 """How far ahead an event can be scheduled."""

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from service.settings import Settings
 
-__all__ = ["InlineWorker", "assert_not_published", "assert_published", "inline_worker", "published"]
-
 E = TypeVar("E", bound=Event)
 
 _MOST = 1_000

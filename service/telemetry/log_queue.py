@@ -27,8 +27,6 @@ import structlog
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["QueuedHandler"]
-
 _ROOM = 5_000
 """Lines that wait at most, for a reader that is slow."""
 

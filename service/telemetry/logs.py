@@ -24,16 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import TextIO
 
-__all__ = [
-    "Headers",
-    "configure_logging",
-    "current_headers",
-    "flush_logs",
-    "get_logger",
-    "request_headers",
-    "trace_context",
-]
-
 Headers = dict[str, str]
 """`correlation_id`, and where known `traceparent`, `tracestate` and `causation_id`."""
 

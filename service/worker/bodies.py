@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from dramatiq.broker import Broker, MessageProxy
     from dramatiq.message import Message
 
-__all__ = ["can_run", "disarm"]
-
 _DEEPEST = 50
 """Levels of lists and objects: what could just be decoded may be too deep to be encoded or shown."""
 

@@ -36,8 +36,6 @@ from service.worker.bodies import can_run, disarm
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["DoorbellRedisBroker"]
-
 _log = get_logger(__name__)
 
 # A stall of the server shorter than this is waited out: a reply that comes after the client gave up is a message

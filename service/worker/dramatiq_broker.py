@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from service.settings import BrokerSettings
 
-__all__ = ["make_broker"]
-
 _log = get_logger(__name__)
 
 UNKNOWN_ACTOR = "outbox.unknown_consumer"

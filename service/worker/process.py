@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 
     from dramatiq.broker import Broker
 
-__all__ = ["build", "setup_broker"]
-
 _log = get_logger(__name__)
 
 _CLOSING = 5

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Iterator
 
-__all__ = ["StuckError", "Watchdog", "orphaned"]
-
 _log = get_logger(__name__)
 
 _INTERVAL = 1.0

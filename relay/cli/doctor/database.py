@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.settings import Settings
 
-__all__ = ["check_database"]
-
 OLDEST_VERSION = 15
 CLOCKS_APART = 1.0
 OLD_TRANSACTION = timedelta(minutes=5)

@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from relay.cli.command import Exit
-from relay.cli.doctor.database import check_database
 from relay.cli.doctor.findings import Level
-from relay.cli.doctor.outside import check_broker_and_queues, check_encryption
 from relay.cli.output import line, plain, print_json, screen_width
 from service.settings import load_settings
 
 if TYPE_CHECKING:
     from relay.cli.doctor.findings import Finding
     from service.settings import Settings
-
-__all__ = ["doctor"]
 
 _BESIDE = 9
 _INDENT = _BESIDE + 16
@@ -48,6 +44,10 @@ def doctor(
 
 
 async def _examine(settings: Settings) -> list[Finding]:
+    # Alembic and the brokers' clients take most of a second to load, which no other command should wait for.
+    from relay.cli.doctor.database import check_database
+    from relay.cli.doctor.outside import check_broker_and_queues, check_encryption
+
     database, others = await asyncio.gather(check_database(settings), check_broker_and_queues(settings))
     return [*database, *others, *check_encryption(settings)]
 

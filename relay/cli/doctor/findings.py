@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Finding", "Level", "found"]
-
 
 class Level(StrEnum):
     """How bad it is. `unknown` is what could not be looked at, which is no failure."""

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from relay.cli.status import Status
     from service.settings import BrokerSettings, Settings
 
-__all__ = ["check_broker_and_queues", "check_encryption"]
-
 LATE = 300.0
 """Seconds for which something may be due."""
 

@@ -12,8 +12,6 @@ import httpx
 
 from service.dev.demo.stage import REJECTED
 
-__all__ = ["EFFECTS", "HOLD_WORK", "ORDERS", "QUEUES", "Load", "try_it"]
-
 QUEUES = ("stock", "email")
 
 HOLD_WORK = "LOCK TABLE daily_sales IN SHARE MODE"

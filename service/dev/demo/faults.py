@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from datetime import datetime
 
-__all__ = ["kill_relay", "kill_worker", "wipe_broker"]
-
 _ATTEMPTS = 8
 _AIM_FOR = 10.0
 

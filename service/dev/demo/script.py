@@ -17,8 +17,6 @@ from service.dev.sink import read_mails
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["run"]
-
 _ORDERS = 320
 _QUIET_WITHIN = 60.0
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
-__all__ = ["CLOCK", "REJECTED", "Stage", "shortened", "stage"]
-
 CLOCK = {
     "OUTBOX__LEASE": "3",
     "OUTBOX__REDISPATCH_AFTER": "5",

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from service.dev.demo.stage import Stage
     from service.dev.sink import Mail
 
-__all__ = ["Holdings", "Verdict", "count", "judge"]
-
 _LEDGER = """
 SELECT (SELECT count(*) FROM outbox_message WHERE state <> 'completed') AS open,
        (SELECT count(*) FROM outbox_message WHERE state = 'completed') AS completed,

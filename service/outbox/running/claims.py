@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from service.ledger.delivering import Claim, Connection
 
-__all__ = ["Claims"]
-
 _WAITING = 2
 """Connections that may wait for locked rows at a time."""
 

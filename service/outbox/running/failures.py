@@ -21,8 +21,6 @@ from service.text import storable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["describe", "lost_database", "said", "trace"]
-
 _MESSAGE_LENGTH = 500
 _FRAMES = 6
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-__all__ = ["Heartbeat"]
-
 _log = get_logger(__name__)
 
 

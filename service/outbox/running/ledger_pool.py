@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from service.ledger.delivering import Connection
     from service.settings import Settings
 
-__all__ = ["LedgerPool"]
-
 _CONNECTIONS = 4
 
 

@@ -20,22 +20,6 @@ from service.text import storable
 if TYPE_CHECKING:
     from service.ledger.delivering import Claim, Connection
 
-__all__ = [
-    "Completed",
-    "Dead",
-    "Failed",
-    "Lost",
-    "Outcome",
-    "Released",
-    "Returned",
-    "Suspected",
-    "Unknown",
-    "log_completed",
-    "log_lost",
-    "unstorable",
-    "write",
-]
-
 _log = get_logger(__name__)
 
 _REASON_LENGTH = 500

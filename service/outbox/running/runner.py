@@ -55,8 +55,6 @@ if TYPE_CHECKING:
     from service.ledger.delivering import Claim
     from service.settings import OutboxSettings, Settings
 
-__all__ = ["Run", "Runner"]
-
 _log = get_logger(__name__)
 
 _UNSETTLED = 1_000
