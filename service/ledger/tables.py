@@ -39,13 +39,14 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Identity, Index, Integer, Text, func, text
-from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
+from sqlalchemy import BigInteger, CheckConstraint, Double, Identity, Index, Integer, Text, func, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.database.base import Base
 
 Timestamp = TIMESTAMP(timezone=True)
+Buckets = ARRAY(BigInteger)
 
 
 class OutboxMessage(Base):
@@ -136,3 +137,41 @@ class PausedQueue(Base):
     paused_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
     paused_by: Mapped[str] = mapped_column(Text)
     why: Mapped[str | None] = mapped_column(Text)
+
+
+class OutboxMinute(Base):
+    """What became of the runs of a minute; in the minute `-infinity` stand the totals. See `statistics.py`."""
+
+    __tablename__ = "outbox_minute"
+
+    minute: Mapped[datetime] = mapped_column(Timestamp, primary_key=True)
+    queue: Mapped[str] = mapped_column(Text, primary_key=True)
+    consumer: Mapped[str] = mapped_column(Text, primary_key=True)
+    outcome: Mapped[str] = mapped_column(Text, primary_key=True)
+    count: Mapped[int] = mapped_column(BigInteger)
+    run_seconds: Mapped[float] = mapped_column(Double)
+    run_buckets: Mapped[list[int]] = mapped_column(Buckets)
+    start_seconds: Mapped[float] = mapped_column(Double)
+    start_buckets: Mapped[list[int]] = mapped_column(Buckets)
+    effect_seconds: Mapped[float] = mapped_column(Double)
+    effect_buckets: Mapped[list[int]] = mapped_column(Buckets)
+
+
+class OutboxProcess(Base):
+    """A relay or worker process. It reports while it lives, and removes its row when it ends in good order."""
+
+    __tablename__ = "outbox_process"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(Text)
+    host: Mapped[str] = mapped_column(Text)
+    pid: Mapped[int] = mapped_column(Integer)
+    queues: Mapped[list[str]] = mapped_column(ARRAY(Text))
+    threads: Mapped[int] = mapped_column(Integer)
+    version: Mapped[str] = mapped_column(Text)
+    started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    seen_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    running: Mapped[int] = mapped_column(Integer, server_default="0")
+    loop_lag: Mapped[float] = mapped_column(Double, server_default="0")
+
+    __table_args__ = (CheckConstraint("kind IN ('relay', 'worker')", name="kind"),)
