@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""
 
+DUE_AFTER = "due_after"
+"""The header of a delivery that was delayed or replayed: seconds after its event was there at which it came due."""
+
 FORGIVEN_LOSSES = 3
 """How often a row may lose its database in mid-effect before that uses up attempts.
 
@@ -67,7 +70,8 @@ SET state = 'running',
 
 _TAKEN = """
 message.id, claim_token, event_id, event_type, version, consumer, queue, payload, headers, attempts,
-message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale
+message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale,
+extract(epoch FROM started_at - created_at)::float8 AS age
 """
 
 _CLAIM = f"""
@@ -196,6 +200,8 @@ class Claim:
     headers: dict[str, str]
     attempts: int
     dispatches: int
+    waited: float
+    """Seconds from when it was due first until now, by PostgreSQL's clock."""
     began: float = field(default_factory=time.perf_counter, compare=False)
     """By this process's clock, for its log alone."""
 
@@ -221,6 +227,8 @@ async def claim_free(connection: Connection, asked: Sequence[tuple[UUID, UUID]],
 
 
 def _claim(row: asyncpg.Record) -> Claim:
+    headers = json.loads(row["headers"])
+    due_after = float(headers.pop(DUE_AFTER, 0))  # of this delivery alone, and not of what it publishes
     return Claim(
         id=row["id"],
         token=row["claim_token"],
@@ -230,9 +238,10 @@ def _claim(row: asyncpg.Record) -> Claim:
         consumer=row["consumer"],
         queue=row["queue"],
         document=row["payload"],
-        headers=json.loads(row["headers"]),
+        headers=headers,
         attempts=row["attempts"],
         dispatches=row["dispatches"],
+        waited=max(row["age"] - due_after, 0.0),
     )
 
 

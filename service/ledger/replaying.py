@@ -35,7 +35,9 @@ WITH locked AS (
     SELECT DISTINCT ON (message_id) * FROM locked ORDER BY message_id, id DESC
 ), inserted AS (
     INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, created_at)
-    SELECT message_id, event_id, event_type, version, consumer, queue, payload, headers, created_at
+    SELECT message_id, event_id, event_type, version, consumer, queue, payload,
+           headers || jsonb_build_object('due_after', extract(epoch FROM clock_timestamp() - created_at)::text),
+           created_at
     FROM chosen ORDER BY id
     ON CONFLICT (id) DO NOTHING
     RETURNING id

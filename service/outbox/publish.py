@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.database.sessions import FlushingSession, confirm
 from service.errors import PublishError
+from service.ledger.delivering import DUE_AFTER
 from service.ledger.publishing import as_objects, insert_deliveries, take_key
 from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
@@ -91,7 +92,7 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
 def _write(
     session: AsyncSession, event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelta | None
 ) -> None:
-    headers = current_headers()
+    headers = current_headers() | ({DUE_AFTER: f"{delay.total_seconds()}"} if delay else {})
     rows: list[dict[str, Any]] = [
         {
             "id": delivery_id(event_id, number),

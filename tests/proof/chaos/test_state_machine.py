@@ -101,7 +101,7 @@ class Machine(RuleBasedStateMachine):
         return list(self.rows.items())[number]
 
     def claim_of(self, message_id: UUID, token: UUID) -> delivering.Claim:
-        return delivering.Claim(message_id, token, message_id, "", 1, "", "", "{}", {}, 1, 1)
+        return delivering.Claim(message_id, token, message_id, "", 1, "", "", "{}", {}, 1, 1, 0.0)
 
     def a_token(self, data: st.DataObject, row: Row) -> UUID:
         """The latest claim's, or that of a zombie."""
