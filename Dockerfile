@@ -21,7 +21,9 @@ WORKDIR /app
 COPY --from=build /venv /venv
 COPY alembic.ini ./
 COPY migrations ./migrations
-ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# What the processes call this code where they are listed: docker build --build-arg VERSION=$(git rev-parse HEAD).
+ARG VERSION=
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VERSION=$VERSION
 # By number, so that an orchestrator can see that it is not root.
 USER 10001
 EXPOSE 8000

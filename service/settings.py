@@ -135,6 +135,12 @@ class OutboxSettings(BaseModel):
         le=1_000_000,
         description="Messages the relay lets wait in one broker queue; the rest wait in PostgreSQL",
     )
+    keep_statistics: float = Field(
+        7 * 86_400,
+        ge=3_600,
+        le=3_660 * 86_400,
+        description="Seconds for which it is kept what workers ran in each minute; totals are kept for good",
+    )
     keep_completed: float = Field(
         7 * 86_400,
         ge=0,
@@ -186,6 +192,7 @@ class Settings(BaseSettings):
     outbox: OutboxSettings = OutboxSettings()
     api: ApiSettings = ApiSettings()
     smtp: SmtpSettings = SmtpSettings()
+    version: str = Field("", max_length=100, description="What the running code is called, such as its commit")
     log_format: Literal["console", "json"] = Field("json", description="console or json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged")
 
