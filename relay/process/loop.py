@@ -23,6 +23,7 @@ from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, Send
 from relay.process.known_queue import KnownQueue
 from relay.process.purge import purge_regularly
 from relay.process.relay_session import SESSION, Sessions
+from relay.process.reporting import Reporting
 from relay.process.sparing import Sparing
 from relay.process.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
 from service.backoff import backoff
@@ -91,6 +92,7 @@ class Relay:
         self._warn_at = 0.0
         self._serving_since = float("inf")
         self._sparing = Sparing(settings.outbox.lease)
+        self._reporting = Reporting(settings.version)
         self._trial: asyncio.Task[None] | None = None
         self._tried = ""
 
@@ -137,6 +139,7 @@ class Relay:
             self._wakeup = wakeup
             _log.info("relay.started")
             await self._rounds(connection, wakeup)
+            await self._reporting.leave(connection)
         finally:
             self._wakeup = None
             with suppress(*DRIVER_ERRORS):
@@ -145,6 +148,7 @@ class Relay:
     async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
         moved = vain = 0
         while not self._stopping.is_set():
+            await self._reporting.report(connection)
             looked = not moved or self._must_look()
             if looked:
                 await self._look(connection)
@@ -300,6 +304,7 @@ class Relay:
             await self._pause(backoff(attempt, 100, 5_000).total_seconds())
             await connection.execute("SELECT 1")
             self._sparing.heard(self._now())
+            await self._reporting.report(connection)
             try:
                 await self._sender.ping()
             except BrokerUnavailableError:

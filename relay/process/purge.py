@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from service.database.driver import DRIVER_ERRORS, open_connection
 from service.ledger.purging import purge
+from service.ledger.statistics import forget_minutes, forget_processes
 from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
@@ -18,17 +19,24 @@ _log = get_logger(__name__)
 EVERY = 60.0
 """Seconds between the purges of a relay."""
 
+PAGE = 2_000
+"""Rows of minutes that go in one transaction."""
+
 
 async def purge_regularly(settings: Settings) -> None:
     """Purge once a minute until cancelled, on a connection that is open no longer than that takes."""
     keep = timedelta(seconds=settings.outbox.keep_completed)
     keep_http_keys = timedelta(seconds=settings.api.keep_idempotency_keys)
+    keep_statistics = timedelta(seconds=settings.outbox.keep_statistics)
     while True:
         await asyncio.sleep(EVERY)
         try:
             connection = await open_connection(settings.database, "outbox-purge")
             try:
                 removed = await purge(connection, keep, keep_http_keys)
+                while await forget_minutes(connection, keep_statistics, PAGE) == PAGE:
+                    pass
+                await forget_processes(connection)
             finally:
                 await connection.close(timeout=2)
         except DRIVER_ERRORS as error:

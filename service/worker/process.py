@@ -32,6 +32,7 @@ import service.domains
 from service.database.engine import create_engine
 from service.errors import ConfigurationError
 from service.ledger.message import OF_LEDGER, delivery_in
+from service.ledger.presence import Presence
 from service.outbox.consumers import Consumer, registered_consumers
 from service.outbox.running.runner import Runner
 from service.settings import Settings, load_settings
@@ -84,16 +85,18 @@ class _Outbox(Middleware):
         # Dramatiq only logs an exception raised here, and would run a worker that can do nothing.
         try:
             threading.excepthook = _exit_on_dead_thread
-            _on_loop(self._open(worker.worker_threads))
+            queues = set(broker.get_declared_queues()) & (worker.consumer_whitelist or broker.get_declared_queues())
+            _on_loop(self._open(worker.worker_threads, queues))
         except Exception as error:
             _log.exception("worker.boot_failed")
             raise SystemExit(1) from error
 
-    async def _open(self, threads: int) -> None:
+    async def _open(self, threads: int, queues: set[str]) -> None:
         database = self._settings.database.model_copy(update={"pool_size": max(threads, 1)})
         self._engine = create_engine(database, application_name="outbox-worker")
         self.runner = Runner(self._settings, self._engine)
         await self.runner.open()
+        self.runner.report(Presence("worker", self._settings.version, queues, threads))
         patience = self.runner.patience
         limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
         self.watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))

@@ -81,7 +81,10 @@ class Unknown:
     delay: timedelta
 
 
-Outcome = Completed | Lost | Returned | Failed | Dead | Released | Suspected | Unknown
+Unwritten = Returned | Failed | Dead | Released | Suspected | Unknown
+"""What the row does not show yet."""
+
+Outcome = Completed | Lost | Unwritten
 """What became of a run."""
 
 
@@ -89,7 +92,7 @@ class _UnstorableError(Exception):
     """Stands in for an error that cannot be stored as it is."""
 
 
-def unstorable(outcome: Outcome, refusal: Exception) -> Outcome:
+def unstorable(outcome: Unwritten, refusal: Exception) -> Unwritten:
     """The same outcome in plain words of ours.
 
     Args:
@@ -110,44 +113,46 @@ def unstorable(outcome: Outcome, refusal: Exception) -> Outcome:
     return outcome
 
 
-async def write(connection: Connection, claim: Claim, outcome: Outcome, patience: timedelta) -> None:
-    """Write an outcome into the row, unless the row is not the claim's any more. `Completed` and `Lost` need no write.
+async def write(connection: Connection, claim: Claim, outcome: Unwritten, patience: timedelta) -> str:
+    """Write an outcome into the row, unless the row is not the claim's any more.
 
     Args:
         connection: In no transaction, or in one of its own.
         claim: The run.
         outcome: What became of it.
         patience: For how long a row waits for a worker that knows its consumer.
+
+    Returns:
+        What it came to, in the words of the statistics.
     """
     match outcome:
         case Returned():
-            if await delivering.complete(connection, claim):
-                log_completed(claim)
-            else:
-                log_lost(claim)
+            return log_completed(claim) if await delivering.complete(connection, claim) else log_lost(claim)
         case Failed() | Dead():
-            await _write_failure(connection, claim, outcome)
+            return await _write_failure(connection, claim, outcome)
         case Released(error, delay):
             document = None if error is None else describe(error, claim.payload)
             await delivering.release(connection, claim, error=document, delay=delay)
             name = None if error is None else type(error).__name__
             _log.info("outbox.released", consumer=claim.consumer, error=name)
+            return "released"
         case Suspected(error, delay, otherwise):
             if await delivering.forgive(connection, claim, describe(error, claim.payload), delay):
                 _log.warning("outbox.forgiven", consumer=claim.consumer, error=type(error).__name__)
-            else:
-                await _write_failure(connection, claim, otherwise)
+                return "released"
+            return await _write_failure(connection, claim, otherwise)
         case Unknown(error, delay):
             document = describe(error, claim.payload)
             overdue = await delivering.postpone(connection, claim, document, delay, patience)
             _log.info("outbox.postponed", consumer=claim.consumer, reason=said(error))
-            if overdue:
-                await delivering.die(
-                    connection, claim, document, storable(said(error), _REASON_LENGTH), states=("pending",)
-                )
+            if not overdue:
+                return "unknown"
+            reason = storable(said(error), _REASON_LENGTH)
+            died = await delivering.die(connection, claim, document, reason, states=("pending",))
+            return "dead" if died else "lost"
 
 
-async def _write_failure(connection: Connection, claim: Claim, failure: Failed | Dead) -> None:
+async def _write_failure(connection: Connection, claim: Claim, failure: Failed | Dead) -> str:
     error = failure.error
     document = describe(error, claim.payload)
     shown: dict[str, Any] = {"attempt": claim.attempts, "error": type(error).__name__}
@@ -157,18 +162,17 @@ async def _write_failure(connection: Connection, claim: Claim, failure: Failed |
         delay = failure.delay
         if await delivering.fail(connection, claim, document, delay):
             _log.warning("outbox.failed", retry_in=delay.total_seconds(), **shown)
-        else:
-            log_lost(claim)
-        return
+            return "failed"
+        return log_lost(claim)
     reason = storable(failure.reason, _REASON_LENGTH)
     if number := await delivering.die(connection, claim, document, reason):
         _log.error("outbox.dead_lettered", dead_letter=number, reason=reason, **shown)
-    else:
-        log_lost(claim)
+        return "dead"
+    return log_lost(claim)
 
 
-def log_completed(claim: Claim) -> None:
-    """Tell that the effect has happened, and how long it took from the claim."""
+def log_completed(claim: Claim) -> str:
+    """Tell that the effect has happened, and how long it took from the claim; the word for it."""
     _log.info(
         "outbox.completed",
         consumer=claim.consumer,
@@ -176,7 +180,10 @@ def log_completed(claim: Claim) -> None:
         attempt=claim.attempts,
         duration_ms=round((time.perf_counter() - claim.began) * 1000, 1),
     )
+    return "completed"
 
 
-def log_lost(claim: Claim) -> None:
+def log_lost(claim: Claim) -> str:
+    """Tell that the row is somebody else's; the word for it."""
     _log.warning("outbox.lease_lost", consumer=claim.consumer, delivery_id=str(claim.id))
+    return "lost"

@@ -39,11 +39,13 @@ from service.outbox.running.outcomes import (
     Returned,
     Suspected,
     Unknown,
+    Unwritten,
     log_completed,
     log_lost,
     unstorable,
     write,
 )
+from service.outbox.running.statistics import Statistics
 from service.telemetry.logs import get_logger, trace_context
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from service.ledger.delivering import Claim
+    from service.ledger.presence import Presence
     from service.settings import OutboxSettings, Settings
 
 _log = get_logger(__name__)
@@ -90,6 +93,7 @@ class Runner:
         beat_on = partial(connect, settings.database, "outbox-worker-heartbeat")
         self._heartbeat = Heartbeat(beat_on, self._lease, transactions=settings.database.pooler)
         self._claims = Claims(self._ledger, self._lease)
+        self._statistics = Statistics(self._ledger)
         self._running: set[asyncio.Task[Any]] = set()
         self._in_threads: dict[int, Claim] = {}
         self._unsettled: dict[UUID, asyncio.Task[None]] = {}
@@ -113,7 +117,12 @@ class Runner:
         finally:
             # Also where the caller's patience is over: a thread that is left may fail while the interpreter exits.
             await asyncio.to_thread(self._heartbeat.stop)
+        await self._statistics.stop()
         await self._ledger.close()
+
+    def report(self, presence: Presence) -> None:
+        """Tell the ledger from now on what this process runs, and that it does."""
+        self._statistics.start(presence, lambda: len(self._running) + len(self._in_threads))
 
     def stop(self) -> None:
         """Wait for PostgreSQL no longer, and release what still runs when the grace is over. Called on the loop."""
@@ -365,21 +374,22 @@ class Runner:
 
     async def _write(self, claim: Claim, outcome: Outcome) -> None:
         if isinstance(outcome, Lost):
-            log_lost(claim)
+            word = log_lost(claim)
         elif isinstance(outcome, Completed):
-            log_completed(claim)
+            word = log_completed(claim)
         else:
             try:
-                await self._store(claim, outcome)
+                word = await self._store(claim, outcome)
             except Exception as error:  # what a consumer raised may do anything when it is asked what it says
                 if isinstance(error, DRIVER_ERRORS) and not isinstance(error, CONTENT_ERRORS):
                     raise
                 _log.error("outbox.unstorable", delivery_id=str(claim.id), exception=trace(error, claim.payload))
-                await self._store(claim, unstorable(outcome, error))
+                word = await self._store(claim, unstorable(outcome, error))
+        self._statistics.count(claim, word)
 
-    async def _store(self, claim: Claim, outcome: Outcome) -> None:
+    async def _store(self, claim: Claim, outcome: Unwritten) -> str:
         async with self._ledger() as connection:
-            await write(connection, claim, outcome, timedelta(seconds=self._settings.unknown_consumer_after))
+            return await write(connection, claim, outcome, timedelta(seconds=self._settings.unknown_consumer_after))
 
     def max_attempts(self, spec: Consumer) -> int:
         """Attempts in all: the first and the retries."""

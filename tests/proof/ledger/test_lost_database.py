@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from service.database import driver
 from service.database.engine import create_engine
 from service.database.sessions import session_factory
+from service.ledger import statistics
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
 from tests.proof.ledger.conftest import Ledger
@@ -83,6 +84,23 @@ async def a_runner(settings: Settings) -> AsyncIterator[tuple[Runner, AsyncEngin
     finally:
         await runner.close()
         await engine.dispose()
+
+
+async def test_what_was_counted_in_an_outage_is_in_the_ledger_after_it(
+    mortal: Mortal, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path, "-p", "1", "-t", "8"):
+        for how in ("", "", "slow", "slower"):
+            await mortal.ledger.publish(domain.Happened(subject_id=uuid4(), how=how))
+        await until(lambda: is_running(mortal.ledger))
+        ledger = await mortal.restart(away=3)
+        await until(lambda: all_completed(ledger))
+    totals = await statistics.totals(ledger.connection)
+    assert sum(counted.count for key, counted in totals.items() if key.outcome == "completed") == 4
+
+
+async def is_running(ledger: Ledger) -> bool:
+    return bool(await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'running'"))
 
 
 async def attempts(ledger: Ledger) -> int:

@@ -12,6 +12,7 @@ from relay.process.loop import Relay
 from service.database.engine import create_engine
 from service.database.sessions import session_factory, transaction
 from service.errors import ConfigurationError
+from service.ledger import statistics
 from service.outbox import publish
 from tests.proof.ledger import domain
 from tests.proof.ledger.looks import all_completed
@@ -63,6 +64,9 @@ async def test_api_and_workers_work_behind_it(
     assert await ledger.connection.fetchval("SELECT count(*) FROM effect") == 54
     assert await ledger.connection.fetchval("SELECT count(*) FROM dead_letter") == 6
     assert not worker.says("claim_waits")
+    totals = await statistics.totals(ledger.connection)
+    assert {key.outcome: counted.count for key, counted in totals.items()} == {"completed": 54, "failed": 12, "dead": 6}
+    assert not worker.says("statistics_wait")
 
 
 async def test_the_relay_refuses_it(settings: Settings, servers: Where, server_folder: Path, database_url: str) -> None:

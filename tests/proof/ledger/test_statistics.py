@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import asyncpg
+import psutil
+import pytest
+
+import relay.process.purge
+import relay.process.reporting
+import service.outbox.running.statistics
+from relay.process.purge import purge_regularly
+from service.database.engine import create_engine
 from service.ledger import statistics
+from service.ledger.presence import Presence
 from service.ledger.statistics import BOUNDS, Counts, Key, Process
+from service.outbox.running.runner import Runner
+from tests.proof.ledger import domain
+from tests.proof.ledger.test_relay import running
+from tests.proof.ledger.test_worker import Worker, all_completed, working
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    import asyncpg
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
-    from tests.proof.ledger.conftest import Connect
+    from service.dev.postgres import Postgres
+    from service.settings import Settings
+    from tests.proof.ledger.conftest import Connect, Ledger
 
 COMPLETED = Key("stock", "orders.reserve_stock", "completed")
 DAY = timedelta(days=1)
@@ -107,3 +128,242 @@ async def test_a_process_is_there_until_it_leaves_or_is_not_seen(
     assert await statistics.forget_processes(connection) == 0
     await connection.execute("UPDATE outbox_process SET seen_at = seen_at - interval '1 hour'")
     assert await statistics.forget_processes(connection) == 1
+
+
+async def test_nobody_who_adds_or_reports_waits_for_a_standby(own_postgres: Postgres) -> None:
+    own = await asyncpg.connect(own_postgres.url("service"))
+    await own.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    await own.execute("SELECT pg_reload_conf()")
+    await until(lambda: own.fetchval("SELECT current_setting('synchronous_standby_names') = 'nobody'"))
+    worker = a_process()
+    async with asyncio.timeout(60):
+        await statistics.report(own, worker, timedelta(), 0, 0.0)
+        await statistics.add(own, {COMPLETED: counts(1)})
+        await statistics.leave(own, worker)
+    await own.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is reported every 10 s is reported all the time."""
+    for module in (service.outbox.running.statistics, relay.process.reporting):
+        monkeypatch.setattr(module, "REPORT_EVERY", 0.02)
+
+
+@asynccontextmanager
+async def reporting(settings: Settings) -> AsyncIterator[Runner]:
+    """A worker's runner that reports, on the test's loop."""
+    engine = create_engine(settings.database, application_name="outbox-worker")
+    runner = Runner(settings, engine)
+    await runner.open()
+    runner.report(Presence("worker", "1f3a", {"ledger"}, 4))
+    try:
+        yield runner
+    finally:
+        await runner.close()
+        await engine.dispose()
+
+
+async def outcomes(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str, int]:
+    """How many runs of `ledger.react` came to what, in all."""
+    totals = await statistics.totals(connection)
+    return {key.outcome: counted.count for key, counted in totals.items() if key.consumer == "ledger.react"}
+
+
+async def test_every_outcome_is_counted_for_what_it_was(ledger: Ledger, settings: Settings) -> None:
+    async with reporting(settings) as runner:
+        for how in ("", "outside", "outside", "fail", "die", "kill_backend"):
+            await runner.deliver(await ledger.happen(how))
+        unknown, stolen = await ledger.happen(), await ledger.happen("slow")
+        await ledger.set(unknown, version=9)
+        await runner.deliver(unknown)
+        run = asyncio.create_task(runner.deliver(stolen))
+        await until(lambda: runs(ledger))
+        await ledger.set(stolen, claim_token=uuid4())
+        await run
+    assert await outcomes(ledger.connection) == {
+        "completed": 3,
+        "failed": 1,
+        "dead": 1,
+        "released": 1,
+        "unknown": 1,
+        "lost": 1,
+    }
+    assert await statistics.processes(ledger.connection) == []
+
+
+async def runs(ledger: Ledger) -> bool:
+    return bool(await ledger.connection.fetchval("SELECT count(*) FROM outbox_message WHERE state = 'running'"))
+
+
+async def test_durations_are_those_of_postgresqls_clock_from_when_it_was_due_first(
+    ledger: Ledger, settings: Settings
+) -> None:
+    hour = timedelta(hours=1)
+    plain, late = await ledger.happen("slow"), await ledger.happen()
+    (delayed,) = await ledger.publish(domain.Happened(subject_id=uuid4(), how="retry"), delay=hour)
+    now = await ledger.connection.fetchval("SELECT clock_timestamp()")
+    await ledger.set(late, created_at=now - 2 * hour)
+    await ledger.set(delayed, created_at=now - hour)
+    await ledger.expire(delayed)
+    async with reporting(settings) as runner:
+        for each in (plain, late, delayed):
+            await runner.deliver(each)
+        await ledger.expire(delayed)
+        await runner.deliver(delayed)
+    totals = await statistics.totals(ledger.connection)
+    completed, failed = (totals[Key("ledger", "ledger.react", outcome)] for outcome in ("completed", "failed"))
+    assert 1 <= completed.run.seconds < 60
+    assert completed.start.buckets[-1] == completed.effect.buckets[-1] == 1
+    assert 7_200 < completed.start.seconds < completed.effect.seconds - 1 < 7_260
+    assert (failed.count, sum(failed.run.buckets)) == (2, 2)
+    assert sum(failed.start.buckets) == 1, "of the first attempt"
+    assert failed.start.seconds < 60
+    assert sum(failed.effect.buckets) == 0
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_deliveries_go_on_while_the_ledger_takes_no_counts(
+    ledger: Ledger, settings: Settings, connect: Connect
+) -> None:
+    blocker = await connect()
+    async with reporting(settings) as runner:
+        await until(lambda: statistics.processes(ledger.connection))
+        async with blocker.transaction():
+            await blocker.execute("LOCK TABLE outbox_minute")
+            for _ in range(20):
+                message_id = await ledger.happen()
+                async with asyncio.timeout(10):
+                    await runner.deliver(message_id)
+                assert await ledger.state(message_id) == "completed"
+        await blocker.execute("ALTER TABLE outbox_minute RENAME TO gone")
+        await runner.deliver(await ledger.happen())
+        await until(lambda: failing(runner))
+        await blocker.execute("ALTER TABLE gone RENAME TO outbox_minute")
+        await until(lambda: counted(ledger, 21))
+
+
+def failing(runner: Runner) -> bool:
+    return runner._statistics._failing
+
+
+async def counted(ledger: Ledger, completed: int) -> bool:
+    return await outcomes(ledger.connection) == {"completed": completed}
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_an_idle_worker_writes_nothing_but_that_it_is_there(ledger: Ledger, settings: Settings) -> None:
+    async with reporting(settings) as runner:
+        await until(lambda: statistics.processes(ledger.connection))
+        [before] = await statistics.processes(ledger.connection)
+        for _ in range(3):
+            [now] = await statistics.processes(ledger.connection)
+            await until(partial(seen_after, ledger, now.seen_at))
+        run = asyncio.create_task(runner.deliver(await ledger.happen("slow")))
+        await until(lambda: runs_now(ledger, 1))
+        time.sleep(0.5)  # noqa: ASYNC251  holds up the loop
+        await run
+        await until(lambda: runs_now(ledger, 0))
+        [after] = await statistics.processes(ledger.connection)
+    assert (after.id, after.started_at, after.queues, after.threads) == (before.id, before.started_at, ["ledger"], 4)
+    assert before.loop_lag < 0.4 < after.loop_lag
+    assert len(await statistics.minutes(ledger.connection, DAY)) == 1
+
+
+async def seen_after(ledger: Ledger, moment: object) -> bool:
+    [process] = await statistics.processes(ledger.connection)
+    assert await statistics.totals(ledger.connection) == {}
+    return process.seen_at != moment
+
+
+async def runs_now(ledger: Ledger, number: int) -> bool:
+    [process] = await statistics.processes(ledger.connection)
+    return process.running == number
+
+
+async def test_a_killed_worker_loses_no_more_than_was_not_reported_yet(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    async with working(environment, settings, tmp_path) as worker:
+        for _ in range(10):
+            await ledger.publish()
+        await until(lambda: counted(ledger, 10))
+        [process] = [each for each in await statistics.processes(ledger.connection) if each.kind == "worker"]
+        assert process.pid in [each.pid for each in worker.children()]
+        assert set(process.queues) >= {"ledger", "other", "cpu"}
+        psutil.Process(process.pid).kill()
+    assert [each.id for each in await statistics.processes(ledger.connection)] == [process.id]
+
+
+async def test_counters_go_on_after_a_restart_and_an_end_in_good_order_loses_nothing(
+    ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
+) -> None:
+    environment["VERSION"] = "1f3a"
+    async with running(settings):
+        for number in (1, 2):
+            for _ in range(25):
+                await ledger.publish()
+            worker = Worker(environment, tmp_path / "worker.log", "-p", "2", "-t", "2", "-Q", "ledger")
+            try:
+                await until(lambda: all_completed(ledger))
+                workers = [each for each in await statistics.processes(ledger.connection) if each.kind == "worker"]
+                assert {(each.version, tuple(each.queues), each.threads) for each in workers} == {
+                    ("1f3a", ("ledger",), 2)
+                }
+            finally:
+                assert await asyncio.to_thread(worker.stop) == 0
+            assert await outcomes(ledger.connection) == {"completed": number * 25}
+            assert [each.kind for each in await statistics.processes(ledger.connection)] == ["relay"]
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_relay_is_there_while_it_runs(ledger: Ledger, settings: Settings) -> None:
+    async with running(settings):
+        [seen] = await until(lambda: statistics.processes(ledger.connection))
+        assert (seen.kind, seen.pid, seen.queues) == ("relay", os.getpid(), [])
+        await ledger.publish()  # wakes it up
+        await until(lambda: seen_after(ledger, seen.seen_at))
+    assert await statistics.processes(ledger.connection) == []
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_relay_hands_over_also_where_it_cannot_report(ledger: Ledger, settings: Settings) -> None:
+    await ledger.connection.execute("DROP TABLE outbox_process")
+    async with running(settings):
+        (message_id,) = await ledger.publish()
+        await until(lambda: is_dispatched(ledger, message_id))
+
+
+async def is_dispatched(ledger: Ledger, message_id: object) -> bool:
+    state = await ledger.connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", message_id)
+    return bool(state == "dispatched")
+
+
+async def test_the_regular_purge_takes_old_minutes_and_lost_processes(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay.process.purge, "EVERY", 0.01)
+    monkeypatch.setattr(relay.process.purge, "PAGE", 1)
+    settings.outbox.keep_statistics = 2 * 86_400
+    for _ in range(4):
+        await set_back(ledger.connection, DAY)
+        await statistics.add(ledger.connection, {COMPLETED: counts(1)})
+    lost, there = a_process(), a_process()
+    await statistics.report(ledger.connection, lost, timedelta(), 0, 0.0)
+    await ledger.connection.execute("UPDATE outbox_process SET seen_at = seen_at - interval '61 minutes'")
+    await statistics.report(ledger.connection, there, timedelta(), 0, 0.0)
+    purging = asyncio.create_task(purge_regularly(settings))
+    await until(lambda: purged(ledger, there))
+    purging.cancel()
+    with suppress(asyncio.CancelledError):
+        await purging
+    assert len(await statistics.minutes(ledger.connection, 9 * DAY)) == 2
+    assert await outcomes_of_all(ledger) == 4
+
+
+async def purged(ledger: Ledger, there: Process) -> bool:
+    return [each.id for each in await statistics.processes(ledger.connection, DAY)] == [there.id]
+
+
+async def outcomes_of_all(ledger: Ledger) -> int:
+    return (await statistics.totals(ledger.connection))[COMPLETED].count

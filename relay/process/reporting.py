@@ -1,0 +1,53 @@
+"""Tells the ledger now and then that this relay is there, on the session that it works with anyway.
+
+What must stay true: whatever PostgreSQL says to that, the relay goes on handing over.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from service.ledger.presence import REPORT_EVERY, Presence
+from service.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    Connection = asyncpg.Connection[asyncpg.Record]
+
+__all__ = ["Reporting"]
+
+_log = get_logger(__name__)
+
+
+class Reporting:
+    """Make it on the event loop; a relay that sleeps reports when it wakes up."""
+
+    def __init__(self, version: str) -> None:
+        self._presence = Presence("relay", version)
+        self._due_at = 0.0
+        self._failing = False
+
+    async def report(self, connection: Connection) -> None:
+        """The relay is there, unless that was told just now."""
+        if time.monotonic() >= self._due_at:
+            self._due_at = time.monotonic() + REPORT_EVERY
+            await self._try(self._presence.tell(connection))
+
+    async def leave(self, connection: Connection) -> None:
+        """The relay ends."""
+        self._presence.close()
+        await self._try(self._presence.leave(connection))
+
+    async def _try(self, telling: Awaitable[None]) -> None:
+        try:
+            await telling
+        except asyncpg.PostgresError as error:
+            if not self._failing:
+                _log.warning("relay.not_reported", error=f"{type(error).__name__}: {error}"[:200])
+            self._failing = True
+        else:
+            self._failing = False

@@ -1,0 +1,54 @@
+"""This process in the ledger, so that whoever looks there sees who is alive and what they do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from service.ledger import statistics
+from service.ledger.statistics import Process
+from service.telemetry.loop_lag import LoopLag
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from service.ledger.delivering import Connection
+
+__all__ = ["REPORT_EVERY", "Presence"]
+
+REPORT_EVERY = 10.0
+"""Seconds."""
+
+
+class Presence:
+    """Reports on the process and on the event loop that it is made on.
+
+    Args:
+        kind: relay or worker.
+        version: What the running code is called.
+        queues: Those that a worker takes from.
+        threads: Those in which a worker runs its actors.
+    """
+
+    def __init__(self, kind: str, version: str, queues: Collection[str] = (), threads: int = 0) -> None:
+        host, pid = socket.gethostname(), os.getpid()
+        self._process = Process(uuid4(), kind, host, pid, sorted(queues), threads, version)
+        self._began = time.monotonic()
+        self._lag = LoopLag()
+
+    async def tell(self, connection: Connection, running: int = 0) -> None:
+        """The process is alive, and runs so many deliveries."""
+        up_for = timedelta(seconds=time.monotonic() - self._began)
+        await statistics.report(connection, self._process, up_for, running, self._lag.longest())
+
+    async def leave(self, connection: Connection) -> None:
+        """The process ends."""
+        await statistics.leave(connection, self._process)
+
+    def close(self) -> None:
+        """Measure no more."""
+        self._lag.stop()
