@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import asyncpg
 import pytest
 from fastapi import APIRouter
 from pydantic import SecretStr
@@ -17,6 +19,8 @@ from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.ledger import statistics
+from service.ledger.presence import Presence
 from service.outbox import accept, publish
 from service.settings import DatabaseSettings, Settings
 from tests.servers.processes import Started
@@ -76,8 +80,23 @@ async def test_every_process_does_its_work(
             await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "4")
             await asyncio.to_thread(_operate, environment, roles)
             await until(lambda: _said(roles, "SELECT count(*) FROM dead_letter") == "7")
+            kinds = "SELECT string_agg(kind, ' ' ORDER BY kind) FROM outbox_process"
+            await until(lambda: _said(roles, kinds) == "relay worker")
+            await until(lambda: _said(roles, "SELECT count(*) > 0 FROM outbox_minute") == "t")
     finally:
         await worker.stop()
+    assert _said(roles, "SELECT count(*) FROM outbox_process") == "0"
+    await _purge_statistics(roles)
+    assert _said(roles, "SELECT DISTINCT minute FROM outbox_minute") == "-infinity"
+
+
+async def _purge_statistics(roles: Roles) -> None:
+    """As the relay's own role, with all of it looking old."""
+    connection = await asyncpg.connect(roles.relay)
+    assert await statistics.forget_minutes(connection, timedelta(minutes=-2), 1_000) > 0
+    await Presence("relay", "").tell(connection)
+    assert await statistics.forget_processes(connection, timedelta(minutes=-1)) == 1
+    await connection.close()
 
 
 def _said(roles: Roles, query: str) -> str:
@@ -111,6 +130,8 @@ REFUSED = [
     ("app", "DELETE FROM accepted_event"),
     ("app", "UPDATE idempotency_key SET body = ''"),
     ("app", "DELETE FROM paused_queue"),
+    ("app", "DELETE FROM outbox_minute"),
+    ("app", "UPDATE outbox_process SET kind = 'relay'"),
     ("app", "UPDATE alembic_version SET version_num = ''"),
     ("relay", "CREATE TABLE mine ()"),
     ("relay", "SELECT FROM effect"),
@@ -122,6 +143,8 @@ REFUSED = [
     ("relay", "DELETE FROM dead_letter"),
     ("relay", "UPDATE dead_letter SET resolved_role = 'somebody'"),
     ("relay", "INSERT INTO dead_letter SELECT * FROM dead_letter"),
+    ("relay", "INSERT INTO outbox_minute SELECT * FROM outbox_minute"),
+    ("relay", "UPDATE outbox_minute SET count = 0"),
 ]
 
 
