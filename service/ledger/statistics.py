@@ -65,7 +65,7 @@ _SUM = """ARRAY(
 _ADD = f"""
 INSERT INTO outbox_minute AS known (minute, queue, consumer, outcome, {_COUNTED})
 SELECT minute, queue, consumer, outcome, {_COUNTED}
-FROM jsonb_to_recordset($1::jsonb) AS added (
+FROM jsonb_to_recordset($1::text::jsonb) AS added (
          queue text, consumer text, outcome text, count bigint, run_seconds float8, run_buckets bigint[],
          start_seconds float8, start_buckets bigint[], effect_seconds float8, effect_buckets bigint[])
 CROSS JOIN (VALUES ('-infinity'::timestamptz), (date_trunc('minute', clock_timestamp()))) AS place (minute)

@@ -20,7 +20,7 @@ import relay.process.reporting
 import service.outbox.running.statistics
 from relay.process.purge import purge_regularly
 from service.database.engine import create_engine
-from service.ledger import statistics
+from service.ledger import delivering, statistics
 from service.ledger.presence import Presence
 from service.ledger.statistics import BOUNDS, Counts, Key, Process
 from service.outbox.running.runner import Runner
@@ -220,6 +220,14 @@ async def test_durations_are_those_of_postgresqls_clock_from_when_it_was_due_fir
     assert sum(failed.start.buckets) == 1, "of the first attempt"
     assert failed.start.seconds < 60
     assert sum(failed.effect.buckets) == 0
+
+
+async def test_what_a_delayed_delivery_publishes_is_not_taken_for_delayed(ledger: Ledger) -> None:
+    (delayed,) = await ledger.publish(delay=timedelta(hours=1))
+    await ledger.expire(delayed)
+    claim = await delivering.claim(ledger.connection, delayed, uuid4(), timedelta(seconds=30))
+    assert claim is not None
+    assert claim.headers.keys() == {"correlation_id"}  # events published in the run inherit them
 
 
 @pytest.mark.usefixtures("hasty")
