@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import shlex
 from typing import TYPE_CHECKING
 
+import asyncpg
 import pytest
 
 from relay.cli.app import main
 from service.dev.postgres import psql
+from service.ledger import statistics
+from service.ledger.presence import Presence
+from service.ledger.statistics import Counts, Histogram, Key
 from service.outbox.events import delivery_id, new_event_id
 from service.settings import DatabaseSettings, OutboxSettings
 from tests.service.docs.pages import (
@@ -83,6 +88,21 @@ def test_deliveries_in_doubt_can_be_declared_done(database_url: str) -> None:
     psql(database_url, statement)
     open_ = psql(database_url, "SELECT queue FROM outbox_message WHERE state <> 'completed'")
     assert open_.split() == ["stock"]
+
+
+def test_who_runs_and_what_ran_is_shown(database_url: str) -> None:
+    async def report() -> None:
+        connection = await asyncpg.connect(database_url)
+        two = Counts(2, Histogram(3.0))
+        await statistics.add(connection, {Key("stock", "orders.reserve_stock", "completed"): two})
+        await Presence("relay", "1f3a").tell(connection)
+        await connection.close()
+
+    asyncio.run(report())
+    [statements] = [block.text for block in blocks(RUNNING, language="sql")]
+    processes, minutes = (psql(database_url, each) for each in statements.strip().split(";\n\n"))
+    assert re.match(r"relay\|.+\|1f3a\|0\|", processes)
+    assert minutes.endswith("|orders.reserve_stock|completed|2|1.5")
 
 
 def test_the_table_has_every_setting() -> None:

@@ -22,6 +22,7 @@ from tests.service.docs.pages import (
     GUIDE,
     LATER_VERSIONS,
     OPERATIONS,
+    RUNNING,
     blocks,
     missing,
 )
@@ -37,7 +38,7 @@ _TRIED = {
     "sh": (FIRST_FEATURE,),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
     "ini": (EXISTING_SERVICE,),
-    "sql": (CHANGING, BACKUPS),
+    "sql": (CHANGING, RUNNING, BACKUPS),
     "console": (FIRST_FEATURE, CONSUMERS, DOCS / "an-order.md", DOCS / "doctor.md", *OPERATIONS),
     "text": (DEVELOPING,),
     "mermaid": ALL,
