@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from service.ledger import statistics
-from service.ledger.statistics import Process
+from service.ledger.statistics import ProcessIdentity
 from service.telemetry.loop_lag import LoopLag
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Presence:
 
     def __init__(self, kind: str, version: str, queues: Collection[str] = (), threads: int = 0) -> None:
         host, pid = socket.gethostname(), os.getpid()
-        self._process = Process(uuid4(), kind, host, pid, sorted(queues), threads, version)
+        self._process = ProcessIdentity(uuid4(), kind, host, pid, sorted(queues), threads, version)
         self._began = time.monotonic()
         self._lag = LoopLag()
 

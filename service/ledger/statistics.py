@@ -27,10 +27,10 @@ __all__ = [
     "ALIVE",
     "BOUNDS",
     "FORGET_PROCESSES_AFTER",
-    "Counts",
     "Histogram",
     "Key",
-    "Process",
+    "ProcessIdentity",
+    "Runs",
     "SeenProcess",
     "add",
     "forget_minutes",
@@ -137,7 +137,7 @@ class Histogram:
 
 
 @dataclass(slots=True)
-class Counts:
+class Runs:
     """Runs that came to one outcome.
 
     Attributes:
@@ -152,7 +152,7 @@ class Counts:
     start: Histogram = field(default_factory=Histogram)
     effect: Histogram = field(default_factory=Histogram)
 
-    def merge(self, other: Counts) -> None:
+    def merge(self, other: Runs) -> None:
         self.count += other.count
         self.run.merge(other.run)
         self.start.merge(other.start)
@@ -160,7 +160,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class ProcessIdentity:
     """A process as it is from its start on. `queues` are those that it takes from, `threads` those that run actors."""
 
     id: UUID
@@ -173,7 +173,7 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class SeenProcess(Process):
+class SeenProcess(ProcessIdentity):
     """A process as it was when it reported last; `loop_lag` is the longest of the 10 s before, in seconds."""
 
     started_at: datetime
@@ -182,14 +182,14 @@ class SeenProcess(Process):
     loop_lag: float
 
 
-async def add(connection: Connection, counted: Mapping[Key, Counts]) -> None:
+async def add(connection: Connection, counted: Mapping[Key, Runs]) -> None:
     """Add to this minute, by PostgreSQL's clock, and to the totals."""
     if counted:
         rows = [key._asdict() | dict(_columns(counts)) for key, counts in counted.items()]
         await connection.execute(_ADD, json.dumps(rows))
 
 
-def _columns(counts: Counts) -> Iterator[tuple[str, object]]:
+def _columns(counts: Runs) -> Iterator[tuple[str, object]]:
     for name, value in asdict(counts).items():
         if isinstance(value, dict):
             yield f"{name}_seconds", value["seconds"]
@@ -198,12 +198,12 @@ def _columns(counts: Counts) -> Iterator[tuple[str, object]]:
             yield name, value
 
 
-async def totals(connection: Connection) -> dict[Key, Counts]:
+async def totals(connection: Connection) -> dict[Key, Runs]:
     """All that was ever counted."""
     return {_key(row): _counts(row) for row in await connection.fetch(_TOTALS)}
 
 
-async def minutes(connection: Connection, since: timedelta) -> list[tuple[datetime, Key, Counts]]:
+async def minutes(connection: Connection, since: timedelta) -> list[tuple[datetime, Key, Runs]]:
     """What was counted in each minute that began within the last `since`, the oldest first."""
     return [(row["minute"], _key(row), _counts(row)) for row in await connection.fetch(_MINUTES, since)]
 
@@ -212,11 +212,11 @@ def _key(row: asyncpg.Record) -> Key:
     return Key(row["queue"], row["consumer"], row["outcome"])
 
 
-def _counts(row: asyncpg.Record) -> Counts:
+def _counts(row: asyncpg.Record) -> Runs:
     histograms = {
         name: Histogram(row[f"{name}_seconds"], row[f"{name}_buckets"]) for name in ("run", "start", "effect")
     }
-    return Counts(row["count"], **histograms)
+    return Runs(row["count"], **histograms)
 
 
 async def forget_minutes(connection: Connection, keep: timedelta, limit: int) -> int:
@@ -224,7 +224,9 @@ async def forget_minutes(connection: Connection, keep: timedelta, limit: int) ->
     return _affected(await connection.execute(_FORGET_MINUTES, keep, limit))
 
 
-async def report(connection: Connection, process: Process, up_for: timedelta, running: int, loop_lag: float) -> None:
+async def report(
+    connection: Connection, process: ProcessIdentity, up_for: timedelta, running: int, loop_lag: float
+) -> None:
     """Tell that the process is alive, for how long it has been, and what it does."""
     await connection.execute(
         _REPORT, process.id, process.kind, process.host, process.pid, process.queues, process.threads,
@@ -232,7 +234,7 @@ async def report(connection: Connection, process: Process, up_for: timedelta, ru
     )  # fmt: skip
 
 
-async def leave(connection: Connection, process: Process) -> None:
+async def leave(connection: Connection, process: ProcessIdentity) -> None:
     """Tell that the process ends."""
     await connection.execute(_LEAVE, process.id)
 

@@ -45,7 +45,7 @@ from service.outbox.running.outcomes import (
     unstorable,
     write,
 )
-from service.outbox.running.statistics import Statistics
+from service.outbox.running.recorder import Recorder
 from service.telemetry.logs import get_logger, trace_context
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Runner:
         beat_on = partial(connect, settings.database, "outbox-worker-heartbeat")
         self._heartbeat = Heartbeat(beat_on, self._lease, transactions=settings.database.pooler)
         self._claims = Claims(self._ledger, self._lease)
-        self._statistics = Statistics(self._ledger)
+        self._recorder = Recorder(self._ledger)
         self._running: set[asyncio.Task[Any]] = set()
         self._in_threads: dict[int, Claim] = {}
         self._unsettled: dict[UUID, asyncio.Task[None]] = {}
@@ -117,12 +117,12 @@ class Runner:
         finally:
             # Also where the caller's patience is over: a thread that is left may fail while the interpreter exits.
             await asyncio.to_thread(self._heartbeat.stop)
-        await self._statistics.stop()
+        await self._recorder.stop()
         await self._ledger.close()
 
     def report(self, presence: Presence) -> None:
         """Tell the ledger from now on what this process runs, and that it does."""
-        self._statistics.start(presence, lambda: len(self._running) + len(self._in_threads))
+        self._recorder.start(presence, lambda: len(self._running) + len(self._in_threads))
 
     def stop(self) -> None:
         """Wait for PostgreSQL no longer, and release what still runs when the grace is over. Called on the loop."""
@@ -385,7 +385,7 @@ class Runner:
                     raise
                 _log.error("outbox.unstorable", delivery_id=str(claim.id), exception=trace(error, claim.payload))
                 word = await self._store(claim, unstorable(outcome, error))
-        self._statistics.count(claim, word)
+        self._recorder.count(claim, word)
 
     async def _store(self, claim: Claim, outcome: Unwritten) -> str:
         async with self._ledger() as connection:

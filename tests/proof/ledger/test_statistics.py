@@ -17,12 +17,12 @@ import pytest
 
 import relay.process.purge
 import relay.process.reporting
-import service.outbox.running.statistics
+import service.outbox.running.recorder
 from relay.process.purge import purge_regularly
 from service.database.engine import create_engine
 from service.ledger import delivering, statistics
 from service.ledger.presence import Presence
-from service.ledger.statistics import BOUNDS, Counts, Key, Process
+from service.ledger.statistics import BOUNDS, Key, ProcessIdentity, Runs
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
 from tests.proof.ledger.test_relay import running
@@ -41,16 +41,16 @@ COMPLETED = Key("stock", "orders.reserve_stock", "completed")
 DAY = timedelta(days=1)
 
 
-def counts(*durations: float) -> Counts:
-    counted = Counts(len(durations))
+def counts(*durations: float) -> Runs:
+    counted = Runs(len(durations))
     for seconds in durations:
         counted.run.add(seconds)
         counted.effect.add(seconds)
     return counted
 
 
-def a_process(kind: str = "worker") -> Process:
-    return Process(uuid4(), kind, "a-host", os.getpid(), ["email", "stock"], 8, "1f3a")
+def a_process(kind: str = "worker") -> ProcessIdentity:
+    return ProcessIdentity(uuid4(), kind, "a-host", os.getpid(), ["email", "stock"], 8, "1f3a")
 
 
 async def set_back(connection: asyncpg.Connection[asyncpg.Record], by: timedelta) -> None:
@@ -146,7 +146,7 @@ async def test_nobody_who_adds_or_reports_waits_for_a_standby(own_postgres: Post
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is reported every 10 s is reported all the time."""
-    for module in (service.outbox.running.statistics, relay.process.reporting):
+    for module in (service.outbox.running.recorder, relay.process.reporting):
         monkeypatch.setattr(module, "REPORT_EVERY", 0.02)
 
 
@@ -252,7 +252,7 @@ async def test_deliveries_go_on_while_the_ledger_takes_no_counts(
 
 
 def failing(runner: Runner) -> bool:
-    return runner._statistics._failing
+    return runner._recorder._failing
 
 
 async def counted(ledger: Ledger, completed: int) -> bool:
@@ -369,7 +369,7 @@ async def test_the_regular_purge_takes_old_minutes_and_lost_processes(
     assert await outcomes_of_all(ledger) == 4
 
 
-async def purged(ledger: Ledger, there: Process) -> bool:
+async def purged(ledger: Ledger, there: ProcessIdentity) -> bool:
     return [each.id for each in await statistics.processes(ledger.connection, DAY)] == [there.id]
 
 

@@ -15,7 +15,7 @@ from relay.cli.app import main
 from service.dev.postgres import psql
 from service.ledger import statistics
 from service.ledger.presence import Presence
-from service.ledger.statistics import Counts, Histogram, Key
+from service.ledger.statistics import Histogram, Key, Runs
 from service.outbox.events import delivery_id, new_event_id
 from service.settings import DatabaseSettings, OutboxSettings
 from tests.service.docs.pages import (
@@ -93,7 +93,7 @@ def test_deliveries_in_doubt_can_be_declared_done(database_url: str) -> None:
 def test_who_runs_and_what_ran_is_shown(database_url: str) -> None:
     async def report() -> None:
         connection = await asyncpg.connect(database_url)
-        two = Counts(2, Histogram(3.0))
+        two = Runs(2, Histogram(3.0))
         await statistics.add(connection, {Key("stock", "orders.reserve_stock", "completed"): two})
         await Presence("relay", "1f3a").tell(connection)
         await connection.close()

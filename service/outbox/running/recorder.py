@@ -1,4 +1,4 @@
-"""Counts what this process runs, and adds it to the ledger now and then.
+"""Runs what this process runs, and adds it to the ledger now and then.
 
 What must stay true: a delivery never waits for it, costs no statement more for it, and does not fail with it. What the
 ledger does not take is kept for the next time; a process that is killed loses what it counted since the last one, and
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from service.ledger import statistics
 from service.ledger.presence import REPORT_EVERY
-from service.ledger.statistics import Counts, Key
+from service.ledger.statistics import Key, Runs
 from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from service.ledger.delivering import Claim, Connection
     from service.ledger.presence import Presence
 
-__all__ = ["Statistics"]
+__all__ = ["Recorder"]
 
 _log = get_logger(__name__)
 
@@ -38,8 +38,8 @@ _KEYS = 1_000
 """What is counted apart at most: names of consumers come with rows, also those that nobody here knows."""
 
 
-class Statistics:
-    """Counts on one event loop.
+class Recorder:
+    """Runs on one event loop.
 
     Args:
         ledger: Lends a connection.
@@ -47,7 +47,7 @@ class Statistics:
 
     def __init__(self, ledger: Callable[[], AbstractAsyncContextManager[Connection]]) -> None:
         self._ledger = ledger
-        self._counted: dict[Key, Counts] = {}
+        self._counted: dict[Key, Runs] = {}
         self._reporting: asyncio.Task[None] | None = None
         self._ending = asyncio.Event()
         self._failing = False
@@ -59,7 +59,7 @@ class Statistics:
         if counts is None:
             if len(self._counted) >= _KEYS:
                 return
-            counts = self._counted[key] = Counts()
+            counts = self._counted[key] = Runs()
         ran = time.perf_counter() - claim.began
         counts.count += 1
         counts.run.add(ran)
@@ -104,6 +104,6 @@ class Statistics:
                 _log.warning("outbox.statistics_wait", error=f"{type(error).__name__}: {error}"[:200])
             self._failing = True
             for key, counts in counted.items():
-                self._counted.setdefault(key, Counts()).merge(counts)
+                self._counted.setdefault(key, Runs()).merge(counts)
         else:
             self._failing = False
