@@ -25,8 +25,9 @@ from service.ledger.presence import Presence
 from service.ledger.statistics import BOUNDS, Key, ProcessIdentity, Runs
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_relay import running
-from tests.proof.ledger.test_worker import Worker, all_completed, working
+from tests.proof.ledger.looks import all_completed, dispatched
+from tests.proof.ledger.working import start_worker, working
+from tests.servers.relaying import relaying
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -307,11 +308,11 @@ async def test_counters_go_on_after_a_restart_and_an_end_in_good_order_loses_not
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
     environment["VERSION"] = "1f3a"
-    async with running(settings):
+    async with relaying(settings):
         for number in (1, 2):
             for _ in range(25):
                 await ledger.publish()
-            worker = Worker(environment, tmp_path / "worker.log", "-p", "2", "-t", "2", "-Q", "ledger")
+            worker = start_worker(environment, tmp_path / "worker.log", "-p", "2", "-t", "2", "-Q", "ledger")
             try:
                 await until(lambda: all_completed(ledger))
                 workers = [each for each in await statistics.processes(ledger.connection) if each.kind == "worker"]
@@ -319,14 +320,14 @@ async def test_counters_go_on_after_a_restart_and_an_end_in_good_order_loses_not
                     ("1f3a", ("ledger",), 2)
                 }
             finally:
-                assert await asyncio.to_thread(worker.stop) == 0
+                assert await worker.stop() == 0
             assert await outcomes(ledger.connection) == {"completed": number * 25}
             assert [each.kind for each in await statistics.processes(ledger.connection)] == ["relay"]
 
 
 @pytest.mark.usefixtures("hasty")
 async def test_a_relay_is_there_while_it_runs(ledger: Ledger, settings: Settings) -> None:
-    async with running(settings):
+    async with relaying(settings):
         [seen] = await until(lambda: statistics.processes(ledger.connection))
         assert (seen.kind, seen.pid, seen.queues) == ("relay", os.getpid(), [])
         await ledger.publish()  # wakes it up
@@ -337,14 +338,9 @@ async def test_a_relay_is_there_while_it_runs(ledger: Ledger, settings: Settings
 @pytest.mark.usefixtures("hasty")
 async def test_a_relay_hands_over_also_where_it_cannot_report(ledger: Ledger, settings: Settings) -> None:
     await ledger.connection.execute("DROP TABLE outbox_process")
-    async with running(settings):
+    async with relaying(settings):
         (message_id,) = await ledger.publish()
-        await until(lambda: is_dispatched(ledger, message_id))
-
-
-async def is_dispatched(ledger: Ledger, message_id: object) -> bool:
-    state = await ledger.connection.fetchval("SELECT state FROM outbox_message WHERE id = $1", message_id)
-    return bool(state == "dispatched")
+        await until(lambda: dispatched(ledger, message_id))
 
 
 async def test_the_regular_purge_takes_old_minutes_and_lost_processes(
