@@ -290,6 +290,7 @@ async def runs_now(ledger: Ledger, number: int) -> bool:
     return process.running == number
 
 
+@pytest.mark.slow
 async def test_a_killed_worker_loses_no_more_than_was_not_reported_yet(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -304,6 +305,7 @@ async def test_a_killed_worker_loses_no_more_than_was_not_reported_yet(
     assert [each.id for each in await statistics.processes(ledger.connection)] == [process.id]
 
 
+@pytest.mark.slow
 async def test_counters_go_on_after_a_restart_and_an_end_in_good_order_loses_nothing(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
