@@ -38,6 +38,9 @@ RIGHTS = {
         ("dead_letter", "SELECT INSERT", "*"),
         ("accepted_event", "SELECT INSERT", "*"),
         ("idempotency_key", "SELECT INSERT", "*"),
+        ("outbox_minute", "SELECT INSERT UPDATE", "*"),
+        ("outbox_process", "SELECT INSERT DELETE", "*"),
+        ("outbox_process", "UPDATE", "seen_at running loop_lag"),
         ("alembic_version", "SELECT", "*"),
     ),
     "relay and commands": (
@@ -49,6 +52,9 @@ RIGHTS = {
         ("idempotency_key", "DELETE", "*"),
         ("idempotency_key", "SELECT", "ctid created_at"),
         ("idempotency_key", "UPDATE", "created_at"),
+        ("outbox_minute", "SELECT DELETE", "*"),
+        ("outbox_process", "SELECT INSERT DELETE", "*"),
+        ("outbox_process", "UPDATE", "seen_at running loop_lag"),
         ("alembic_version", "SELECT", "*"),
     ),
 }
