@@ -43,6 +43,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)
     app.add_middleware(Deadline, seconds=settings.api.request_timeout)
     app.add_middleware(RequestContext)
+    if settings.metrics.port:
+        from service.http.request_metrics import Metrics
+
+        app.add_middleware(Metrics, settings=settings.metrics)
     install_handlers(app)
     app.include_router(health.router)
     for router in domains.routers():

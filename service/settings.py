@@ -179,6 +179,13 @@ class SmtpSettings(BaseModel):
     tls_ca_file: CaFile = Field("", description="PEM file of a private CA to trust beside the system's")
 
 
+class MetricsSettings(BaseModel):
+    """Where API and relays, each on a port of its own, serve metrics to Prometheus."""
+
+    port: int = Field(0, ge=0, le=65_535, description="Port that serves them at /metrics; 0 serves none")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; in a container 0.0.0.0")
+
+
 _CONFIG = SettingsConfigDict(env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True)
 
 
@@ -193,6 +200,7 @@ class Settings(BaseSettings):
     api: ApiSettings = ApiSettings()
     smtp: SmtpSettings = SmtpSettings()
     version: str = Field("", max_length=100, description="What the running code is called, such as its commit")
+    metrics: MetricsSettings = MetricsSettings()
     log_format: Literal["console", "json"] = Field("json", description="console or json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged")
 

@@ -1,0 +1,46 @@
+"""Scrapes a process's metrics, and reads them as Prometheus does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Page", "scrape"]
+
+
+class Page:
+    """What a scrape returned: `page("outbox_up", system="broker")` is a sample's value, `None` if there is none."""
+
+    def __init__(self, text: str) -> None:
+        self.families = {family.name: family for family in text_string_to_metric_families(text)}
+        self._samples = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in self.families.values()
+            for sample in family.samples
+        }
+
+    def __call__(self, name: str, **labels: str) -> float | None:
+        return self._samples.get((name, frozenset(labels.items())))
+
+    def values(self, name: str, label: str) -> set[str]:
+        """All values that this label has."""
+        return {dict(labels)[label] for each, labels in self._samples if each == name}
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, str]]]:
+        return ((name, dict(labels)) for name, labels in self._samples)
+
+
+async def scrape(port: int, seconds: float = 30) -> Page:
+    """One scrape; `AssertionError` while nobody listens yet."""
+    try:
+        async with httpx.AsyncClient(timeout=seconds) as client:
+            response = await client.get(f"http://127.0.0.1:{port}/metrics")
+    except httpx.ConnectError as error:
+        raise AssertionError("nobody listens") from error
+    assert response.status_code == 200, response.text
+    return Page(response.text)
