@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -25,6 +25,7 @@ from relay.process.purge import purge_regularly
 from relay.process.relay_session import SESSION, Sessions
 from relay.process.reporting import Reporting
 from relay.process.sparing import Sparing
+from relay.process.tally import Tally
 from relay.process.wakeup import LONGEST_SLEEP, SHORTEST_SLEEP, Wakeup
 from service.backoff import backoff
 from service.database.driver import DRIVER_ERRORS, bound_waits
@@ -71,7 +72,7 @@ def _reason(error: BaseException) -> str:
 
 
 class Relay:
-    """One relay. `run` until `stop`."""
+    """One relay. `run` until `stop`; `tally` is what it has done."""
 
     def __init__(self, settings: Settings, sender: Sender | None = None) -> None:
         self._sessions = Sessions(settings.database)
@@ -93,6 +94,7 @@ class Relay:
         self._serving_since = float("inf")
         self._sparing = Sparing(settings.outbox.lease)
         self._reporting = Reporting(settings.version)
+        self.tally = Tally()
         self._trial: asyncio.Task[None] | None = None
         self._tried = ""
 
@@ -226,6 +228,7 @@ class Relay:
 
     def _refuse(self, name: str, known: KnownQueue, error: Exception) -> None:
         pause = known.refuse(self._now())
+        self.tally.refused[name] += 1
         _log.warning("relay.queue_refused", queue=name, error=str(error), retry_in=round(pause, 2))
 
     async def _try_apart(self, name: str, known: KnownQueue) -> None:
@@ -260,6 +263,7 @@ class Relay:
         limit = await self._room(name, known)
         if limit <= 0:
             return 0
+        began = self._now()
         try:
             async with connection.transaction():
                 batch = await self._take(connection, name, known, limit)
@@ -271,6 +275,7 @@ class Relay:
             _log.warning("relay.conflict", queue=name, error=_reason(error))
             return 0
         known.floor, known.refused = batch.floor, 0
+        self.tally.add(name, batch, self._now() - began)
         if batch.suspects:
             _log.warning("relay.workers_lost", queue=name, deliveries=batch.suspects)
         _log.debug("relay.dispatched", queue=name, deliveries=len(batch.rows), waiting=known.depth)
@@ -348,7 +353,7 @@ async def run(settings: Settings) -> int:
     configure_logging(settings.log_format, settings.log_level)
     relay = Relay(settings)
     task = asyncio.create_task(relay.run())
-    purger = asyncio.create_task(purge_regularly(settings))
+    purger = asyncio.create_task(purge_regularly(settings, relay.tally))
     signals = 0
 
     def on_signal() -> None:
@@ -365,8 +370,13 @@ async def run(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     try:
-        with suppress(asyncio.CancelledError):
-            await task
+        async with AsyncExitStack() as beside:
+            if settings.metrics.port:
+                from relay.process.relay_metrics import relay_metrics_served
+
+                await beside.enter_async_context(relay_metrics_served(settings, relay.tally))
+            with suppress(asyncio.CancelledError):
+                await task
     finally:
         purger.cancel()
         await asyncio.wait((purger,), timeout=2)

@@ -7,11 +7,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from service.database.driver import DRIVER_ERRORS, open_connection
-from service.ledger.purging import purge
+from service.ledger.purging import Purged, purge_step_by_step
 from service.ledger.statistics import forget_minutes, forget_processes
 from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
+    from relay.process.tally import Tally
     from service.settings import Settings
 
 _log = get_logger(__name__)
@@ -23,7 +24,7 @@ PAGE = 2_000
 """Rows of minutes that go in one transaction."""
 
 
-async def purge_regularly(settings: Settings) -> None:
+async def purge_regularly(settings: Settings, tally: Tally) -> None:
     """Purge once a minute until cancelled, on a connection that is open no longer than that takes."""
     keep = timedelta(seconds=settings.outbox.keep_completed)
     keep_http_keys = timedelta(seconds=settings.api.keep_idempotency_keys)
@@ -33,13 +34,17 @@ async def purge_regularly(settings: Settings) -> None:
         try:
             connection = await open_connection(settings.database, "outbox-purge")
             try:
-                removed = await purge(connection, keep, keep_http_keys)
-                while await forget_minutes(connection, keep_statistics, PAGE) == PAGE:
-                    pass
+                purged = await purge_step_by_step(connection, keep, keep_http_keys) or Purged(0, 0)
+                tally.purged["outbox_message"] += purged.messages
+                tally.purged["idempotency_key"] += purged.idempotency_keys
+                minutes = PAGE
+                while minutes == PAGE:
+                    minutes = await forget_minutes(connection, keep_statistics, PAGE)
+                    tally.purged["outbox_minute"] += minutes
                 await forget_processes(connection)
             finally:
                 await connection.close(timeout=2)
         except DRIVER_ERRORS as error:
             _log.warning("relay.purge_failed", error=type(error).__name__)
         else:
-            _log.debug("relay.purged", deliveries=removed)
+            _log.debug("relay.purged", deliveries=purged.messages)

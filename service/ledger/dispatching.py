@@ -11,6 +11,7 @@ finds what committed late below it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ jsonb_build_object('type', 'WorkerLost', 'message', 'the lease ended without a h
 """
 _TAKE_DUE = f"""
 WITH due AS MATERIALIZED (
-    SELECT ctid, id, due_at, state = 'running' AND attempts >= {SUSPECT_FROM} AS suspect FROM outbox_message
+    SELECT ctid, id, due_at, state, state = 'running' AND attempts >= {SUSPECT_FROM} AS suspect FROM outbox_message
     WHERE queue = $1 AND state <> 'completed' AND due_at <= now() AND (due_at, id) >= ($2, $3)
       AND (state <> 'running' OR $6)
     ORDER BY due_at, id LIMIT $4
@@ -66,7 +67,8 @@ SET state = CASE WHEN due.suspect THEN 'pending' ELSE 'dispatched' END,
     errors = CASE WHEN due.suspect THEN {errors_with(_LOST)} ELSE message.errors END
 FROM due WHERE message.ctid = due.ctid
 RETURNING message.id::text, message.consumer, message.headers ->> 'traceparent',
-          (SELECT due_at FROM last), (SELECT id FROM last), due.suspect
+          (SELECT due_at FROM last), (SELECT id FROM last),
+          CASE WHEN due.suspect THEN 'suspect' ELSE due.state END
 """  # noqa: S608
 
 # One index look-up per queue, however many rows each has.
@@ -102,11 +104,19 @@ WHERE NOT EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (known.qu
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that this transaction handed out, and where the next scan may start. `suspects` were put back instead."""
+    """Rows that this transaction handed out, and where the next scan may start.
+
+    Attributes:
+        suspects: How many were put back instead.
+        unclaimed: How many of the rows had been handed out before, and no worker had claimed them in time.
+        lost: How many were taken from a worker whose lease had ended, with the suspects.
+    """
 
     rows: list[DueDelivery]
     floor: Floor
     suspects: int
+    unclaimed: int
+    lost: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +151,11 @@ async def take_due(
     )  # fmt: skip
     if not rows:
         return None
-    handed_out = [DueDelivery(row[0], row[1], row[2]) for row in rows if not row[5]]
-    return Batch(handed_out, Floor(rows[0][3], rows[0][4]), len(rows) - len(handed_out))
+    handed_out = [DueDelivery(row[0], row[1], row[2]) for row in rows if row[5] != "suspect"]
+    found = Counter([row[5] for row in rows])
+    suspects = found["suspect"]
+    floor = Floor(rows[0][3], rows[0][4])
+    return Batch(handed_out, floor, suspects, unclaimed=found["dispatched"], lost=found["running"] + suspects)
 
 
 async def queue_heads(connection: Connection) -> list[QueueHead]:

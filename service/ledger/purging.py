@@ -71,18 +71,6 @@ class Purged:
     idempotency_keys: int
 
 
-async def purge(connection: Connection, keep: timedelta, keep_http_keys: timedelta = KEEP_HTTP_KEYS) -> int:
-    """Remove completed rows older than `keep`; how many, 0 when another purger is at work.
-
-    Args:
-        connection: One of its own, in session mode and outside a transaction: it holds an advisory lock meanwhile.
-        keep: How long ago a row was completed at least.
-        keep_http_keys: How long ago an HTTP idempotency key was used first at least.
-    """
-    purged = await purge_step_by_step(connection, keep, keep_http_keys)
-    return purged.messages if purged else 0
-
-
 async def purge_step_by_step(
     connection: Connection,
     keep: timedelta,
@@ -92,7 +80,16 @@ async def purge_step_by_step(
     page: int = PAGE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Purged | None:
-    """Like `purge`; `None` when another purger is at work."""
+    """Remove completed rows older than `keep`; `None` when another purger is at work.
+
+    Args:
+        connection: One of its own, in session mode and outside a transaction: it holds an advisory lock meanwhile.
+        keep: How long ago a row was completed at least.
+        keep_http_keys: How long ago an HTTP idempotency key was used first at least.
+        dry_run: Only count the rows.
+        page: Rows looked at in one transaction.
+        progress: Told how many rows are removed after each of them.
+    """
     if not await connection.fetchval(_LOCK):
         return None
     try:

@@ -10,7 +10,7 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from service.ledger.purging import purge, purge_step_by_step
+from service.ledger.purging import Purged, purge_step_by_step
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -91,7 +91,7 @@ async def test_a_second_purger_leaves_it_to_the_first(
     inside = asyncio.Event()
     first = asyncio.create_task(purge_step_by_step(other, _WEEK, page=1, progress=lambda _: inside.set()))
     await inside.wait()
-    assert await purge(connection, _WEEK) == 0
+    assert await purge_step_by_step(connection, _WEEK) is None
     purged = await first
     assert purged is not None
     assert purged.messages == 3
@@ -122,11 +122,11 @@ async def test_a_locked_row_is_passed_over_and_its_owner_not_disturbed(
             "UPDATE outbox_message SET errors = '[1]' WHERE id = (SELECT max(id::text)::uuid FROM outbox_message)"
         )
         async with asyncio.timeout(60):
-            assert await purge(connection, _WEEK) == 4
+            assert await purge_step_by_step(connection, _WEEK) == Purged(4, 0)
         # Were they locked in different orders, this would be a deadlock.
         await owner.execute("UPDATE outbox_message SET errors = '[2]'")
     await owner.close()
-    assert await purge(connection, _WEEK) == 1
+    assert await purge_step_by_step(connection, _WEEK) == Purged(1, 0)
 
 
 async def test_the_purge_and_writers_do_not_deadlock(
@@ -162,13 +162,13 @@ async def test_a_row_that_changed_meanwhile_is_looked_at_again(
     """Nothing but `completed` is ever removed, even when the scan saw an older version."""
     _age(rows, rows.message(2, **_OLD), 8)
     rows.sql("UPDATE outbox_message SET state = 'pending' WHERE id = (SELECT min(id::text)::uuid FROM outbox_message)")
-    assert await purge(connection, _WEEK) == 1
+    assert await purge_step_by_step(connection, _WEEK) == Purged(1, 0)
     assert rows.sql("SELECT state FROM outbox_message") == "pending"
 
 
 async def test_old_http_idempotency_keys_go_too(rows: Rows, connection: asyncpg.Connection[asyncpg.Record]) -> None:
     rows.sql("DROP TABLE IF EXISTS idempotency_key")
-    await purge(connection, _WEEK)
+    await purge_step_by_step(connection, _WEEK)
     rows.sql("CREATE TABLE idempotency_key (key text PRIMARY KEY, created_at timestamptz NOT NULL)")
     rows.sql("INSERT INTO idempotency_key SELECT 'old ' || n, now() - interval '25 h' FROM generate_series(1, 25) AS n")
     rows.sql("INSERT INTO idempotency_key VALUES ('young', now() - interval '23 h')")

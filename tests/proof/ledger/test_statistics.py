@@ -19,6 +19,7 @@ import relay.process.purge
 import relay.process.reporting
 import service.outbox.running.recorder
 from relay.process.purge import purge_regularly
+from relay.process.tally import Tally
 from service.database.engine import create_engine
 from service.ledger import delivering, statistics
 from service.ledger.presence import Presence
@@ -358,12 +359,13 @@ async def test_the_regular_purge_takes_old_minutes_and_lost_processes(
     await statistics.report(ledger.connection, lost, timedelta(), 0, 0.0)
     await ledger.connection.execute("UPDATE outbox_process SET seen_at = seen_at - interval '61 minutes'")
     await statistics.report(ledger.connection, there, timedelta(), 0, 0.0)
-    purging = asyncio.create_task(purge_regularly(settings))
+    purging = asyncio.create_task(purge_regularly(settings, tally := Tally()))
     await until(lambda: purged(ledger, there))
     purging.cancel()
     with suppress(asyncio.CancelledError):
         await purging
     assert len(await statistics.minutes(ledger.connection, 9 * DAY)) == 2
+    assert tally.purged["outbox_minute"] == 2
     assert await outcomes_of_all(ledger) == 4
 
 

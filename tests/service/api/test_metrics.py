@@ -14,7 +14,7 @@ import pytest
 from fastapi import APIRouter, BackgroundTasks
 
 from service.dev.servers import free_port
-from tests.scraping import Page, scrape
+from tests.servers.scraping import Page, scrape
 from tests.service.api.serving import raw_request, serve
 from tests.waiting import until
 

@@ -26,6 +26,7 @@ from service.settings import DatabaseSettings, Settings
 from tests.servers.processes import Started
 from tests.servers.real_servers import migrate
 from tests.servers.relaying import relaying
+from tests.servers.scraping import shows, watched
 from tests.service.api.serving import serve
 from tests.service.deploy.app import Happened
 from tests.service.deploy.conftest import Roles, apply_roles
@@ -116,6 +117,13 @@ def _operate(environment: Mapping[str, str], roles: Roles) -> None:
     psql(roles.migrator, "UPDATE idempotency_key SET created_at = created_at - interval '1 year'")
     purged = _outbox(environment, roles, "purge", "--older-than", "0s")
     assert purged.split() == ["Removed", "2", "completed", "rows", "and", "3", "HTTP", "idempotency", "keys."]
+
+
+async def test_the_relay_may_collect_every_part_of_its_metrics(roles: Roles, settings: Settings) -> None:
+    parts = {"ledger", "counts", "broker"}
+    async with watched(limited := _settings(settings, roles.relay)):
+        page = await shows(limited, lambda page: page.values("outbox_collected_timestamp_seconds", "part") == parts)
+    assert page("outbox_relays") == 1
 
 
 REFUSED = [

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from relay.process.relay_metrics import relay_metrics_served
+from service.dev.servers import free_port
+from tests.servers.relaying import relaying
+from tests.waiting import until
 
-__all__ = ["Page", "scrape"]
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from relay.process.loop import Relay
+    from service.settings import Settings
+
+__all__ = ["Page", "scrape", "shows", "watched"]
 
 
 class Page:
@@ -44,3 +53,24 @@ async def scrape(port: int, seconds: float = 30) -> Page:
         raise AssertionError("nobody listens") from error
     assert response.status_code == 200, response.text
     return Page(response.text)
+
+
+async def shows(settings: Settings, condition: Callable[[Page], Any]) -> Page:
+    """The first page of which this is true."""
+
+    async def look() -> Page | None:
+        page = await scrape(settings.metrics.port)
+        return page if condition(page) else None
+
+    page = await until(look, every=0.1, what="the metric")
+    assert isinstance(page, Page)
+    return page
+
+
+@asynccontextmanager
+async def watched(settings: Settings) -> AsyncIterator[Relay]:
+    """A relay on the test's loop that serves metrics."""
+    settings.metrics.port = free_port()
+    async with relaying(settings) as relay, relay_metrics_served(settings, relay.tally):
+        await until(lambda: scrape(settings.metrics.port), what="metrics")
+        yield relay
