@@ -24,6 +24,7 @@ __all__ = [
     "FIRST_FEATURE",
     "GUIDE",
     "LATER_VERSIONS",
+    "METRICS",
     "MOVING",
     "OPERATIONS",
     "README",
@@ -47,6 +48,7 @@ FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, LATER_VERSIONS, MOVING, EXISTING_S
         "first-feature", "consumers", "handlers", "changing", "later-versions", "moving", "existing-service"
     )
 )  # fmt: skip
+METRICS = DOCS / "metrics.md"
 
 GUIDE = (FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, SETTINGS, LATER_VERSIONS, MOVING, EXISTING_SERVICE)
 """What a developer reads, in the order in which its code goes together."""

@@ -21,6 +21,7 @@ from tests.service.docs.pages import (
     FIRST_FEATURE,
     GUIDE,
     LATER_VERSIONS,
+    METRICS,
     OPERATIONS,
     RUNNING,
     blocks,
@@ -42,6 +43,7 @@ _TRIED = {
     "console": (FIRST_FEATURE, CONSUMERS, DOCS / "an-order.md", DOCS / "doctor.md", *OPERATIONS),
     "text": (DEVELOPING,),
     "mermaid": ALL,
+    "promql": (METRICS,),
 }
 """Where a test runs or reads the blocks of a language."""
 
