@@ -90,7 +90,8 @@ def _give_environment(processes: list[Process]) -> None:
         print(visible(f"-- .env cannot be read: {error} --"), flush=True)
         return
     for process in processes:
-        process.environment = wanted | {name: process.environment[name] for name in _GIVEN}
+        given = {name: process.environment[name] for name in (*_GIVEN, _METRICS) if name in process.environment}
+        process.environment = wanted | given
     given = processes[0].environment
     if moved := [name for name in _GIVEN if wanted.get(name, given[name]) != given[name]]:
         print(f"-- {', '.join(moved)}: counts from the next `make dev` on --", flush=True)
@@ -98,6 +99,10 @@ def _give_environment(processes: list[Process]) -> None:
 
 _GIVEN = (*stack.URLS, "SMTP__URL")
 """What servers may have been started for: it stays as it is until the end."""
+
+_METRICS = "METRICS__PORT"
+_MEASURED = ("api", "relay")
+"""Each of these processes has another one, since they share the machine."""
 
 _REFUSED = "@nowhere\\.example$\n"
 _STOP_ORDER = ("api", "worker", "relay", "mail")
@@ -114,7 +119,10 @@ def _processes(environment: dict[str, str], port: int) -> list[Process]:
     for number in (1, 2):
         commands[f"worker-{number}"] = stack.worker_command(processes=1, threads=8)
     write = to_terminal(commands)
-    return [Process(name, command, environment, write) for name, command in commands.items()]
+    processes = [Process(name, command, environment, write) for name, command in commands.items()]
+    for number, process in enumerate(each for each in processes if each.name.startswith(_MEASURED)):
+        process.environment[_METRICS] = str(_port_near(9464 + number))
+    return processes
 
 
 def _reject_file() -> Path:
@@ -150,6 +158,9 @@ def _say_where(port: int, environment: Mapping[str, str], processes: list[Proces
     lines += [f"database   {read_postgres(environment['DATABASE__URL']).where}"]
     lines += [f"broker     {_shown(environment['BROKER__URL'])}"]
     lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
+    for each in processes:
+        if each.name.startswith(_MEASURED):
+            lines.append(f"metrics    http://127.0.0.1:{each.environment[_METRICS]}/metrics   ({each.name})")
     lines += ['settings   eval "$(.venv/bin/python -m service.dev env)", then for example: .venv/bin/outbox status']
     with suppress(httpx.HTTPError):  # what answers is being changed, and may fail
         lines += _things_to_try(url, refuses=any(process.name == "mail" for process in processes))
