@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from service.ledger.statistics import Key, SeenProcess
     from service.settings import Settings
 
-__all__ = ["relay_metrics_served"]
-
 _log = get_logger(__name__)
 
 _PATIENCE = 2.0

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Reporting"]
-
 _log = get_logger(__name__)
 
 

@@ -10,8 +10,6 @@ from service.ledger.statistics import Histogram
 if TYPE_CHECKING:
     from service.ledger.dispatching import Batch
 
-__all__ = ["Tally"]
-
 
 class Tally:
     """Deliveries and refused batches by queue, rows that were purged by table."""

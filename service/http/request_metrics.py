@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from service.settings import MetricsSettings
 
-__all__ = ["Metrics"]
-
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from service.ledger.delivering import Connection
 
-__all__ = ["REPORT_EVERY", "Presence"]
-
 REPORT_EVERY = 10.0
 """Seconds."""
 

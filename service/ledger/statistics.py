@@ -23,25 +23,6 @@ if TYPE_CHECKING:
 
     from service.ledger.delivering import Connection
 
-__all__ = [
-    "ALIVE",
-    "BOUNDS",
-    "FORGET_PROCESSES_AFTER",
-    "Histogram",
-    "Key",
-    "ProcessIdentity",
-    "Runs",
-    "SeenProcess",
-    "add",
-    "forget_minutes",
-    "forget_processes",
-    "leave",
-    "minutes",
-    "processes",
-    "report",
-    "totals",
-]
-
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3_600)
 """Seconds up to which each bucket reaches; one more takes the rest. What is stored goes by the place alone, so others
 take another column."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-__all__ = ["LoopLag"]
-
 _EVERY = 0.1
 _REMEMBERED = 10.0
 """Seconds."""

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric as Family
 
-__all__ = ["CONTENT_TYPE", "METRICS", "Durations", "Metric", "Sample", "render"]
-
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     Collect = Callable[[], Awaitable[Iterable[Sample]]]
 
-__all__ = ["metrics_served"]
-
 _log = get_logger(__name__)
 
 WITHIN = 10.0

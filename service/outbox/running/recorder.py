@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from service.ledger.delivering import Claim, Connection
     from service.ledger.presence import Presence
 
-__all__ = ["Recorder"]
-
 _log = get_logger(__name__)
 
 _LAST = 2.0
