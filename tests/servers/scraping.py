@@ -6,9 +6,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.process.relay_metrics import relay_metrics_served
+from relay.process import relay_metrics
 from service.dev.servers import free_port
 from tests.servers.relaying import relaying
 from tests.waiting import until
@@ -69,8 +70,11 @@ async def shows(settings: Settings, condition: Callable[[Page], Any]) -> Page:
 
 @asynccontextmanager
 async def watched(settings: Settings) -> AsyncIterator[Relay]:
-    """A relay on the test's loop that serves metrics."""
+    """A relay on the test's loop that serves metrics, and keeps none of them for long."""
     settings.metrics.port = free_port()
-    async with relaying(settings) as relay, relay_metrics_served(settings, relay.tally):
-        await until(lambda: scrape(settings.metrics.port), what="metrics")
-        yield relay
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relay_metrics, "_KEPT", 0.01)
+        patch.setattr(relay_metrics, "_TIMES_ITS_COST", 0)
+        async with relaying(settings) as relay, relay_metrics.relay_metrics_served(settings, relay.tally):
+            await until(lambda: scrape(settings.metrics.port), what="metrics")
+            yield relay

@@ -42,13 +42,6 @@ FROM outbox_message WHERE id = $1
 """
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep nothing for long."""
-    monkeypatch.setattr(metrics, "_KEPT", 0.01)
-    monkeypatch.setattr(metrics, "_TIMES_ITS_COST", 0)
-
-
 async def test_a_delivery_that_is_handed_over_moves_its_numbers(ledger: Ledger, settings: Settings) -> None:
     async with watched(settings):
         await ledger.publish(delay=timedelta(hours=1))
@@ -208,9 +201,7 @@ async def test_scrapes_beside_each_other_ask_once_and_wait_for_no_lock(
         await shows(settings, lambda page: (page("outbox_collected_timestamp_seconds", part="counts") or 0) > old)
 
 
-async def test_what_costs_more_is_kept_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_TIMES_ITS_COST", 20)
-
+async def test_what_costs_more_is_kept_for_longer() -> None:
     async def ask() -> list[Sample]:
         await asyncio.sleep(0.1)
         return []

@@ -9,7 +9,6 @@ from uuid import uuid4
 import pytest
 
 from tests.proof.ledger import domain
-from tests.proof.ledger.test_relay_metrics import fresh
 from tests.servers.scraping import shows, watched
 
 if TYPE_CHECKING:
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from service.settings import Settings
     from tests.proof.ledger.conftest import Ledger
     from tests.proof.rabbitmq.server import Rabbitmq
-
-__all__ = ["fresh"]
 
 pytestmark = pytest.mark.slow
 
