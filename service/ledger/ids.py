@@ -8,8 +8,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from uuid_utils.compat import uuid7
+
 if TYPE_CHECKING:
     from datetime import datetime
+
+MAX_CONSUMERS = 255
+"""Consumers one event type can have: as many deliveries as fit between two event ids."""
+
+
+def new_id() -> UUID:
+    """A UUID v7: unique, and in index order by time. Make it when the object is constructed, not by the database."""
+    return uuid7()
+
+
+def new_event_id() -> UUID:
+    """A UUID v7 whose last byte is free for the numbers of its deliveries."""
+    return UUID(int=uuid7().int & ~0xFF)
+
+
+def delivery_id(event_id: UUID, number: int) -> UUID:
+    """The id of an event's delivery `number` (from 1): next to the event's id, so one index finds them all."""
+    return UUID(int=event_id.int + number)
 
 
 def event_of(delivery_id: UUID) -> UUID:

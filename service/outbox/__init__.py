@@ -4,9 +4,10 @@
 a consumer opens the session whose commit also completes the delivery.
 """
 
+from service.ledger.ids import new_id
 from service.outbox.consumers import Fail, Retry, consumer
 from service.outbox.delivery import Delivery
-from service.outbox.events import Event, new_id
+from service.outbox.events import Event
 from service.outbox.publish import accept, publish
 
 __all__ = ["Delivery", "Event", "Fail", "Retry", "accept", "consumer", "new_id", "publish"]

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.errors import ConsumerDefinitionError
+from service.ledger.ids import MAX_CONSUMERS
 from service.ledger.message import is_queue_name
-from service.outbox.events import MAX_CONSUMERS, Event
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from service.outbox.events import Event
 
 F = TypeVar("F", bound=Callable[..., Any])
 

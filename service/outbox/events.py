@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import re
 from typing import Any, ClassVar
-from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
-from uuid_utils.compat import uuid7
 
 from service.errors import EventDefinitionError
 from service.outbox.event_fields import check_fields
-
-MAX_CONSUMERS = 255
-"""Consumers one event type can have: as many deliveries as fit between two event ids."""
 
 _TYPE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
 _EVENTS: dict[str, type[Event]] = {}
@@ -84,18 +79,3 @@ def _definition(cls: type[Event]) -> tuple[object, ...]:
 def event_type_of(name: str) -> type[Event] | None:
     """The event class registered under a stored name, if any."""
     return _EVENTS.get(name)
-
-
-def new_id() -> UUID:
-    """A UUID v7: unique, and in index order by time. Make it when the object is constructed, not by the database."""
-    return uuid7()
-
-
-def new_event_id() -> UUID:
-    """A UUID v7 whose last byte is free for the numbers of its deliveries."""
-    return UUID(int=uuid7().int & ~0xFF)
-
-
-def delivery_id(event_id: UUID, number: int) -> UUID:
-    """The id of an event's delivery `number` (from 1): next to the event's id, so one index finds them all."""
-    return UUID(int=event_id.int + number)

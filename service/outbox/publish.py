@@ -17,10 +17,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from service.database.sessions import FlushingSession, confirm
 from service.errors import PublishError
 from service.ledger.delivering import DUE_AFTER
+from service.ledger.ids import delivery_id, new_event_id
 from service.ledger.publishing import as_objects, insert_deliveries, take_key
 from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
-from service.outbox.events import Event, delivery_id, new_event_id
+from service.outbox.events import Event
 from service.outbox.payloads import payload_of
 from service.telemetry.logs import current_headers
 from service.text import storable

@@ -14,7 +14,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import dramatiq
 
-from service.outbox.events import delivery_id, new_event_id
+from service.ledger.ids import delivery_id, new_event_id
 from tests.proof.bench.plain import plain_broker
 from tests.waiting import until
 

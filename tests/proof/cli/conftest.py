@@ -14,7 +14,7 @@ import pytest
 
 from relay.cli.app import main
 from service.dev.postgres import psql
-from service.outbox.events import delivery_id, new_event_id
+from service.ledger.ids import delivery_id, new_event_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

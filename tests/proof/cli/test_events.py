@@ -10,8 +10,7 @@ from uuid import UUID
 import pytest
 
 from service.ledger import event_search
-from service.ledger.ids import first_id_after
-from service.outbox.events import new_event_id
+from service.ledger.ids import first_id_after, new_event_id
 from tests.proof.cli.conftest import json_literal
 
 if TYPE_CHECKING:

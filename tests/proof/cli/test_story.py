@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from service.outbox.events import delivery_id, new_event_id
+from service.ledger.ids import delivery_id, new_event_id
 from tests.proof.cli.conftest import error, json_literal
 
 if TYPE_CHECKING:

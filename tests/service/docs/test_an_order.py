@@ -10,7 +10,7 @@ import pytest
 from relay.cli.app import main
 from service.dev.places import ROOT
 from service.dev.postgres import psql
-from service.outbox.events import delivery_id, new_event_id
+from service.ledger.ids import delivery_id, new_event_id
 from tests.service.docs.pages import blocks
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import pytest
 from relay.cli.app import main
 from service.dev.postgres import psql
 from service.ledger import statistics
+from service.ledger.ids import delivery_id, new_event_id
 from service.ledger.presence import Presence
 from service.ledger.statistics import Histogram, Key, Runs
-from service.outbox.events import delivery_id, new_event_id
 from service.settings import DatabaseSettings, OutboxSettings
 from tests.service.docs.pages import (
     ALL,
