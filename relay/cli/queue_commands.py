@@ -9,12 +9,14 @@ import typer
 from relay.cli.command import CommandError, Exit, ask, whoami
 from relay.cli.output import Column, age, compact, line, note, plain, print_json, table
 from service.ledger import pausing
+from service.ledger.counting import count_queues
 from service.ledger.message import is_queue_name
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
     from service.database.driver import Connection
-    from service.ledger.pausing import Pause, QueueCounts
+    from service.ledger.counting import QueueCounts
+    from service.ledger.pausing import Pause
 
 app = typer.Typer(help="Pause and resume queues.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the queues. Those with open deliveries, dead letters, or a pause."""
-    queues = ask(pausing.count_queues)
+    queues = ask(count_queues)
     if as_json:
         print_json({"queues": [_document(name, each) for name, each in queues.items()]})
         return

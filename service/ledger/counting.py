@@ -39,6 +39,11 @@ SELECT queue, consumer, count(*) AS completed FROM outbox_message WHERE state = 
 _SIZE = """
 SELECT pg_relation_size(oid) AS bytes, reltuples::bigint AS rows FROM pg_class WHERE oid = 'outbox_message'::regclass
 """
+_OPEN_OF_QUEUES = """
+SELECT queue, count(*) AS open, count(*) FILTER (WHERE due_at <= now()) AS due
+FROM outbox_message WHERE state <> 'completed' GROUP BY queue
+"""
+_DEAD_OF_QUEUES = "SELECT queue, count(*) AS dead FROM dead_letter WHERE resolution IS NULL GROUP BY queue"
 _RELAYS = """
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND split_part(application_name, ' ', 1) = 'outbox-relay'
@@ -62,6 +67,16 @@ class Counts:
     def is_open(self) -> bool:
         """Whether any is still to be done."""
         return bool(self.pending or self.dispatched or self.running)
+
+
+@dataclass(slots=True)
+class QueueCounts:
+    """A queue with something open, dead or paused: its deliveries that are open, due (of these), and dead."""
+
+    open: int = 0
+    due: int = 0
+    dead: int = 0
+    pause: Pause | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +129,16 @@ async def count(connection: Connection, *, exact: bool = False) -> LedgerCounts:
         still_open = sum(found.total(name) for name in ("pending", "dispatched", "running"))
         found.completed = CompletedCount(max(size["rows"] - still_open, 0), estimated=True)
     return found
+
+
+async def count_queues(connection: Connection) -> dict[str, QueueCounts]:
+    """Every queue with open deliveries, dead letters or a pause, by name."""
+    queues = {row["queue"]: QueueCounts(row["open"], row["due"]) for row in await connection.fetch(_OPEN_OF_QUEUES)}
+    for row in await connection.fetch(_DEAD_OF_QUEUES):
+        queues.setdefault(row["queue"], QueueCounts()).dead = row["dead"]
+    for each in await paused_queues(connection):
+        queues.setdefault(each.queue, QueueCounts()).pause = each
+    return dict(sorted(queues.items()))
 
 
 async def _add(found: LedgerCounts, connection: Connection, statement: str) -> None:

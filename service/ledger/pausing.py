@@ -23,11 +23,6 @@ _RESUME = "DELETE FROM paused_queue WHERE queue = $1 RETURNING outbox_wake()"
 _PAUSED = (
     "SELECT queue, paused_at, clock_timestamp() - paused_at AS age, paused_by, why FROM paused_queue ORDER BY queue"
 )
-_OPEN = """
-SELECT queue, count(*) AS open, count(*) FILTER (WHERE due_at <= now()) AS due
-FROM outbox_message WHERE state <> 'completed' GROUP BY queue
-"""
-_DEAD = "SELECT queue, count(*) AS dead FROM dead_letter WHERE resolution IS NULL GROUP BY queue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +34,6 @@ class Pause:
     age: timedelta
     paused_by: str
     why: str | None
-
-
-@dataclass(slots=True)
-class QueueCounts:
-    """A queue with something open, dead or paused: its deliveries that are open, due (of these), and dead."""
-
-    open: int = 0
-    due: int = 0
-    dead: int = 0
-    pause: Pause | None = None
 
 
 async def pause(connection: Connection, queue: str, *, by: str, why: str | None) -> bool:
@@ -65,13 +50,3 @@ async def resume(connection: Connection, queue: str) -> bool:
 async def paused_queues(connection: Connection) -> list[Pause]:
     """Every pause, by name."""
     return [Pause(**row) for row in await connection.fetch(_PAUSED)]
-
-
-async def count_queues(connection: Connection) -> dict[str, QueueCounts]:
-    """Every queue with open deliveries, dead letters or a pause, by name."""
-    queues = {row["queue"]: QueueCounts(row["open"], row["due"]) for row in await connection.fetch(_OPEN)}
-    for row in await connection.fetch(_DEAD):
-        queues.setdefault(row["queue"], QueueCounts()).dead = row["dead"]
-    for each in await paused_queues(connection):
-        queues.setdefault(each.queue, QueueCounts()).pause = each
-    return dict(sorted(queues.items()))
