@@ -1,6 +1,7 @@
-"""What can be told from an id: they are UUIDs v7, and an event's deliveries follow it, numbered in the last byte.
+"""How ids are made, and what can be told from one.
 
-So ids are in the order of time, and all deliveries of an event are one range of the primary key.
+They are UUIDs v7, and an event's deliveries follow it, numbered in the last byte. So ids are in the order of time, and
+all deliveries of an event are one range of the primary key.
 """
 
 from __future__ import annotations
