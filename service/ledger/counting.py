@@ -39,11 +39,10 @@ SELECT queue, consumer, count(*) AS completed FROM outbox_message WHERE state = 
 _SIZE = """
 SELECT pg_relation_size(oid) AS bytes, reltuples::bigint AS rows FROM pg_class WHERE oid = 'outbox_message'::regclass
 """
-_OPEN_OF_QUEUES = """
+_DUE = """
 SELECT queue, count(*) AS open, count(*) FILTER (WHERE due_at <= now()) AS due
 FROM outbox_message WHERE state <> 'completed' GROUP BY queue
 """
-_DEAD_OF_QUEUES = "SELECT queue, count(*) AS dead FROM dead_letter WHERE resolution IS NULL GROUP BY queue"
 _RELAYS = """
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND split_part(application_name, ' ', 1) = 'outbox-relay'
@@ -133,9 +132,9 @@ async def count(connection: Connection, *, exact: bool = False) -> LedgerCounts:
 
 async def count_queues(connection: Connection) -> dict[str, QueueCounts]:
     """Every queue with open deliveries, dead letters or a pause, by name."""
-    queues = {row["queue"]: QueueCounts(row["open"], row["due"]) for row in await connection.fetch(_OPEN_OF_QUEUES)}
-    for row in await connection.fetch(_DEAD_OF_QUEUES):
-        queues.setdefault(row["queue"], QueueCounts()).dead = row["dead"]
+    queues = {row["queue"]: QueueCounts(row["open"], row["due"]) for row in await connection.fetch(_DUE)}
+    for row in await connection.fetch(_DEAD):
+        queues.setdefault(row["queue"], QueueCounts()).dead += row["dead"]
     for each in await paused_queues(connection):
         queues.setdefault(each.queue, QueueCounts()).pause = each
     return dict(sorted(queues.items()))
