@@ -36,6 +36,7 @@ from service.telemetry.logs import configure_logging, get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from service.database.driver import Connection
     from service.settings import Settings
 
 _log = get_logger(__name__)
@@ -147,7 +148,7 @@ class Relay:
             with suppress(*DRIVER_ERRORS):
                 await connection.close(timeout=2)
 
-    async def _rounds(self, connection: asyncpg.Connection[asyncpg.Record], wakeup: Wakeup) -> None:
+    async def _rounds(self, connection: Connection, wakeup: Wakeup) -> None:
         moved = vain = 0
         while not self._stopping.is_set():
             await self._reporting.report(connection)
@@ -179,7 +180,7 @@ class Relay:
             _log.warning("relay.slow_look", seconds=round(now - began, 1), queues=len(self._queues))
         return now + max(every, _LOOKING * (now - began))
 
-    async def _look(self, connection: asyncpg.Connection[asyncpg.Record]) -> float:
+    async def _look(self, connection: Connection) -> float:
         """See which queues have open rows, and let the next scans begin without a floor; seconds until one is due."""
         began = self._now()
         self._heads = [head for head in await queue_heads(connection) if not head.paused]
@@ -190,13 +191,13 @@ class Relay:
         self._look_at = self._next(began, _LOOK_EVERY)
         return self._due_in()
 
-    async def _glance(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    async def _glance(self, connection: Connection) -> None:
         """See which of the known queues have something due: one that was empty must not wait for the next look."""
         began = self._now()
         self._due = await due_queues(connection, {name: known.floor for name, known in self._queues.items()})
         self._glance_at = self._next(began, _GLANCE_EVERY)
 
-    async def _round(self, connection: asyncpg.Connection[asyncpg.Record]) -> int:
+    async def _round(self, connection: Connection) -> int:
         """Give each queue one batch, those first that have waited longest; how many rows were settled with.
 
         A look that is due ends it, but not before it has served somebody.
@@ -215,7 +216,7 @@ class Relay:
                 self._trial = asyncio.create_task(self._try_apart(name, known))
         return moved
 
-    async def _give(self, connection: asyncpg.Connection[asyncpg.Record], name: str, known: KnownQueue) -> int:
+    async def _give(self, connection: Connection, name: str, known: KnownQueue) -> int:
         """Hand a batch over. If it fails and the broker is well all the same, then the queue is at fault."""
         try:
             return await self._dispatch(connection, name, known)
@@ -258,7 +259,7 @@ class Relay:
             trial, self._trial = self._trial, None
             trial.result()
 
-    async def _dispatch(self, connection: asyncpg.Connection[asyncpg.Record], name: str, known: KnownQueue) -> int:
+    async def _dispatch(self, connection: Connection, name: str, known: KnownQueue) -> int:
         known.served_at = self._now()
         limit = await self._room(name, known)
         if limit <= 0:
@@ -287,9 +288,7 @@ class Relay:
             known.depth = await self._sender.depth(name)
         return min(self._outbox.batch_size, self._outbox.high_water_mark - known.depth)
 
-    async def _take(
-        self, connection: asyncpg.Connection[asyncpg.Record], name: str, known: KnownQueue, limit: int
-    ) -> Batch | None:
+    async def _take(self, connection: Connection, name: str, known: KnownQueue, limit: int) -> Batch | None:
         floors = (known.floor, NO_FLOOR) if known.floor != NO_FLOOR else (NO_FLOOR,)
         expired_leases = not self._sparing.active(self._now())
         for floor in floors:
@@ -298,9 +297,7 @@ class Relay:
                 return batch
         return None
 
-    async def _wait_for_broker(
-        self, connection: asyncpg.Connection[asyncpg.Record], error: BrokerUnavailableError
-    ) -> int:
+    async def _wait_for_broker(self, connection: Connection, error: BrokerUnavailableError) -> int:
         """Wait until the broker takes messages; how often it was asked."""
         _log.warning("relay.broker_unavailable", error=str(error))
         attempt = 0

@@ -12,12 +12,9 @@ from service.database.driver import open_connection
 from service.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import asyncpg
-
     from relay.process.wakeup import Wakeup
+    from service.database.driver import Connection
     from service.settings import DatabaseSettings
-
-    Connection = asyncpg.Connection[asyncpg.Record]
 
 SESSION = {
     "plan_cache_mode": "force_custom_plan",

@@ -16,7 +16,7 @@ from service.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    Connection = asyncpg.Connection[asyncpg.Record]
+    from service.database.driver import Connection
 
 _log = get_logger(__name__)
 

@@ -21,7 +21,7 @@ from service.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    import asyncpg
+    from service.database.driver import Connection
 
 LONGEST_SLEEP = 15.0
 """Seconds. A lease or a pause may have begun since the relay looked."""
@@ -55,14 +55,14 @@ SELECT pg_try_advisory_lock(outbox_gate()) AS granted,
 class Wakeup:
     """Sleeps on one connection, which it shares with nobody while it sleeps."""
 
-    def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._notified = asyncio.Event()
         self._ended = False
         self._payloads: list[object] = []
         self._kept_awake = 0
 
-    async def open(self, notifier: asyncpg.Connection[asyncpg.Record]) -> None:
+    async def open(self, notifier: Connection) -> None:
         """Listen, and prove it: a relay behind a pooler in transaction mode would never be told of anything.
 
         Args:
@@ -84,7 +84,7 @@ class Wakeup:
             "session mode (PgBouncer in transaction mode swallows them)"
         )
 
-    async def _is_told(self, notifier: asyncpg.Connection[asyncpg.Record], seconds: float) -> bool:
+    async def _is_told(self, notifier: Connection, seconds: float) -> bool:
         """Whether this session, asking nothing, receives what the other notifies it of."""
         token = str(uuid4())
         await notifier.execute("SELECT pg_notify('outbox', $1)", token, timeout=_ANSWER)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-    Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+    from service.database.driver import Connection
 
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""

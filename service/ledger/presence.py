@@ -16,7 +16,7 @@ from service.telemetry.loop_lag import LoopLag
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from service.ledger.delivering import Connection
+    from service.database.driver import Connection
 
 REPORT_EVERY = 10.0
 """Seconds."""

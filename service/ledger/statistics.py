@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-    from service.ledger.delivering import Connection
+    from service.database.driver import Connection
 
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3_600)
 """Seconds up to which each bucket reaches; one more takes the rest. What is stored goes by the place alone, so others

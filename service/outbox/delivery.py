@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from uuid import UUID
 
-    import asyncpg
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from service.database.driver import Connection
     from service.database.sessions import SessionFactory
     from service.ledger.delivering import Claim
 
@@ -133,11 +133,11 @@ class Delivery:
             if session.new or session.dirty or session.deleted:
                 raise DeliveryError("delivery.read() is never committed: write inside `async with delivery.begin()`")
 
-    async def _start(self, session: AsyncSession) -> asyncpg.Connection[asyncpg.Record]:
+    async def _start(self, session: AsyncSession) -> Connection:
         try:
             connection = await session.connection()
             raw = await connection.get_raw_connection()
-            driver: asyncpg.Connection[asyncpg.Record] | None = raw.driver_connection
+            driver: Connection | None = raw.driver_connection
             assert driver is not None
             assert raw.dbapi_connection is not None
             timeout = "transaction_timeout" if has_transaction_timeout(driver) else "statement_timeout"
@@ -156,7 +156,7 @@ class Delivery:
             raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.upper()}")
         return driver
 
-    async def _complete(self, driver: asyncpg.Connection[asyncpg.Record]) -> None:
+    async def _complete(self, driver: Connection) -> None:
         unbroken, completed = await delivering.complete_in_transaction(driver, self._claim)
         if not unbroken:
             raise DeliveryError("the transaction of begin() was committed or rolled back inside its block")
@@ -165,5 +165,5 @@ class Delivery:
             raise LeaseLostError
 
 
-def _begun(driver: asyncpg.Connection[asyncpg.Record]) -> bool:
+def _begun(driver: Connection) -> bool:
     return type(driver) is not PreparedBegin or driver.begun

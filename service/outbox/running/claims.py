@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
-    from service.ledger.delivering import Claim, Connection
+    from service.database.driver import Connection
+    from service.ledger.delivering import Claim
 
 _WAITING = 2
 """Connections that may wait for locked rows at a time."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
-    import asyncpg
+    from service.database.driver import Connection
 
 _log = get_logger(__name__)
 
@@ -36,18 +36,14 @@ class Heartbeat(threading.Thread):
     """
 
     def __init__(
-        self,
-        connect: Callable[[], Awaitable[asyncpg.Connection[asyncpg.Record]]],
-        lease: timedelta,
-        *,
-        transactions: bool = False,
+        self, connect: Callable[[], Awaitable[Connection]], lease: timedelta, *, transactions: bool = False
     ) -> None:
         super().__init__(name="outbox-heartbeat", daemon=True)
         self._connect = connect
         self._transactions = transactions
         self._lease = lease
         self._interval = lease.total_seconds() / 3
-        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+        self._connection: Connection | None = None
         self._watched: dict[UUID, tuple[UUID, timedelta]] = {}
         self._lock = threading.Lock()
         self._stopped = asyncio.Event()

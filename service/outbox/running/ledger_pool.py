@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 
@@ -17,7 +17,7 @@ from service.database.driver import bound_waits, open_connection
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from service.ledger.delivering import Connection
+    from service.database.driver import Connection
     from service.settings import Settings
 
 _CONNECTIONS = 4
@@ -31,7 +31,7 @@ class LedgerPool:
         longest = max(settings.outbox.lease / 3, 2)
         prepare = None if settings.database.pooler else partial(bound_waits, statement_timeout=f"{longest * 750:.0f}ms")
 
-        async def connect(dsn: str | None = None, **arguments: Any) -> asyncpg.Connection[asyncpg.Record]:  # noqa: ARG001  asyncpg gives it
+        async def connect(dsn: str | None = None, **arguments: Any) -> Connection:  # noqa: ARG001  asyncpg gives it
             return await open_connection(settings.database, "outbox-worker-ledger", **arguments)
 
         self._pool = asyncpg.create_pool(
@@ -59,7 +59,8 @@ class LedgerPool:
         Raises:
             TimeoutError: when none is within 10 s.
         """
-        async with self._pool.acquire(timeout=10) as connection:
+        async with self._pool.acquire(timeout=10) as lent:
+            connection = cast("Connection", lent)  # a stand-in that does all that one does
             try:
                 if self._transactions:
                     async with connection.transaction():
@@ -73,5 +74,5 @@ class LedgerPool:
                 raise
 
 
-async def _keep(_connection: asyncpg.Connection[asyncpg.Record]) -> None:
+async def _keep(_connection: Connection) -> None:
     """Nothing of the session is ever changed, so there is nothing to reset."""

@@ -18,7 +18,8 @@ from service.telemetry.logs import get_logger
 from service.text import storable
 
 if TYPE_CHECKING:
-    from service.ledger.delivering import Claim, Connection
+    from service.database.driver import Connection
+    from service.ledger.delivering import Claim
 
 _log = get_logger(__name__)
 

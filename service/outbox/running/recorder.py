@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from service.ledger.delivering import Claim, Connection
+    from service.database.driver import Connection
+    from service.ledger.delivering import Claim
     from service.ledger.presence import Presence
 
 _log = get_logger(__name__)

@@ -21,7 +21,8 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.proof.bench.stage import Connection, Stage
+    from service.database.driver import Connection
+    from tests.proof.bench.stage import Stage
 
 __all__ = ["SHORT", "beside_draining", "beside_full"]
 

@@ -15,7 +15,8 @@ from tests.proof.bench.writers import api, post_all
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from tests.proof.bench.stage import Connection, Running, Stage
+    from service.database.driver import Connection
+    from tests.proof.bench.stage import Running, Stage
 
 __all__ = ["Cost", "idle", "per_event", "table"]
 

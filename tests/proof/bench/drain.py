@@ -17,7 +17,8 @@ from tests.proof.bench.stage import INSERT
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from tests.proof.bench.stage import Connection, Stage
+    from service.database.driver import Connection
+    from tests.proof.bench.stage import Stage
 
 __all__ = ["claim_alone", "drained", "loop", "once", "peer", "relay"]
 

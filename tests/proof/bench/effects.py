@@ -14,7 +14,8 @@ from tests.proof.bench.stage import INSERT
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from tests.proof.bench.stage import Connection, Stage
+    from service.database.driver import Connection
+    from tests.proof.bench.stage import Stage
 
 __all__ = ["ledger", "peer", "plain"]
 

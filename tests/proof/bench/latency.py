@@ -21,7 +21,8 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.proof.bench.stage import Connection, Stage
+    from service.database.driver import Connection
+    from tests.proof.bench.stage import Stage
 
     Pooled = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    import asyncpg
-
-    Connection = asyncpg.Connection[asyncpg.Record]
 
 __all__ = ["INSERT", "Running", "Stage", "open_stage"]
 

@@ -18,6 +18,7 @@ from tests.proof.bench.stage import INSERT
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from service.database.driver import Connection
     from tests.proof.bench.stage import Running, Stage
 
 __all__ = ["api", "commits", "post_all", "requests"]
@@ -60,7 +61,7 @@ async def commits(stage: Stage, writers: int, seconds: float, *, gated: bool) ->
                 await each.close()
 
 
-async def _write(connection: asyncpg.Connection[asyncpg.Record], until_time: float) -> int:
+async def _write(connection: Connection, until_time: float) -> int:
     done = 0
     while time.perf_counter() < until_time:
         async with connection.transaction():

@@ -10,6 +10,8 @@ from tests.proof.chaos.checker import Tables
 if TYPE_CHECKING:
     import asyncpg
 
+    from service.database.driver import Connection
+
 __all__ = ["read_tables"]
 
 _TABLES = """
@@ -22,7 +24,7 @@ SELECT (SELECT coalesce(sum(total), 0) FROM shard)::bigint,
 _STATES = "SELECT payload ->> 'subject_id', consumer, state FROM outbox_message"
 
 
-async def read_tables(connection: asyncpg.Connection[asyncpg.Record]) -> Tables:
+async def read_tables(connection: Connection) -> Tables:
     """All of it, as of one moment."""
     totals = await connection.fetchrow(_TABLES)
     assert totals is not None

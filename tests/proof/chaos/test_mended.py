@@ -22,6 +22,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from service.database.driver import Connection
     from service.dev.valkey import Valkey
     from service.settings import Settings
 
@@ -35,7 +36,7 @@ async def test_a_heartbeat_outlives_a_connection_that_breaks_while_it_is_used(da
     connected = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    async def connect() -> asyncpg.Connection[asyncpg.Record]:
+    async def connect() -> Connection:
         if next(attempts) == 0:
             raise BROKEN
         connection = await asyncpg.connect(database_url)

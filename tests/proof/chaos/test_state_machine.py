@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from asyncpg.transaction import Transaction
 
+    from service.database.driver import Connection
+
 pytestmark = pytest.mark.slow
 
 T = TypeVar("T")
@@ -81,8 +83,8 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.connection: asyncpg.Connection[asyncpg.Record] = self.run(asyncpg.connect(self.url))
-        self.relay: asyncpg.Connection[asyncpg.Record] = self.run(asyncpg.connect(self.url))
+        self.connection: Connection = self.run(asyncpg.connect(self.url))
+        self.relay: Connection = self.run(asyncpg.connect(self.url))
         self.run(self.connection.execute("TRUNCATE outbox_message, dead_letter"))
         self.rows: dict[UUID, Row] = {}
         for _ in range(2):

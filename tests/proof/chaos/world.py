@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
     from pathlib import Path
 
+    from service.database.driver import Connection
     from tests.proof.chaos.launch import Forge
 
 __all__ = ["LONGER_THAN_A_LEASE", "REDISPATCHED", "SHORT", "Ground", "Plan", "World"]
@@ -235,7 +236,7 @@ class World:
         rows = await self.sql(query)
         return bool(rows) and rows[0][0] >= number
 
-    async def connect(self) -> asyncpg.Connection[asyncpg.Record]:
+    async def connect(self) -> Connection:
         """A connection to the database under attack, past every proxy."""
         settings = {"statement_timeout": "0", "idle_session_timeout": "0", "transaction_timeout": "0"}
         settings |= {"lock_timeout": "0", "idle_in_transaction_session_timeout": "0"}
@@ -298,7 +299,7 @@ class World:
 
     # -- attacking
 
-    def keep_open(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    def keep_open(self, connection: Connection) -> None:
         """Close this connection only when the scenario has been judged."""
         self._stack.push_async_callback(connection.close, timeout=2)
 

@@ -15,6 +15,7 @@ from service.ledger.purging import Purged, purge_step_by_step
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from service.database.driver import Connection
     from tests.proof.cli.conftest import Outbox, Rows
 
 _COUNT = "SELECT count(*) FROM outbox_message"
@@ -23,7 +24,7 @@ _WEEK = timedelta(days=7)
 
 
 @pytest.fixture
-async def connection(database_url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+async def connection(database_url: str) -> AsyncIterator[Connection]:
     connection = await asyncpg.connect(database_url)
     yield connection
     await connection.close()
@@ -57,7 +58,7 @@ def test_a_duration_that_makes_no_sense_is_refused(outbox: Outbox, rows: Rows, d
     assert (ran.code, "is no duration" in ran.err) == (2, True)
 
 
-async def test_the_purge_stops_at_younger_ids(rows: Rows, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+async def test_the_purge_stops_at_younger_ids(rows: Rows, connection: Connection) -> None:
     """A row's id is older than its completion, so young ids need not be looked at."""
     rows.message(10, **_OLD)
     looked = 0
@@ -71,9 +72,7 @@ async def test_the_purge_stops_at_younger_ids(rows: Rows, connection: asyncpg.Co
     assert (purged.messages, looked) == (0, 1)
 
 
-async def test_the_purge_walks_in_small_transactions(
-    rows: Rows, connection: asyncpg.Connection[asyncpg.Record]
-) -> None:
+async def test_the_purge_walks_in_small_transactions(rows: Rows, connection: Connection) -> None:
     _age(rows, rows.message(25, **_OLD), 8)
     steps: list[int] = []
     purged = await purge_step_by_step(connection, _WEEK, page=10, progress=steps.append)
@@ -83,9 +82,7 @@ async def test_the_purge_walks_in_small_transactions(
     assert await connection.fetchval(held) == 0
 
 
-async def test_a_second_purger_leaves_it_to_the_first(
-    rows: Rows, connection: asyncpg.Connection[asyncpg.Record], database_url: str
-) -> None:
+async def test_a_second_purger_leaves_it_to_the_first(rows: Rows, connection: Connection, database_url: str) -> None:
     _age(rows, rows.message(3, **_OLD), 8)
     other = await asyncpg.connect(database_url)
     inside = asyncio.Event()
@@ -112,7 +109,7 @@ def test_the_command_says_that_another_is_at_work(outbox: Outbox, rows: Rows, da
 
 
 async def test_a_locked_row_is_passed_over_and_its_owner_not_disturbed(
-    rows: Rows, connection: asyncpg.Connection[asyncpg.Record], database_url: str
+    rows: Rows, connection: Connection, database_url: str
 ) -> None:
     ids = rows.message(5, **_OLD)
     _age(rows, ids, 8)
@@ -129,9 +126,7 @@ async def test_a_locked_row_is_passed_over_and_its_owner_not_disturbed(
     assert await purge_step_by_step(connection, _WEEK) == Purged(1, 0)
 
 
-async def test_the_purge_and_writers_do_not_deadlock(
-    rows: Rows, connection: asyncpg.Connection[asyncpg.Record], database_url: str
-) -> None:
+async def test_the_purge_and_writers_do_not_deadlock(rows: Rows, connection: Connection, database_url: str) -> None:
     _age(rows, rows.message(150, **_OLD), 8)
     writer = await asyncpg.connect(database_url)
     going = True
@@ -156,9 +151,7 @@ async def test_the_purge_and_writers_do_not_deadlock(
     assert rows.sql(_COUNT) == "0"
 
 
-async def test_a_row_that_changed_meanwhile_is_looked_at_again(
-    rows: Rows, connection: asyncpg.Connection[asyncpg.Record]
-) -> None:
+async def test_a_row_that_changed_meanwhile_is_looked_at_again(rows: Rows, connection: Connection) -> None:
     """Nothing but `completed` is ever removed, even when the scan saw an older version."""
     _age(rows, rows.message(2, **_OLD), 8)
     rows.sql("UPDATE outbox_message SET state = 'pending' WHERE id = (SELECT min(id::text)::uuid FROM outbox_message)")
@@ -166,7 +159,7 @@ async def test_a_row_that_changed_meanwhile_is_looked_at_again(
     assert rows.sql("SELECT state FROM outbox_message") == "pending"
 
 
-async def test_old_http_idempotency_keys_go_too(rows: Rows, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+async def test_old_http_idempotency_keys_go_too(rows: Rows, connection: Connection) -> None:
     rows.sql("DROP TABLE IF EXISTS idempotency_key")
     await purge_step_by_step(connection, _WEEK)
     rows.sql("CREATE TABLE idempotency_key (key text PRIMARY KEY, created_at timestamptz NOT NULL)")

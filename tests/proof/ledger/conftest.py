@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from service.database.driver import Connection
     from service.database.sessions import SessionFactory
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
@@ -33,7 +34,7 @@ __all__ = ["Connect", "Ledger", "node", "rabbitmq"]
 class Ledger:
     """The test's own view of the tables, on a connection of its own."""
 
-    def __init__(self, connection: asyncpg.Connection[asyncpg.Record], sessions: SessionFactory) -> None:
+    def __init__(self, connection: Connection, sessions: SessionFactory) -> None:
         self.connection = connection
         self.sessions = sessions
 
@@ -91,22 +92,22 @@ class Ledger:
 
 
 @pytest.fixture
-async def connection(database_url: str) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+async def connection(database_url: str) -> AsyncIterator[Connection]:
     """A connection of the test's own."""
     connection = await asyncpg.connect(database_url)
     yield connection
     await connection.close()
 
 
-Connect = Callable[[], Awaitable["asyncpg.Connection[asyncpg.Record]"]]
+Connect = Callable[[], Awaitable["Connection"]]
 
 
 @pytest.fixture
 async def connect(database_url: str) -> AsyncIterator[Connect]:
     """Opens further connections, for a relay or another worker that the test plays."""
-    opened: list[asyncpg.Connection[asyncpg.Record]] = []
+    opened: list[Connection] = []
 
-    async def open_one() -> asyncpg.Connection[asyncpg.Record]:
+    async def open_one() -> Connection:
         opened.append(await asyncpg.connect(database_url))
         return opened[-1]
 
@@ -116,7 +117,7 @@ async def connect(database_url: str) -> AsyncIterator[Connect]:
 
 
 @pytest.fixture
-async def ledger(connection: asyncpg.Connection[asyncpg.Record], sessions: SessionFactory) -> Ledger:
+async def ledger(connection: Connection, sessions: SessionFactory) -> Ledger:
     """The ledger with the effects' table."""
     await connection.execute(domain.SCHEMA)
     return Ledger(connection, sessions)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from service.ledger.delivering import Connection
+    from service.database.driver import Connection
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
 

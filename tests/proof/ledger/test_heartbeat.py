@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from service.database.driver import Connection
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
     from tests.servers.proxy import Link
@@ -106,14 +107,14 @@ async def test_a_connection_that_hangs_is_replaced_while_the_lease_lasts(
 async def test_it_outlives_whatever_the_driver_comes_across_when_a_connection_hangs(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connections: list[delivering.Connection] = []
+    connections: list[Connection] = []
 
-    async def terminated_between_two_steps(connection: delivering.Connection, *_: Any) -> None:
+    async def terminated_between_two_steps(connection: Connection, *_: Any) -> None:
         connections.append(connection)
         ended = asyncio.Event()
         connection.add_termination_listener(lambda _: ended.set())
         await ended.wait()
-        connection._protocol._get_timeout(None)  # type: ignore[union-attr]  # as asyncpg does
+        connection._protocol._get_timeout(None)  # type: ignore[attr-defined]  # as asyncpg does
 
     monkeypatch.setattr(delivering, "heartbeat", terminated_between_two_steps)
     async with beating(settings) as heartbeat:

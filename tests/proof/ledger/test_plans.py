@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from service.database.driver import Connection
     from service.dev.postgres import Postgres
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
@@ -72,7 +73,7 @@ async def drained(settings: Settings, **options: int) -> None:
         await until(all_waiting)
 
 
-async def reported(connection: asyncpg.Connection[asyncpg.Record]) -> int:
+async def reported(connection: Connection) -> int:
     read: int = await connection.fetchval(READ_FROM_INDEX)
     return read if read >= ROWS else 0
 

@@ -25,8 +25,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    import asyncpg
-
+    from service.database.driver import Connection
     from service.dev.postgres import Postgres
     from service.dev.valkey import Valkey
     from service.ledger.dispatching import QueueHead
@@ -505,7 +504,7 @@ async def test_looks_that_take_long_come_seldom(
     """Between two of them the relay hands over for some times as long."""
     looks: list[tuple[float, float]] = []
 
-    async def slow_heads(connection: asyncpg.Connection[asyncpg.Record]) -> list[QueueHead]:
+    async def slow_heads(connection: Connection) -> list[QueueHead]:
         began = time.monotonic()
         await connection.execute("SELECT pg_sleep(0.2)")
         heads = await queue_heads(connection)
@@ -528,7 +527,7 @@ async def test_a_look_that_takes_too_long_is_told_of_but_not_each_time(
 ) -> None:
     looks: list[float] = []
 
-    async def counted_heads(connection: asyncpg.Connection[asyncpg.Record]) -> list[QueueHead]:
+    async def counted_heads(connection: Connection) -> list[QueueHead]:
         looks.append(time.monotonic())
         await connection.execute("SELECT pg_sleep(0.02)")
         return await queue_heads(connection)

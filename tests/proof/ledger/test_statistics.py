@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from service.database.driver import Connection
     from service.dev.postgres import Postgres
     from service.settings import Settings
     from tests.proof.ledger.conftest import Connect, Ledger
@@ -55,13 +56,13 @@ def a_process(kind: str = "worker") -> ProcessIdentity:
     return ProcessIdentity(uuid4(), kind, "a-host", os.getpid(), ["email", "stock"], 8, "1f3a")
 
 
-async def set_back(connection: asyncpg.Connection[asyncpg.Record], by: timedelta) -> None:
+async def set_back(connection: Connection, by: timedelta) -> None:
     """Let all minutes, but not the totals, have been earlier."""
     await connection.execute("UPDATE outbox_minute SET minute = minute - $1::interval WHERE minute > '-infinity'", by)
 
 
 async def test_what_is_added_stands_in_its_minute_and_in_the_totals(
-    connection: asyncpg.Connection[asyncpg.Record],
+    connection: Connection,
 ) -> None:
     failed = COMPLETED._replace(outcome="failed")
     await statistics.add(connection, {COMPLETED: counts(0.005, 0.2), failed: counts(4_000)})
@@ -84,7 +85,7 @@ async def test_what_is_added_stands_in_its_minute_and_in_the_totals(
 
 
 async def test_many_who_add_at_the_same_time_never_deadlock_and_lose_nothing(
-    connection: asyncpg.Connection[asyncpg.Record], connect: Connect
+    connection: Connection, connect: Connect
 ) -> None:
     keys = [Key(f"queue-{number}", "consumer", "completed") for number in range(40)]
 
@@ -99,7 +100,7 @@ async def test_many_who_add_at_the_same_time_never_deadlock_and_lose_nothing(
     assert totals.keys() == set(keys)
 
 
-async def test_old_minutes_go_and_the_totals_stay(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+async def test_old_minutes_go_and_the_totals_stay(connection: Connection) -> None:
     for _ in range(3):
         await statistics.add(connection, {COMPLETED: counts(1)})
         await set_back(connection, DAY)
@@ -111,7 +112,7 @@ async def test_old_minutes_go_and_the_totals_stay(connection: asyncpg.Connection
 
 
 async def test_a_process_is_there_until_it_leaves_or_is_not_seen(
-    connection: asyncpg.Connection[asyncpg.Record],
+    connection: Connection,
 ) -> None:
     worker, relay = a_process(), a_process("relay")
     await statistics.report(connection, worker, timedelta(minutes=3), 0, 0.0)
@@ -166,7 +167,7 @@ async def reporting(settings: Settings) -> AsyncIterator[Runner]:
         await engine.dispose()
 
 
-async def outcomes(connection: asyncpg.Connection[asyncpg.Record]) -> dict[str, int]:
+async def outcomes(connection: Connection) -> dict[str, int]:
     """How many runs of `ledger.react` came to what, in all."""
     totals = await statistics.totals(connection)
     return {key.outcome: counted.count for key, counted in totals.items() if key.consumer == "ledger.react"}

@@ -17,8 +17,7 @@ from service.text import storable
 from tests.proof.ledger import domain
 
 if TYPE_CHECKING:
-    import asyncpg
-
+    from service.database.driver import Connection
     from service.outbox.running.runner import Runner
     from tests.proof.ledger.conftest import Ledger
 
@@ -100,7 +99,7 @@ async def test_what_postgresql_refuses_for_good_is_written_in_other_words(
 @example("\x00")
 @example("\ud83d\ude00")
 @examples(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_cleaned_text_is_stored_as_it_is(connection: asyncpg.Connection[asyncpg.Record], text: str) -> None:
+async def test_cleaned_text_is_stored_as_it_is(connection: Connection, text: str) -> None:
     clean = storable(text)
     assert len(clean) == len(text)
     stored = await connection.fetchrow("SELECT $1::text, $2::jsonb #>> '{}'", clean, json.dumps(clean))

@@ -24,8 +24,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import asyncpg
-
+    from service.database.driver import Connection
     from tests.proof.ledger.conftest import Connect, Ledger
 
 INSERT = """
@@ -37,7 +36,7 @@ VALUES ($1, $1, 'ledger.happened', 1, 'ledger.react', 'ledger', '{}', '{}')
 class Sleeper:
     """A relay that does nothing but sleep, and counts what it finds when it wakes."""
 
-    def __init__(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.wakeup = Wakeup(connection)
         self.sleeps = 0
@@ -291,7 +290,7 @@ async def test_no_event_of_many_writers_is_missed_without_any_poll(
     """Writers commit at random moments around the relay's falling asleep; only notifications wake it."""
     writers, each = 8, 60
 
-    async def write(connection: asyncpg.Connection[asyncpg.Record], seed: int) -> None:
+    async def write(connection: Connection, seed: int) -> None:
         chance = random.Random(seed)
         for _ in range(each):
             async with connection.transaction():

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import asyncpg
@@ -28,6 +29,9 @@ from tests.servers.real_servers import TEMPLATE, RealServers, outside_environmen
 from tests.servers.relaying import relaying
 from tests.waiting import until
 
+if TYPE_CHECKING:
+    from service.database.driver import Connection
+
 _INSERT = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
 SELECT id, id, 'ledger.happened', 1, 'ledger.react', $2, json_build_object('subject_id', id)::jsonb, '{}'
@@ -37,7 +41,7 @@ FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, $1)) AS new
 _LEFT = "SELECT count(*) FROM outbox_message WHERE dispatches = 0"
 
 
-async def _drain(settings: Settings, connection: asyncpg.Connection[asyncpg.Record], rows: int) -> float:
+async def _drain(settings: Settings, connection: Connection, rows: int) -> float:
     """Rows per second of a relay whose backlog is `rows`."""
     await connection.execute(_INSERT, rows, "drain")
     await connection.execute("VACUUM ANALYZE outbox_message")
@@ -49,7 +53,7 @@ async def _drain(settings: Settings, connection: asyncpg.Connection[asyncpg.Reco
     return rows / took
 
 
-async def _none_left(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+async def _none_left(connection: Connection) -> bool:
     return not await connection.fetchval(_LEFT)
 
 
@@ -68,7 +72,7 @@ def _loop(url: str, rows: int) -> float:
 
 
 async def _latencies(
-    settings: Settings, connection: asyncpg.Connection[asyncpg.Record], environment: dict[str, str], folder: Path
+    settings: Settings, connection: Connection, environment: dict[str, str], folder: Path
 ) -> list[float]:
     """Milliseconds from commit to the start of the consumer, one event at a time."""
     await connection.execute(SCHEMA)
@@ -89,7 +93,7 @@ async def _latencies(
     return [row["wait"] for row in rows][5:]
 
 
-async def _all_started(connection: asyncpg.Connection[asyncpg.Record]) -> bool:
+async def _all_started(connection: Connection) -> bool:
     return not await connection.fetchval("SELECT count(*) FROM outbox_message WHERE started_at IS NULL")
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import asyncpg
 import psutil
 
 from tests.proof.chaos.scenario import scenario
 from tests.proof.chaos.world import LONGER_THAN_A_LEASE, SHORT, Plan, World
+
+if TYPE_CHECKING:
+    from service.database.driver import Connection
 
 _SESSIONS = """
 SELECT pid FROM pg_stat_activity
@@ -158,7 +162,7 @@ async def backends_killed_after_claims(world: World) -> None:
 async def connections_used_up(world: World) -> None:
     """Somebody else takes every connection there is, and old ones end meanwhile."""
     began = time.time()
-    hogs: list[asyncpg.Connection[asyncpg.Record]] = []
+    hogs: list[Connection] = []
     with suppress(asyncpg.PostgresError):
         while len(hogs) < 250:
             hogs.append(await asyncpg.connect(world.postgres.socket_url(), timeout=60))
