@@ -1,10 +1,25 @@
-"""The migrations that this code knows, to compare with those that a database has."""
+"""The migrations that this code knows, and those that a database has."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from alembic.script import ScriptDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+
+async def applied(ask: Callable[[str], Awaitable[Iterable[str | None]]]) -> set[str] | None:
+    """The migrations that the database has; `None` if it has no table of them that this role sees.
+
+    Args:
+        ask: Runs a statement on a connection of whatever kind, for its first column.
+    """
+    if not any(await ask("SELECT to_regclass('alembic_version')::text")):
+        return None
+    return {version for version in await ask("SELECT version_num FROM alembic_version") if version}
 
 
 class Revisions:

@@ -8,19 +8,17 @@ rolled out, and the old one has to serve until then.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.database.revisions import applied
 from service.errors import DatabaseUnavailableError
 from service.http.problems import RETRY_AFTER, documented, problem
 from service.telemetry.logs import get_logger
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
 READY_WITHIN = 2.0
 """Seconds the database may take to answer."""
@@ -46,18 +44,12 @@ async def ready(request: Request) -> Health | Response:
     """Whether the database is reachable and migrated."""
     try:
         async with asyncio.timeout(READY_WITHIN):
-            applied = await _applied(request.app.state.engine)
+            async with request.app.state.engine.connect() as connection:
+                found = await applied(lambda statement: connection.scalars(text(statement)))
     except (TimeoutError, DatabaseUnavailableError, SQLAlchemyError) as error:
         _log.warning("health.not_ready", error=type(error).__name__)
         return problem(503, code="database_unavailable", detail="The database does not answer.", headers=RETRY_AFTER)
-    if missing := request.app.state.revisions.missing(applied):
+    if missing := request.app.state.revisions.missing(found or set()):
         _log.warning("health.not_migrated", missing=sorted(missing))
         return problem(503, code="not_migrated", detail="Run: alembic upgrade heads", headers=RETRY_AFTER)
     return Health()
-
-
-async def _applied(engine: AsyncEngine) -> set[str]:
-    async with engine.connect() as connection:
-        if await connection.scalar(text("SELECT to_regclass('alembic_version')")) is None:
-            return set()
-        return set(await connection.scalars(text("SELECT version_num FROM alembic_version")))

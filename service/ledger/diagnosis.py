@@ -28,8 +28,6 @@ SELECT pg_backend_pid() AS pid, session_user::text AS role, current_setting('ser
 FROM (SELECT) AS one LEFT JOIN pg_stat_ssl AS ssl ON ssl.pid = pg_backend_pid() AND ssl.ssl
 """
 
-APPLIED = "SELECT version_num FROM alembic_version"
-
 # By what the processes do, as `migrations/roles.sql` grants it: table, rights, and the columns if not all.
 RIGHTS = {
     "API and workers": (

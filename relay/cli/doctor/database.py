@@ -12,7 +12,7 @@ from alembic.util import CommandError as AlembicError
 from relay.cli.command import database_problem
 from relay.cli.doctor.findings import Finding, Level, found
 from service.database.driver import DRIVER_ERRORS
-from service.database.revisions import Revisions
+from service.database.revisions import Revisions, applied
 from service.ledger import diagnosis
 
 if TYPE_CHECKING:
@@ -138,11 +138,15 @@ async def _server(connection: Connection, settings: Settings) -> list[Finding]:
 
 async def _migrations(connection: Connection) -> list[Finding]:
     revisions = Revisions()
-    if await connection.fetchval("SELECT to_regclass('alembic_version')") is None:
+
+    async def ask(statement: str) -> list[str | None]:
+        return [row[0] for row in await connection.fetch(statement)]
+
+    has = await applied(ask)
+    if has is None:
         return [Finding("migrations", Level.PROBLEM, "none that this role sees", f"{_UPGRADE}, then roles.sql")]
-    applied = {row["version_num"] for row in await connection.fetch(diagnosis.APPLIED)}
-    missing, newer = revisions.missing(applied), applied - revisions.known
-    seen = ", ".join(sorted(applied)) or "none"
+    missing, newer = revisions.missing(has), has - revisions.known
+    seen = ", ".join(sorted(has)) or "none"
     return found("migrations", seen, (
         (missing, Level.PROBLEM, f"applied: {seen}; missing: {', '.join(sorted(missing))}", _UPGRADE),
         (newer and not missing, Level.ADVICE, f"{seen}: newer than this code", "is this the right image?"),
