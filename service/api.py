@@ -16,12 +16,11 @@ from service import domains
 from service.database.engine import create_engine
 from service.database.revisions import Revisions
 from service.database.sessions import OneTransaction, session_factory
-from service.errors import ConfigurationError
 from service.http import health
 from service.http.error_handlers import install_handlers
 from service.http.middleware import BodyLimit, Deadline, RequestContext
 from service.http.openapi import install_openapi
-from service.settings import Settings, load_settings
+from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs
 
 if TYPE_CHECKING:
@@ -70,11 +69,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _settings_of_process() -> Settings:
-    try:
-        settings = load_settings()
-        domains.check_settings()
-    except ConfigurationError as error:
-        raise SystemExit(f"configuration: {error}") from None
+    settings = settings_at_start("api", domains.check_settings)
     configure_logging(settings.log_format, settings.log_level)
     for name in ("uvicorn", "uvicorn.error"):  # through the root's handler, in our format
         logging.getLogger(name).handlers.clear()

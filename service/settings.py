@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, model_validator
@@ -240,6 +241,23 @@ def load_settings() -> Settings:
         ConfigurationError: see `load`.
     """
     return load(Settings)
+
+
+def settings_at_start(process: str, *checks: Callable[[], None]) -> Settings:
+    """Read the settings, or end this process with status 2 and one line on stderr.
+
+    Args:
+        process: Stands before what is missing or wrong.
+        checks: What else has to be right; each raises `ConfigurationError` where it is not.
+    """
+    try:
+        settings = load_settings()
+        for check in checks:
+            check()
+    except ConfigurationError as error:
+        sys.stderr.write(f"{process}: {error}\n")
+        raise SystemExit(2) from None
+    return settings
 
 
 def _problem(place: tuple[int | str, ...], kind: str, message: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,12 +29,11 @@ from dramatiq.middleware.threading import Interrupt
 
 import service.domains
 from service.database.engine import create_engine
-from service.errors import ConfigurationError
 from service.ledger.message import OF_LEDGER, delivery_in
 from service.ledger.presence import Presence
 from service.outbox.consumers import Consumer, registered_consumers
 from service.outbox.running.runner import Runner
-from service.settings import Settings, load_settings
+from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs, get_logger
 from service.worker.dramatiq_broker import declare_unknown, make_broker
 from service.worker.watchdog import Watchdog
@@ -180,12 +178,7 @@ def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
 
 def setup_broker() -> None:
     """Make the broker from the settings and declare every consumer on it."""
-    try:
-        settings = load_settings()
-        service.domains.check_settings()
-    except ConfigurationError as error:
-        sys.stderr.write(f"worker: {error}\n")
-        raise SystemExit(2) from None
+    settings = settings_at_start("worker", service.domains.check_settings)
     configure_logging(settings.log_format, settings.log_level)
     service.domains.discover()
     dramatiq.set_broker(build(settings))

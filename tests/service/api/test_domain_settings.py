@@ -37,7 +37,7 @@ class BillingSettings(DomainSettings):
 """
 
 _PROCESSES = {
-    "configuration": "import service.api; service.api.create_app()",
+    "api": "import service.api; service.api.create_app()",
     "worker": "import service.worker; service.worker.setup_broker()",
 }
 
@@ -104,7 +104,7 @@ def test_a_wrong_one_ends_the_process_at_its_start_with_one_line(tmp_path: Path,
         ended = subprocess.run(
             [sys.executable, "-c", start], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
         )
-        assert ended.returncode != 0
+        assert ended.returncode == 2
         [line] = ended.stderr.strip().splitlines()
         assert line.startswith(f"{process}: BILLING__{says}")
         assert "-7" not in line

@@ -23,7 +23,7 @@ def test_a_missing_setting_ends_the_process_with_one_line(tmp_path: Path) -> Non
     environment = outside_environment() | {"BROKER__URL": "http://user:hidden@host", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     lines = ended.stderr.strip().splitlines()
-    assert ended.returncode != 0
+    assert ended.returncode == 2
     assert len(lines) == 1
     assert "DATABASE__URL: is not set" in lines[0]
     assert "BROKER__URL: expected" in lines[0]
