@@ -9,16 +9,16 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from relay.brokers.factory import make_sender
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from relay.cli.command import CommandError, connect
 from service.ledger.counting import LedgerCounts, count
+from service.network.urls import without_secrets
 
 if TYPE_CHECKING:
     from relay.brokers.sender import Sender
-    from service.settings import BrokerSettings, Settings
+    from service.settings import Settings
 
 _BROKER_PATIENCE = 3.0
 _QUEUE_PATIENCE = 4.0
@@ -57,7 +57,7 @@ class Status:
 
 async def gather(settings: Settings, *, exact: bool = False) -> Status:
     """Ask PostgreSQL and the broker, neither of which need be there."""
-    status = Status(_address(settings.broker))
+    status = Status(without_secrets(settings.broker.url.get_secret_value()))
     sender = make_sender(settings.broker.model_copy(update={"publish_timeout": _QUEUE_PATIENCE}))
     try:
         status.broker_problem, _ = await asyncio.gather(
@@ -112,9 +112,3 @@ async def _ping(sender: Sender, address: str) -> str | None:
     except TimeoutError:
         return f"the broker at {address} does not answer within {_BROKER_PATIENCE:.0f} s"
     return None
-
-
-def _address(settings: BrokerSettings) -> str:
-    """The broker's URL without user and password."""
-    url = urlsplit(settings.url.get_secret_value())
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"

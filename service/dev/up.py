@@ -19,6 +19,7 @@ from service.dev.processes import Process, Supervisor, stop_all, to_terminal
 from service.dev.reload import Watch, shown
 from service.dev.servers import free_port
 from service.network.postgres_url import read_postgres
+from service.network.urls import without_secrets
 from service.text import visible
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ def _say_where(port: int, environment: Mapping[str, str], processes: list[Proces
     url = f"http://127.0.0.1:{port}"
     lines = ["", f"API        {url}   (try it in a browser: {url}/docs)"]
     lines += [f"database   {read_postgres(environment['DATABASE__URL']).where}"]
-    lines += [f"broker     {_shown(environment['BROKER__URL'])}"]
-    lines += [f"mail       {_shown(environment['SMTP__URL'])}"]
+    lines += [f"broker     {without_secrets(environment['BROKER__URL'])}"]
+    lines += [f"mail       {without_secrets(environment['SMTP__URL'])}"]
     for each in processes:
         if each.name.startswith(_MEASURED):
             lines.append(f"metrics    http://127.0.0.1:{each.environment[_METRICS]}/metrics   ({each.name})")
@@ -178,12 +179,6 @@ def _things_to_try(url: str, *, refuses: bool) -> list[str]:
         ]
         lines += [f"empty {_reject_file()}", ".venv/bin/outbox dead-letters replay --all   (after that `eval`)"]
     return lines
-
-
-def _shown(url: str) -> str:
-    """A URL without user, password and parameters."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def reset() -> int:

@@ -46,6 +46,12 @@ def read_query(query: str, known: Collection[str]) -> dict[str, str]:
     return found
 
 
+def without_secrets(url: str) -> str:
+    """What a person may read of it: neither user and password nor parameters."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def check_broker(url: str) -> None:
     """Refuse what relay, workers and command line would not read alike.
 

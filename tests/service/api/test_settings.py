@@ -11,6 +11,7 @@ from asyncpg.connect_utils import _parse_connect_dsn_and_args  # type: ignore[at
 from service.api import create_app
 from service.errors import ConfigurationError
 from service.network.postgres_url import read_postgres
+from service.network.urls import without_secrets
 from service.settings import load_settings
 
 
@@ -128,6 +129,19 @@ def test_what_not_all_processes_would_read_alike(
 def test_a_right_broker(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("BROKER__URL", url)
     assert load_settings().broker.url.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("valkeys://user:p%2Fw@host:6380/3?password=p@w", "valkeys://host:6380/3"),
+        ("unix://:p%3Bw@/run/valkey.sock", "unix:///run/valkey.sock"),
+        ("amqp://user:p;w,@[::1]:5672/shop", "amqp://[::1]:5672/shop"),
+        ("smtp+starttls://user:pw@mail:587", "smtp+starttls://mail:587"),
+    ],
+)
+def test_an_address_to_show(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
 
 
 _PLAIN = {"user": "user", "password": "a@/b,"}
