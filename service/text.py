@@ -17,6 +17,9 @@ import re
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _UNUSUAL = re.compile(r"[^ -~]")
 
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+"""The header by which W3C's Trace Context names a trace."""
+
 
 def storable(text: str, longest: int | None = None) -> str:
     """The text as PostgreSQL can store it, with `\N{REPLACEMENT CHARACTER}` for what it cannot.

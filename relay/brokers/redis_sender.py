@@ -8,7 +8,6 @@ stay true: a body is never in the hash without its id in the list or the other w
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.ledger.message import DueDelivery, doorbell, encode
+from service.text import TRACEPARENT
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -86,8 +86,6 @@ return waiting
 
 _MARK = uuid4().hex
 """Stands for a delivery's id; no consumer's name holds it."""
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 # A probe must be a write: a server that is full or a replica answers PING.
 _PROBE_SCRIPT = """
@@ -179,7 +177,7 @@ def _groups(batch: Sequence[DueDelivery]) -> dict[tuple[str, bool], list[DueDeli
     """The rows by consumer, and by whether they have a trace that can be passed on."""
     groups: dict[tuple[str, bool], list[DueDelivery]] = defaultdict(list)
     for row in batch:
-        groups[row.consumer, row.trace is not None and _TRACEPARENT.fullmatch(row.trace) is not None].append(row)
+        groups[row.consumer, row.trace is not None and TRACEPARENT.fullmatch(row.trace) is not None].append(row)
     return groups
 
 

@@ -18,7 +18,7 @@ from uuid import uuid4
 import structlog
 
 from service.telemetry.log_queue import QueuedHandler
-from service.text import storable, visible
+from service.text import TRACEPARENT, storable, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,7 +33,6 @@ _QUIET = ("dramatiq.middleware", "service.database.engine._Pool")
 _HEADERS: ContextVar[Headers | None] = ContextVar("outbox_headers", default=None)
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 _TRACESTATE = re.compile(r"[ -~]{1,512}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def current_headers() -> Headers:
@@ -46,7 +45,7 @@ def request_headers(incoming: Mapping[str, str]) -> Headers:
     """Headers for a request, from its `X-Correlation-ID` and W3C trace headers; malformed ones are dropped."""
     correlation = incoming.get("x-correlation-id", "")
     headers = {"correlation_id": correlation if _SAFE_ID.fullmatch(correlation) else str(uuid4())}
-    if _TRACEPARENT.fullmatch(incoming.get("traceparent", "")):
+    if TRACEPARENT.fullmatch(incoming.get("traceparent", "")):
         headers["traceparent"] = incoming["traceparent"]
         if _TRACESTATE.fullmatch(incoming.get("tracestate", "")):
             headers["tracestate"] = incoming["tracestate"]
