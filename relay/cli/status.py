@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from relay.brokers.factory import make_sender
+from relay.brokers import make_sender
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from relay.cli.command import CommandError, connect
 from service.ledger.counting import LedgerCounts, count

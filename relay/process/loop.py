@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import asyncpg
 
-from relay.brokers.factory import make_sender
+from relay.brokers import make_sender
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, Sender
 from relay.process.known_queue import KnownQueue
 from relay.process.purge import purge_regularly

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-from relay.brokers.factory import make_sender
+from relay.brokers import make_sender
 from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.database.driver import DRIVER_ERRORS, open_connection
 from service.ledger import counting

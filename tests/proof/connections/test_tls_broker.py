@@ -11,7 +11,7 @@ import pytest
 import redis
 from pydantic import SecretStr
 
-from relay.brokers.factory import make_sender
+from relay.brokers import make_sender
 from relay.brokers.sender import BrokerUnavailableError
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker

@@ -14,7 +14,7 @@ from dramatiq.brokers.redis import RedisBroker
 from dramatiq.middleware import default_middleware
 from pydantic import SecretStr
 
-from relay.brokers.factory import make_sender
+from relay.brokers import make_sender
 from service.ledger.message import DueDelivery
 from service.settings import BrokerSettings
 from service.worker.dramatiq_broker import make_broker

@@ -14,7 +14,7 @@ import pytest
 from aiormq import DeliveryError
 from pydantic import SecretStr
 
-from relay.brokers.factory import make_sender
+from relay.brokers import make_sender
 from relay.brokers.rabbitmq_batch import send_batch
 from relay.brokers.rabbitmq_channel import OneChannel
 from relay.brokers.rabbitmq_sender import RabbitmqSender
