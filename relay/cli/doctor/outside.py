@@ -93,13 +93,13 @@ async def _redis(settings: BrokerSettings) -> list[Finding]:
 
 async def _without_worker(settings: BrokerSettings, status: Status) -> set[str]:
     """The queues that have open deliveries and no consumer."""
-    line = OneChannel(settings)
+    connection = OneChannel(settings)
     try:
-        channel = await line.open()
+        channel = await connection.open()
         names = [name for name, queue in status.queues.items() if queue.state in ("ok", "full")]
         return {name for name in names if not (await channel.queue_declare(name, passive=True)).consumer_count}
     finally:
-        await line.close()
+        await connection.close()
 
 
 def check_encryption(settings: Settings) -> list[Finding]:
