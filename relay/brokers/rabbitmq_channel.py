@@ -45,7 +45,7 @@ class _Transport(TransportFactory):
 
 
 class OneChannel:
-    """A connection and a channel with sender confirms. It is opened once and never mended."""
+    """A connection and a channel with sender confirms, once it is open. It is opened once and never mended."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         address = URL(settings.url.get_secret_value())
@@ -54,36 +54,31 @@ class OneChannel:
         self._tls = tls_context(settings.tls_ca_file) if secure else None
         self._transport = _Transport(secure=secure, silence_timeout=settings.silence_timeout)
         self._connection: Connection | None = None
-        self._channel: Channel | None = None
-
-    @property
-    def channel(self) -> Channel | None:
-        """The channel, once the line is open."""
-        return self._channel
+        self.channel: Channel | None = None
 
     async def open(self) -> Channel:
         self._connection = Connection(self._url, context=self._tls, transport_factory=self._transport)
         await self._connection.connect()
         channel = await self._connection.channel()
         assert isinstance(channel, Channel)
-        self._channel = channel
+        self.channel = channel
         return channel
 
     @property
     def ended(self) -> bool:
         """Whether it was open and is no longer."""
-        connection, channel = self._connection, self._channel
+        connection, channel = self._connection, self.channel
         return channel is not None and (channel.is_closed or connection is None or not connection.is_opened)
 
     def reason(self) -> BaseException | None:
         """Why RabbitMQ ended the channel or the connection, where it did."""
-        if self._channel is None or not self._channel.is_closed or self._channel.closing.cancelled():
+        if self.channel is None or not self.channel.is_closed or self.channel.closing.cancelled():
             return None
-        return self._channel.closing.exception()
+        return self.channel.closing.exception()
 
     async def blocked(self) -> bool:
         """Whether RabbitMQ has said that it takes nothing now: it is out of memory or of disk space."""
-        if self._connection is None or self._channel is None:
+        if self._connection is None or self.channel is None:
             return False
         try:
             async with asyncio.timeout(0):

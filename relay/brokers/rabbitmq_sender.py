@@ -18,7 +18,7 @@ from aiormq import AMQPChannelError, AMQPError, ChannelNotFoundEntity, DeliveryE
 
 from relay.brokers.rabbitmq_batch import count, send_batch
 from relay.brokers.rabbitmq_channel import OneChannel
-from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, reason_of
 from service.ledger.message import DueDelivery, encode
 
 if TYPE_CHECKING:
@@ -184,14 +184,10 @@ async def _watch(line: OneChannel, task: asyncio.Task[Any], seconds: float) -> N
 def _judged(error: BaseException) -> BaseException:
     """The same failure, by who is at fault."""
     if isinstance(error, (AMQPChannelError, DeliveryError, ValueError)):
-        judged: BaseException = QueueRefusedError(_reason(error))
+        judged: BaseException = QueueRefusedError(reason_of(error))
     elif isinstance(error, _BROKER_AT_FAULT):
-        judged = BrokerUnavailableError(_reason(error))
+        judged = BrokerUnavailableError(reason_of(error))
     else:
         return error
     judged.__cause__ = error
     return judged
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__)[:200]

@@ -31,7 +31,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
+from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError, reason_of
 from service.ledger.message import DueDelivery, doorbell, encode
 from service.text import TRACEPARENT
 
@@ -164,13 +164,13 @@ class RedisSender:
             async with asyncio.timeout(self._timeout):
                 return await command
         except _BROKER_AT_FAULT as error:
-            raise BrokerUnavailableError(_reason(error)) from error
+            raise BrokerUnavailableError(reason_of(error)) from error
         except ResponseError as error:
-            if _reason(error).removeprefix("-").startswith(_BROKER_AT_FAULT_CODES):
-                raise BrokerUnavailableError(_reason(error)) from error
-            raise QueueRefusedError(_reason(error)) from error
+            if reason_of(error).removeprefix("-").startswith(_BROKER_AT_FAULT_CODES):
+                raise BrokerUnavailableError(reason_of(error)) from error
+            raise QueueRefusedError(reason_of(error)) from error
         except RedisError as error:
-            raise BrokerUnavailableError(_reason(error)) from error
+            raise BrokerUnavailableError(reason_of(error)) from error
 
 
 def _groups(batch: Sequence[DueDelivery]) -> dict[tuple[str, bool], list[DueDelivery]]:
@@ -189,7 +189,3 @@ def _pieces(queue: str, consumer: str, *, traced: bool) -> tuple[str, ...]:
     between, rest = rest.split(entry, 1)
     before_trace, rest = rest.split(trace, 1) if trace else ("", rest)
     return (first, between, before_trace, *rest.split(_MARK, 1))
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__)[:200]

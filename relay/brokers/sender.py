@@ -24,6 +24,11 @@ class QueueRefusedError(ServiceError):
     """The broker is fine but this queue takes nothing: missing, of another type or with other arguments."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What a client's error says, for one of these."""
+    return (str(error) or type(error).__name__)[:200]
+
+
 class Sender(Protocol):
     """A broker connection that is made when it is first used and made anew after an error."""
 
