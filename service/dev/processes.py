@@ -102,7 +102,7 @@ class Process:
         """Start it, unless it runs."""
         if self.pid is not None:
             return
-        self._clean_up()
+        self.kill()
         self._process = subprocess.Popen(
             self.command,
             cwd=self.cwd,
@@ -118,7 +118,7 @@ class Process:
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        with suppress(ValueError):  # closed by `_clean_up`
+        with suppress(ValueError):  # closed by `kill`
             for line in process.stdout:
                 self.write(self.name, line.decode(errors="replace").rstrip())
 
@@ -140,9 +140,7 @@ class Process:
         self.wait()
 
     def kill(self) -> None:
-        self._clean_up()
-
-    def _clean_up(self) -> None:
+        """Kill it and whatever is left of its group."""
         process = self._process
         if process is None:
             return
