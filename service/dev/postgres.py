@@ -17,7 +17,7 @@ from urllib.parse import quote
 import psutil
 
 from service.dev.places import ServerError, postgres_binaries, server_account
-from service.dev.servers import STOP_TIMEOUT, Server, free_port, new_password, socket_folder
+from service.dev.servers import STOP_TIMEOUT, Server, free_port, new_password
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,12 +50,10 @@ class Postgres(Server):
     def __init__(
         self, data_dir: Path, *, durable: bool = True, settings: Mapping[str, str] | None = None, tcp: bool = False
     ) -> None:
-        super().__init__(data_dir.with_name(f"{data_dir.name}.log"))
-        self.data_dir = data_dir
+        super().__init__(data_dir)
         self.settings = {**_SETTINGS, **({} if durable else _NOT_DURABLE), **(settings or {})}
         self.port = free_port() if tcp else 5432  # without TCP it is only part of the socket's name
         self._password = new_password() if tcp else None
-        self._sockets: Path | None = None
 
     def url(self, database: str = "postgres") -> str:
         """`postgresql://` URL of a database, by TCP if this server listens on it."""
@@ -77,14 +75,6 @@ class Postgres(Server):
             self.sql(f'CREATE DATABASE "{database}"')
         return self.url(database)
 
-    def stop(self, mode: str | None = None) -> None:
-        super().stop(mode)
-        self._release_sockets()
-
-    def restart(self, mode: str | None = None) -> None:
-        super().stop(mode)
-        self.start()
-
     def _launch(self) -> subprocess.Popen[bytes]:
         self.stop_stray()
         self._initialise()
@@ -93,10 +83,7 @@ class Postgres(Server):
         command += ["-h", "127.0.0.1" if self._password else "", "-p", str(self.port)]
         for key, value in self.settings.items():
             command += ["-c", f"{key}={value}"]
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **_identity()
-            )
+        return self._run(command, **_identity())
 
     def _ready(self) -> bool:
         lines = self._pid_file()
@@ -157,16 +144,10 @@ class Postgres(Server):
             stray.wait(STOP_TIMEOUT)
 
     def _sockets_in(self) -> Path:
-        if self._sockets is None:
-            self._sockets = socket_folder(self.data_dir, f".s.PGSQL.{self.port}")
-            if self._sockets != self.data_dir and (account := server_account()) is not None:
-                os.chown(self._sockets, account.uid, account.gid)
-        return self._sockets
-
-    def _release_sockets(self) -> None:
-        if self._sockets is not None and self._sockets != self.data_dir:
-            shutil.rmtree(self._sockets, ignore_errors=True)
-        self._sockets = None
+        folder = self._socket_folder(f".s.PGSQL.{self.port}")
+        if folder != self.data_dir and (account := server_account()) is not None:
+            os.chown(folder, account.uid, account.gid)
+        return folder
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ from service.dev.places import ServerError
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
@@ -60,14 +61,16 @@ def socket_folder(preferred: Path, socket_name: str) -> Path:
 
 
 class Server(ABC):
-    """A server process. A context manager that starts it on entry and stops it on exit."""
+    """A server process, its log beside its data. A context manager that starts it on entry and stops it on exit."""
 
     name: str
     stop_signals: dict[str, signal.Signals]
     """How to stop, by the name that `stop()` takes; the first is the default."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.log = data_dir.with_name(f"{data_dir.name}.log")
+        self._sockets: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: Guard | None = None
 
@@ -83,6 +86,18 @@ class Server(ABC):
     def pid(self) -> int | None:
         """Its process id while it runs."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def _socket_folder(self, name: str) -> Path:
+        """Where its socket of this name is: among its data, or in a new folder that is gone once it is stopped."""
+        if self._sockets is None:
+            self._sockets = socket_folder(self.data_dir, name)
+        return self._sockets
+
+    def _run(self, command: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, **how
+            )
 
     def start(self) -> Self:
         """Start it and wait until it accepts connections.
@@ -115,6 +130,12 @@ class Server(ABC):
 
     def stop(self, mode: str | None = None) -> None:
         """Stop it, by force if it takes too long."""
+        self._end(mode)
+        if self._sockets not in (None, self.data_dir):
+            shutil.rmtree(self._sockets, ignore_errors=True)
+        self._sockets = None
+
+    def _end(self, mode: str | None) -> None:
         process = self._process
         if process is not None and process.poll() is None:
             process.send_signal(self.stop_signals[mode or next(iter(self.stop_signals))])
@@ -138,7 +159,7 @@ class Server(ABC):
 
     def restart(self, mode: str | None = None) -> None:
         """Stop and start it at the same address, with its data."""
-        self.stop(mode)
+        self._end(mode)
         self.start()
 
     def log_tail(self) -> str:

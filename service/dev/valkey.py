@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
-import subprocess
 from typing import TYPE_CHECKING
 
 from service.dev.places import valkey_binary
-from service.dev.servers import Server, free_port, new_password, socket_folder
+from service.dev.servers import Server, free_port, new_password
 
 if TYPE_CHECKING:
+    import subprocess
     from pathlib import Path
 
 
@@ -31,13 +30,11 @@ class Valkey(Server):
     def __init__(
         self, data_dir: Path, *, persistent: bool = False, settings: dict[str, str] | None = None, tcp: bool = False
     ) -> None:
-        super().__init__(data_dir.with_name(f"{data_dir.name}.log"))
-        self.data_dir = data_dir
+        super().__init__(data_dir)
         self.persistent = persistent
         self.settings = settings or {}
         self.port = free_port() if tcp else None
         self._password = new_password() if tcp else None
-        self._sockets: Path | None = None
 
     @property
     def url(self) -> str:
@@ -46,16 +43,6 @@ class Valkey(Server):
             return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
         return f"unix://{self._socket()}"
 
-    def stop(self, mode: str | None = None) -> None:
-        super().stop(mode)
-        if self._sockets is not None and self._sockets != self.data_dir:
-            shutil.rmtree(self._sockets, ignore_errors=True)
-        self._sockets = None
-
-    def restart(self, mode: str | None = None) -> None:
-        super().stop(mode)
-        self.start()
-
     def log_tail(self) -> str:
         lines = self._last_lines()
         if any("FATAL CONFIG FILE ERROR" in line for line in lines):
@@ -63,9 +50,7 @@ class Valkey(Server):
         return super().log_tail()
 
     def _socket(self) -> Path:
-        if self._sockets is None:
-            self._sockets = socket_folder(self.data_dir, "valkey.sock")
-        return self._sockets / "valkey.sock"
+        return self._socket_folder("valkey.sock") / "valkey.sock"
 
     def _launch(self) -> subprocess.Popen[bytes]:
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -87,15 +72,7 @@ class Valkey(Server):
         configuration = self.data_dir / "valkey.conf"
         configuration.touch(mode=0o600)
         configuration.write_text("".join(f'{key} "{value}"\n' for key, value in (options | self.settings).items()))
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [str(valkey_binary()), str(configuration)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.data_dir,
-                start_new_session=True,
-            )
+        return self._run([str(valkey_binary()), str(configuration)], cwd=self.data_dir)
 
     def _ready(self) -> bool:
         family, address = (

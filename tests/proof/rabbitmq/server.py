@@ -44,21 +44,13 @@ class _NameServer(Server):
     name = "epmd"
     stop_signals = {"fast": signal.SIGTERM}  # noqa: RUF012
 
-    def __init__(self, log: Path) -> None:
-        super().__init__(log)
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir)
         self.port = free_port()
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                ["epmd", "-port", str(self.port), "-address", "127.0.0.1"],
-                env={"PATH": _PATH},  # it outlives the test that restarts a node
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                start_new_session=True,
-            )
+        command = ["epmd", "-port", str(self.port), "-address", "127.0.0.1"]
+        return self._run(command, env={"PATH": _PATH}, cwd="/")  # it outlives the test that restarts a node
 
     def _ready(self) -> bool:
         return _answers(self.port, b"")
@@ -71,16 +63,15 @@ class Rabbitmq(Server):
     stop_signals = {"fast": signal.SIGTERM}  # noqa: RUF012
 
     def __init__(self, data_dir: Path) -> None:
-        super().__init__(data_dir.with_name(f"{data_dir.name}.log"))
+        super().__init__(data_dir)
         found = programs()
         assert found is not None, "RabbitMQ is not installed"
         self._programs = found
-        self.data_dir = data_dir
         self.port = free_port()
         self._node_port = free_port()
         self._node = f"outbox-{secrets.token_hex(6)}@localhost"
         self._password = new_password()
-        self._names = _NameServer(data_dir.with_name(f"{data_dir.name}-epmd.log"))
+        self._names = _NameServer(data_dir.with_name(f"{data_dir.name}-epmd"))
 
     @property
     def url(self) -> str:
@@ -160,16 +151,7 @@ class Rabbitmq(Server):
         (self.data_dir / "rabbitmq-env.conf").write_text("")
         (self.data_dir / "enabled_plugins").write_text("[].\n")
         self._names.start()
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [str(self._programs / "rabbitmq-server")],
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.data_dir,
-                start_new_session=True,
-            )
+        return self._run([str(self._programs / "rabbitmq-server")], env=self._environment(), cwd=self.data_dir)
 
     def _ready(self) -> bool:
         # A header of a version that it does not know is answered with one of its own.
