@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from relay.cli.command import CommandError, ask, connect, parse_span, whoami
-from relay.cli.dead_letter_text import cells, describe, summary
+from relay.cli.dead_letter_text import cells, description, summary
 from relay.cli.output import line, note, print_json, print_json_list
 from relay.cli.resolution import Order, carry_out, look_up
 from service.ledger import dead_letters
@@ -89,7 +89,7 @@ def show(
     if as_json:
         print_json(row | {"replay": f"outbox dead-letters replay {row['id']}"})
     else:
-        line(describe(row))
+        line("\n".join(description(row)))
 
 
 def _resolving(action: Action, does: str) -> None:

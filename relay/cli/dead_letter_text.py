@@ -44,12 +44,8 @@ def summary(lines: Sequence[Sequence[str]], *, resolved: bool) -> str:
     return table(columns, lines)
 
 
-def describe(row: dict[str, Any]) -> str:
+def description(row: dict[str, Any]) -> Iterator[str]:
     """Everything that is known of one, and what can be done about it."""
-    return "\n".join(_description(row))
-
-
-def _description(row: dict[str, Any]) -> Iterator[str]:
     yield f"Dead letter {row['id']}: {plain(cause(row))}"
     yield ""
     fields = {

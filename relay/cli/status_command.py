@@ -12,7 +12,7 @@ import typer
 from relay.cli.command import Exit
 from relay.cli.output import error, line, print_json
 from relay.cli.status import Status, gather
-from relay.cli.status_text import METRICS, as_json, as_text, check_conditions, failing
+from relay.cli.status_text import METRICS, as_json, as_lines, check_conditions, failing
 from service.settings import load_settings
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ def _show(found: Status, *, watch: bool, json_: bool) -> None:
     else:
         if watch and sys.stdout.isatty():
             sys.stdout.write(_CLEAR)
-        line(as_text(found))
+        line("\n".join(as_lines(found)))

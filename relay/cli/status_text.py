@@ -33,12 +33,8 @@ _CONDITION = re.compile(r"\s*([a-z]+)\s*(>=|<=|>|<|=)\s*(\d+(?:\.\d+)?)([smhd]?)
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "=": operator.eq}
 
 
-def as_text(status: Status) -> str:
+def as_lines(status: Status) -> Iterator[str]:
     """What a person reads."""
-    return "\n".join(_lines(status))
-
-
-def _lines(status: Status) -> Iterator[str]:
     yield f"PostgreSQL  {'DOWN: ' + plain(status.database_problem) if status.database_problem else 'ok'}"
     yield f"broker      {'DOWN: ' + plain(status.broker_problem) if status.broker_problem else 'ok, ' + status.broker}"
     if status.database_problem:
