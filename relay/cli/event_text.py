@@ -8,7 +8,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from relay.cli.output import Column, age, plain, screen_width, table, timestamp
+from relay.cli.output import Column, age, plain, rounded, screen_width, table, timestamp
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _said(step: Step, delivery: DeliveryStory) -> str:
 
 def _expected(delivery: DeliveryStory) -> str:
     following = delivery.next
-    span, later = _seconds(abs(following.wait)), following.wait > timedelta()
+    span, later = _seconds(following.wait), following.wait > timedelta()
     sentence = _NEXT[following.kind].format(
         next=following,
         nth=_ordinal(following.number),
@@ -140,11 +140,7 @@ def _halt(delivery: DeliveryStory) -> str:
 
 def _seconds(span: timedelta) -> str:
     """A duration in prose: `12 s`, `5 min`, `3 h`, `4 days`."""
-    total = span.total_seconds()
-    for unit, size, limit in (("s", 1, 120), ("min", 60, 7_200), ("h", 3_600, 172_800)):
-        if total < limit:
-            return f"{total / size:.0f} {unit}"
-    return f"{total / 86_400:.0f} days"
+    return rounded(span, " s", " min", " h", " days")
 
 
 def _ordinal(number: int) -> str:

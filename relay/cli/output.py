@@ -88,13 +88,16 @@ def compact(number: int | None) -> str:
 
 def age(span: timedelta | float | None) -> str:
     """A duration as a person says it: `0s`, `42s`, `5m`, `3h`, `12d`; `-` when there is none."""
-    if span is None:
-        return "-"
-    seconds = abs(span.total_seconds() if isinstance(span, timedelta) else span)
-    for unit, size, limit in (("s", 1, 120), ("m", 60, 7_200), ("h", 3_600, 172_800)):
-        if seconds < limit:
-            return f"{seconds / size:.0f}{unit}"
-    return f"{seconds / 86_400:.0f}d"
+    return "-" if span is None else rounded(span, "s", "m", "h", "d")
+
+
+def rounded(span: timedelta | float, seconds: str, minutes: str, hours: str, days: str) -> str:
+    """A duration in the one of these units that suits it."""
+    length = abs(span.total_seconds() if isinstance(span, timedelta) else span)
+    for unit, size, limit in ((seconds, 1, 120), (minutes, 60, 7_200), (hours, 3_600, 172_800)):
+        if length < limit:
+            return f"{length / size:.0f}{unit}"
+    return f"{length / 86_400:.0f}{days}"
 
 
 def timestamp(moment: datetime | None) -> str:
