@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -31,11 +31,9 @@ from service.backoff import backoff
 from service.database.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
-from service.telemetry.logs import configure_logging, get_logger
+from service.telemetry.logs import brief, configure_logging, get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from service.database.driver import Connection
     from service.settings import Settings
 
@@ -58,18 +56,6 @@ _CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
 """PostgreSQL is well, and asks for another try."""
 
 _PATIENCE = 10.0
-
-
-@contextmanager
-def _migrated() -> Iterator[None]:
-    try:
-        yield
-    except (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError) as error:
-        raise ConfigurationError("the database is not migrated: run `alembic upgrade heads`") from error
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
 
 
 class Relay:
@@ -126,7 +112,7 @@ class Relay:
             except DRIVER_ERRORS as error:
                 attempt = 1 if self._now() - self._serving_since > 1 else attempt + 1
                 pause = backoff(attempt, 100, 5_000).total_seconds()
-                _log.warning("relay.database_unavailable", error=_reason(error), retry_in=round(pause, 2))
+                _log.warning("relay.database_unavailable", error=brief(error), retry_in=round(pause, 2))
                 await self._pause(pause)
 
     async def _serve(self) -> None:
@@ -135,8 +121,10 @@ class Relay:
             wakeup = Wakeup(connection)
             await self._sessions.prove(wakeup)
             await bound_waits(connection, **SESSION)
-            with _migrated():
+            try:
                 await queue_heads(connection)
+            except (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError) as error:
+                raise ConfigurationError("the database is not migrated: run `alembic upgrade heads`") from error
             self._serving_since = self._now()
             self._sparing.connected(self._serving_since)
             self._wakeup = wakeup
@@ -248,7 +236,7 @@ class Relay:
         except (QueueRefusedError, BrokerUnavailableError) as error:
             self._refuse(name, known, error)
         except DRIVER_ERRORS as error:
-            _log.warning("relay.database_unavailable", error=_reason(error), retry_in=round(known.rest(self._now()), 2))
+            _log.warning("relay.database_unavailable", error=brief(error), retry_in=round(known.rest(self._now()), 2))
         finally:
             self._tried = ""
             if self._wakeup is not None:
@@ -273,7 +261,7 @@ class Relay:
                 if batch.rows:
                     known.depth = await self._sender.hand_over(name, batch.rows, uuid4().hex[:16])
         except _CONFLICTS as error:
-            _log.warning("relay.conflict", queue=name, error=_reason(error))
+            _log.warning("relay.conflict", queue=name, error=brief(error))
             return 0
         known.floor, known.refused = batch.floor, 0
         self.tally.add(name, batch, self._now() - began)

@@ -20,7 +20,7 @@ from service.ledger import counting
 from service.ledger.dispatching import queue_heads
 from service.ledger.pausing import EVERY_QUEUE, paused_queues
 from service.ledger.statistics import BOUNDS, Histogram, Runs, processes, totals
-from service.telemetry.logs import get_logger
+from service.telemetry.logs import brief, get_logger
 from service.telemetry.metrics import Durations, Sample
 from service.telemetry.metrics_endpoint import metrics_served
 
@@ -102,7 +102,7 @@ class _Part:
             self._answered_at, self._failed = time.time(), False
         except (*DRIVER_ERRORS, BrokerUnavailableError, QueueRefusedError) as error:
             if not self._failed:
-                _log.warning("metrics.not_collected", part=self._name, error=f"{type(error).__name__}: {error}"[:200])
+                _log.warning("metrics.not_collected", part=self._name, error=brief(error))
             self._failed = True
         finally:
             self._took = time.monotonic() - began

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from service.ledger.presence import REPORT_EVERY, Presence
-from service.telemetry.logs import get_logger
+from service.telemetry.logs import brief, get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -45,7 +45,7 @@ class Reporting:
             await telling
         except asyncpg.PostgresError as error:
             if not self._failing:
-                _log.warning("relay.not_reported", error=f"{type(error).__name__}: {error}"[:200])
+                _log.warning("relay.not_reported", error=brief(error))
             self._failing = True
         else:
             self._failing = False

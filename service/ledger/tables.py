@@ -76,7 +76,7 @@ class OutboxMessage(Base):
     __table_args__ = (
         CheckConstraint("state IN ('pending', 'dispatched', 'running', 'completed')", name="state"),
         # Every change of state writes a new entry into every index, so there is no third one. The deliveries of an
-        # event are a range of the primary key (see `events.delivery_id`), and so are the oldest rows for the purge.
+        # event are a range of the primary key (see `ids.delivery_id`), and so are the oldest rows for the purge.
         Index("ix_outbox_message_due", "queue", "due_at", "id", postgresql_where=text("state <> 'completed'")),
     )
     # publish() needs none of the server's defaults back, and an INSERT without RETURNING can be batched.

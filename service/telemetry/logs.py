@@ -70,6 +70,11 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+def brief(error: BaseException) -> str:
+    """An error's type and what it says, for a field of a line."""
+    return f"{type(error).__name__}: {error}"[:200]
+
+
 def configure_logging(log_format: str, log_level: str) -> None:
     """Send structlog, the standard library's loggers and warnings to stderr in one format; nobody waits for that."""
     shared: list[structlog.typing.Processor] = [

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from service.ledger import statistics
 from service.ledger.presence import REPORT_EVERY
 from service.ledger.statistics import Key, Runs
-from service.telemetry.logs import get_logger
+from service.telemetry.logs import brief, get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -100,7 +100,7 @@ class Recorder:
                 await statistics.add(connection, counted)
         except Exception as error:  # noqa: BLE001  whatever it is, deliveries go on
             if not self._failing:
-                _log.warning("outbox.statistics_wait", error=f"{type(error).__name__}: {error}"[:200])
+                _log.warning("outbox.statistics_wait", error=brief(error))
             self._failing = True
             for key, counts in counted.items():
                 self._counted.setdefault(key, Runs()).merge(counts)
