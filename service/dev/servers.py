@@ -25,7 +25,7 @@ from service.dev.places import ServerError
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
@@ -152,7 +152,8 @@ class Server(ABC):
             family = _family(process.pid)
             process.kill()
             for child in family:
-                _quietly(child.kill)
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
             process.wait()
             _wait_for_end(family)
         self._forget()
@@ -193,13 +194,6 @@ def _family(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def _quietly(action: Callable[[], Any]) -> None:
-    try:
-        action()
-    except psutil.NoSuchProcess:
-        return
 
 
 def _wait_for_end(processes: list[psutil.Process]) -> None:
