@@ -118,13 +118,13 @@ def _said(step: Step, delivery: DeliveryStory) -> str:
 
 def _expected(delivery: DeliveryStory) -> str:
     following = delivery.next
-    span, later = _seconds(following.wait), following.wait > timedelta()
+    span, later = rounded(following.wait, " s", " min", " h", " days"), following.wait > timedelta()
     sentence = _NEXT[following.kind].format(
         next=following,
         nth=_ordinal(following.number),
         span=span,
         since="in" if later else "for",
-        left=span if later else _seconds(timedelta()),
+        left=span if later else "0 s",
         ends=f"ends in {span}" if later else f"ended {span} ago",
     )
     return sentence + _halt(delivery)
@@ -136,11 +136,6 @@ def _halt(delivery: DeliveryStory) -> str:
         return ""
     name = "--all" if pause.queue == EVERY_QUEUE else pause.queue
     return f" Queue {delivery.queue} is paused by {pause.paused_by}: `outbox queues resume {name}`."
-
-
-def _seconds(span: timedelta) -> str:
-    """A duration in prose: `12 s`, `5 min`, `3 h`, `4 days`."""
-    return rounded(span, " s", " min", " h", " days")
 
 
 def _ordinal(number: int) -> str:

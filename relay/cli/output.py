@@ -22,8 +22,6 @@ from service.text import visible, visible_json
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence
 
-_GAP = 2
-
 
 class ReaderGoneError(ServiceError):
     """Whoever read the output had enough of it."""
@@ -38,7 +36,7 @@ class Column:
     least: int | None = None
 
 
-def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, gap: int = _GAP) -> str:
+def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, gap: int = 2) -> str:
     """Lay out rows under their headers, within the width of the terminal."""
     cells = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(column.header), *(len(row[i]) for row in cells), 0) for i, column in enumerate(columns)]
