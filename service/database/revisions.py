@@ -1,4 +1,8 @@
-"""The migrations that this code knows, and those that a database has."""
+"""The migrations that this code knows, and those that a database has.
+
+What must stay true: a schema that is newer than this code lacks nothing. Migrations run before the new version is
+rolled out, and the old one has to serve until then.
+"""
 
 from __future__ import annotations
 

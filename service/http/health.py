@@ -1,8 +1,7 @@
 """Probes: `/health/live` is about this process, `/health/ready` about whether it can do its work.
 
 What must stay true: a liveness probe never touches the database, for restarting every process does not bring a
-database back. Readiness passes on a schema that is newer than this code: migrations run before the new version is
-rolled out, and the old one has to serve until then.
+database back.
 """
 
 from __future__ import annotations

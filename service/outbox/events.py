@@ -74,8 +74,3 @@ def _definition(cls: type[Event]) -> tuple[object, ...]:
     """What stays the same when its module is imported again, and differs in a namesake."""
     fields = {name: repr(field.annotation) for name, field in cls.model_fields.items()}
     return cls.__module__, cls.__qualname__, fields
-
-
-def event_type_of(name: str) -> type[Event] | None:
-    """The event class registered under a stored name, if any."""
-    return _EVENTS.get(name)

@@ -11,7 +11,6 @@ import pytest
 
 from service.errors import ConsumerDefinitionError, EventDefinitionError
 from service.outbox.consumers import consumer_named, consumers_of
-from service.outbox.events import event_type_of
 from tests.proof.ledger import domain
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def test_a_module_may_be_imported_again(imported: ModuleType, again: str) -> Non
     assert found is not None
     assert found.fn is module.notify
     assert consumers_of(module.Placed) == [found]
-    assert event_type_of(f"{name}.placed") is module.Placed is found.event
+    assert found.event is module.Placed
 
 
 @pytest.mark.parametrize("consumer", ["ledger.compute", "ledger.first"])
