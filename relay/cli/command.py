@@ -1,4 +1,4 @@
-"""What every command shares: a database connection, exit codes, and one line per error.
+"""What commands share: options, a database connection, exit codes, and one line per error.
 
 What must stay true: whatever a person did wrong, or whatever is down, they read one line on stderr that says what to
 do, never a traceback and never a password.
@@ -13,9 +13,10 @@ import socket
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import asyncpg
+import typer
 
 from service.database.driver import open_connection, read_json
 from service.errors import ServiceError
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from service.settings import DatabaseSettings
 
 T = TypeVar("T")
+
+By = Annotated[str | None, typer.Option(help="Who does it, for the record; by default your user and host.")]
+Why = Annotated[str | None, typer.Option(help="Why, for the record.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)([smhd])")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.command import CommandError, ask, connect, parse_span, whoami
+from relay.cli.command import By, CommandError, Json, Why, ask, connect, parse_span, whoami
 from relay.cli.dead_letter_text import cells, description, summary
 from relay.cli.output import line, note, print_json, print_json_list
 from relay.cli.resolution import Order, carry_out, look_up
@@ -24,30 +24,27 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Numbers or message ids.")]
-Consumer = Annotated[str | None, typer.Option(help="Only of this consumer.")]
-EventType = Annotated[str | None, typer.Option(help="Only of this event type.")]
-Queue = Annotated[str | None, typer.Option(help="Only of this queue.")]
-Since = Annotated[str | None, typer.Option(help="Died since: 2h (ago), or an ISO time (UTC unless it says so).")]
-Until = Annotated[str | None, typer.Option(help="Died before: 30m (ago), or an ISO time.")]
-Error = Annotated[str | None, typer.Option(help="Only with this text in the reason or an error, in any case.")]
-Everything = Annotated[bool, typer.Option("--all", help="All open dead letters.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before doing more than one.")]
-Rate = Annotated[float | None, typer.Option(min=0.1, max=100_000, help="At most this many per second.")]
-By = Annotated[str | None, typer.Option(help="Who does it, for the record; by default your user and host.")]
-Why = Annotated[str | None, typer.Option(help="Why, for the record.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Numbers or message ids.")]
+_Consumer = Annotated[str | None, typer.Option(help="Only of this consumer.")]
+_EventType = Annotated[str | None, typer.Option(help="Only of this event type.")]
+_Queue = Annotated[str | None, typer.Option(help="Only of this queue.")]
+_Since = Annotated[str | None, typer.Option(help="Died since: 2h (ago), or an ISO time (UTC unless it says so).")]
+_Until = Annotated[str | None, typer.Option(help="Died before: 30m (ago), or an ISO time.")]
+_Error = Annotated[str | None, typer.Option(help="Only with this text in the reason or an error, in any case.")]
+_Everything = Annotated[bool, typer.Option("--all", help="All open dead letters.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+_Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before doing more than one.")]
+_Rate = Annotated[float | None, typer.Option(min=0.1, max=100_000, help="At most this many per second.")]
 
 
 @app.command("list")
 def list_(
-    consumer: Consumer = None,
-    event_type: EventType = None,
-    queue: Queue = None,
-    since: Since = None,
-    until: Until = None,
-    error: Error = None,
+    consumer: _Consumer = None,
+    event_type: _EventType = None,
+    queue: _Queue = None,
+    since: _Since = None,
+    until: _Until = None,
+    error: _Error = None,
     state: Annotated[str, typer.Option(help="open, replayed, discarded or any.")] = "open",
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many, the latest first.")] = 50,
     as_json: Json = False,
@@ -97,17 +94,17 @@ def _resolving(action: Action, does: str) -> None:
 
     @app.command(action, help=does)
     def command(
-        ids: Ids = None,
-        consumer: Consumer = None,
-        event_type: EventType = None,
-        queue: Queue = None,
-        since: Since = None,
-        until: Until = None,
-        error: Error = None,
-        everything: Everything = False,
-        dry_run: DryRun = False,
-        yes: Yes = False,
-        rate: Rate = None,
+        ids: _Ids = None,
+        consumer: _Consumer = None,
+        event_type: _EventType = None,
+        queue: _Queue = None,
+        since: _Since = None,
+        until: _Until = None,
+        error: _Error = None,
+        everything: _Everything = False,
+        dry_run: _DryRun = False,
+        yes: _Yes = False,
+        rate: _Rate = None,
         by: By = None,
         why: Why = None,
         as_json: Json = False,

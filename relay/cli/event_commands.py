@@ -11,7 +11,7 @@ from uuid import UUID
 
 import typer
 
-from relay.cli.command import CommandError, Exit, ask, connect, parse_span
+from relay.cli.command import CommandError, Exit, Json, ask, connect, parse_span
 from relay.cli.event_text import story_as_json, story_lines, summary
 from relay.cli.output import line, note, plain, print_json, screen_width
 from service.ledger import event_search
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from service.ledger.history import Story
 
 app = typer.Typer(help="What became of events.", no_args_is_help=True, rich_markup_mode=None)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _STORIES = 20
 """Events of one correlation id that are told."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.command import connect, parse_duration
+from relay.cli.command import Json, connect, parse_duration
 from relay.cli.output import line, note, print_json
 from service.ledger.purging import Purged, purge_step_by_step
 from service.settings import load_settings
@@ -25,7 +25,7 @@ def purge(
         typer.Option(help="Remove what was completed longer ago than this: 7d, 12h. By default the setting."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Remove old completed rows. Those completed longer ago than OUTBOX__KEEP_COMPLETED, and old HTTP idempotency keys.
 

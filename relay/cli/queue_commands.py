@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relay.cli.command import CommandError, Exit, ask, whoami
+from relay.cli.command import By, CommandError, Exit, Json, Why, ask, whoami
 from relay.cli.output import Column, age, compact, line, note, plain, print_json, table
 from service.ledger import pausing
 from service.ledger.counting import count_queues
@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Pause and resume queues.", no_args_is_help=True, rich_markup_mode=None)
 
-Queue = Annotated[str | None, typer.Argument(metavar="QUEUE")]
-Everything = Annotated[bool, typer.Option("--all", help="All queues at once.")]
-By = Annotated[str | None, typer.Option(help="Who does it, for the record; by default your user and host.")]
-Why = Annotated[str | None, typer.Option(help="Why, for the record.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Queue = Annotated[str | None, typer.Argument(metavar="QUEUE")]
+_Everything = Annotated[bool, typer.Option("--all", help="All queues at once.")]
 
 
 @app.command("list")
@@ -70,7 +67,7 @@ def _pause(paused: Pause | None) -> str:
 
 @app.command()
 def pause(
-    queue: Queue = None, everything: Everything = False, why: Why = None, by: By = None, as_json: Json = False
+    queue: _Queue = None, everything: _Everything = False, why: Why = None, by: By = None, as_json: Json = False
 ) -> None:
     """Pause a queue. Its events wait in PostgreSQL until it is resumed."""
     name = _name(queue, everything)
@@ -84,7 +81,7 @@ def pause(
 
 
 @app.command()
-def resume(queue: Queue = None, everything: Everything = False, as_json: Json = False) -> int:
+def resume(queue: _Queue = None, everything: _Everything = False, as_json: Json = False) -> int:
     """Resume a queue. `--all` undoes `pause --all`; queues paused by name stay paused."""
     name = _name(queue, everything)
     changed, left = ask(lambda connection: _end_pause(connection, name))

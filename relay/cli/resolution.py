@@ -11,7 +11,7 @@ from uuid import UUID
 from relay.cli.command import CommandError, Exit, ask, parse_span
 from relay.cli.output import cut, line, note, plain, print_json, timestamp
 from service.ledger import dead_letters
-from service.ledger.replaying import Action, Outcome, Refusal, Resolved, StaysOpen, refusals, resolve
+from service.ledger.replaying import Action, Headway, Refusal, Resolved, StaysOpen, refusals, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -60,14 +60,14 @@ def carry_out(order: Order) -> int:
     if order.dry_run:
         return _rehearse(order, ids, groups)
     if not ids:
-        _report(order, Outcome(), {})
+        _report(order, Headway(), {})
         return Exit.OK
     if len(ids) > 1 and not order.yes and not _confirmed(order, len(ids), groups):
         note("Nothing was done.")
         return Exit.FAILED
-    outcome, refused = ask(lambda connection: _resolve(connection, order, ids))
-    _report(order, outcome, refused)
-    return _exit_code(order, outcome, refused)
+    headway, refused = ask(lambda connection: _resolve(connection, order, ids))
+    _report(order, headway, refused)
+    return _exit_code(order, headway, refused)
 
 
 async def _select(connection: Connection, order: Order) -> tuple[list[int], list[dict[str, Any]]]:
@@ -96,12 +96,12 @@ async def look_up(connection: Connection, reference: str) -> dict[str, Any]:
     return row
 
 
-async def _resolve(connection: Connection, order: Order, ids: Sequence[int]) -> tuple[Outcome, dict[int, Refusal]]:
+async def _resolve(connection: Connection, order: Order, ids: Sequence[int]) -> tuple[Headway, dict[int, Refusal]]:
     progress = _progress(order.past, len(ids))
-    outcome = await resolve(
+    headway = await resolve(
         connection, order.action, ids, by=order.by, why=order.why, rate=order.rate, progress=progress
     )
-    return outcome, await refusals(connection, outcome.refused)
+    return headway, await refusals(connection, headway.refused)
 
 
 def _rehearse(order: Order, ids: Sequence[int], groups: Sequence[dict[str, Any]]) -> int:
@@ -156,20 +156,20 @@ def _progress(past: str, total: int) -> Callable[[int], None]:
     return report
 
 
-def _report(order: Order, outcome: Outcome, refused: Mapping[int, Refusal]) -> None:
+def _report(order: Order, headway: Headway, refused: Mapping[int, Refusal]) -> None:
     reasons = {number: _reason(number, refusal) for number, refusal in refused.items()}
     if order.as_json:
-        print_json({"action": order.action, "dry_run": False, "done": outcome.done, "refused": reasons,
-                    "interrupted": outcome.interrupted})  # fmt: skip
+        print_json({"action": order.action, "dry_run": False, "done": headway.done, "refused": reasons,
+                    "interrupted": headway.interrupted})  # fmt: skip
         return
     for reason in list(reasons.values())[:_SHOWN]:
         note(plain(reason))
     if len(refused) > _SHOWN:
         note(f"and {len(refused) - _SHOWN:,} more were left alone")
-    if outcome.interrupted:
+    if headway.interrupted:
         note("Interrupted: what is done is done, the rest is untouched; the same command goes on with it.")
-    which = f"dead letter {outcome.done[0]}" if len(outcome.done) == 1 else _count(len(outcome.done))
-    line(f"{order.past.capitalize()} {which}." if outcome.done or refused else "No open dead letter matches.")
+    which = f"dead letter {headway.done[0]}" if len(headway.done) == 1 else _count(len(headway.done))
+    line(f"{order.past.capitalize()} {which}." if headway.done or refused else "No open dead letter matches.")
 
 
 def _reason(number: int, refusal: Refusal) -> str:
@@ -184,8 +184,8 @@ def _reason(number: int, refusal: Refusal) -> str:
     return f"there is no dead letter {number}"
 
 
-def _exit_code(order: Order, outcome: Outcome, refused: Mapping[int, Refusal]) -> int:
-    if outcome.interrupted:
+def _exit_code(order: Order, headway: Headway, refused: Mapping[int, Refusal]) -> int:
+    if headway.interrupted:
         return Exit.INTERRUPTED
     if any(isinstance(refusal, StaysOpen) for refusal in refused.values()):
         return Exit.FAILED

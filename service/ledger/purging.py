@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
 
-PAGE = 2_000
+_PAGE = 2_000
 """Rows looked at in one transaction."""
 
 _CLOCKS_DIFFER = timedelta(hours=1)
@@ -77,7 +77,7 @@ async def purge_step_by_step(
     keep_http_keys: timedelta = KEEP_HTTP_KEYS,
     *,
     dry_run: bool = False,
-    page: int = PAGE,
+    page: int = _PAGE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Purged | None:
     """Remove completed rows older than `keep`; `None` when another purger is at work.

@@ -64,7 +64,7 @@ SELECT id, message_id, event_id, resolution, resolved_by, resolved_at FROM dead_
 
 
 @dataclass(slots=True)
-class Outcome:
+class Headway:
     """How far a command came."""
 
     done: list[int] = field(default_factory=list)
@@ -81,7 +81,7 @@ async def resolve(
     why: str | None,
     rate: float | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> Outcome:
+) -> Headway:
     """Replay or discard, in short transactions. Cancelled, it finishes the one it is in and says how far it came.
 
     Args:
@@ -93,7 +93,7 @@ async def resolve(
         rate: How many per second at most.
         progress: Called with the number dealt with so far.
     """
-    outcome = Outcome()
+    headway = Headway()
     size = BATCH if rate is None else max(1, min(BATCH, int(rate / 4)))
     by, why = storable(by), None if why is None else storable(why)
     clock = asyncio.get_running_loop().time
@@ -105,19 +105,19 @@ async def resolve(
             rows = await asyncio.shield(statement)
         except asyncio.CancelledError:
             rows = await statement
-            outcome.interrupted = True
+            headway.interrupted = True
         done = {row["id"] for row in rows}
-        outcome.done += sorted(done)
-        outcome.refused += [each for each in batch if each not in done]
+        headway.done += sorted(done)
+        headway.refused += [each for each in batch if each not in done]
         progress(begin + len(batch))
-        if rate is not None and begin + len(batch) < len(ids) and not outcome.interrupted:
+        if rate is not None and begin + len(batch) < len(ids) and not headway.interrupted:
             try:
                 await asyncio.sleep(started + (begin + len(batch)) / rate - clock())
             except asyncio.CancelledError:
-                outcome.interrupted = True
-        if outcome.interrupted:
+                headway.interrupted = True
+        if headway.interrupted:
             break
-    return outcome
+    return headway
 
 
 @dataclass(frozen=True, slots=True)

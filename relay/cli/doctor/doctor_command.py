@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.command import Exit
+from relay.cli.command import Exit, Json
 from relay.cli.doctor.findings import Level
 from relay.cli.output import line, plain, print_json, screen_width
 from service.settings import load_settings
@@ -24,7 +24,7 @@ _INDENT = _BESIDE + 16
 
 def doctor(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for an advice, too.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: Json = False,
 ) -> int:
     """Say what is wrong around the outbox. And what to do; it changes nothing.
 

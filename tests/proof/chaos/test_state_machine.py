@@ -329,8 +329,8 @@ class Machine(RuleBasedStateMachine):
         ids = [each["id"] for each in self.run(self.connection.fetch("SELECT id FROM dead_letter"))]
         for _ in range(1 + twice):
             expected = [row for row in self.rows.values() if row.state == "dead"]
-            outcome = self.run(resolve(self.connection, "replay", ids, by="model", why=None))
-            assert len(outcome.done) == len(expected)
+            headway = self.run(resolve(self.connection, "replay", ids, by="model", why=None))
+            assert len(headway.done) == len(expected)
             for row in expected:
                 row.state, row.due, row.attempts, row.dispatches, row.token = "pending", True, 0, 0, None
 

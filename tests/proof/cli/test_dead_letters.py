@@ -372,9 +372,9 @@ async def test_an_interrupt_in_mid_batch_knows_what_that_batch_did(
         replaying = asyncio.create_task(resolve(operator, "replay", range(1, 301), by="ann", why=None))
         await until(lambda: rows.sql(_WAITING) == "1")
         replaying.cancel()
-    outcome = await replaying
-    assert outcome.interrupted
-    assert outcome.done == list(range(1, 201))
+    headway = await replaying
+    assert headway.interrupted
+    assert headway.done == list(range(1, 201))
     assert rows.sql(_MESSAGES) == "200"
 
 
