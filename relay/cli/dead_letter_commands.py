@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Numbers or message ids.")]
+_Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Numbers or delivery ids.")]
 _Consumer = Annotated[str | None, typer.Option(help="Only of this consumer.")]
 _EventType = Annotated[str | None, typer.Option(help="Only of this event type.")]
 _Queue = Annotated[str | None, typer.Option(help="Only of this queue.")]
@@ -79,7 +79,7 @@ async def _list(
 
 @app.command()
 def show(
-    dead_letter: Annotated[str, typer.Argument(metavar="ID", help="A number or a message id.")], as_json: Json = False
+    dead_letter: Annotated[str, typer.Argument(metavar="ID", help="A number or a delivery id.")], as_json: Json = False
 ) -> None:
     """Show one. What it was, every error that is kept, and how to replay it."""
     row = ask(lambda connection: look_up(connection, dead_letter))

@@ -52,7 +52,7 @@ def description(row: dict[str, Any]) -> Iterator[str]:
         "consumer": f"{row['consumer']} (queue {row['queue']})",
         "event": f"{row['event_type']}, version {row['version']}",
         "event id": row["event_id"],
-        "message id": row["message_id"],
+        "delivery id": row["message_id"],
         "published": timestamp(row["created_at"]),
         "died": f"{timestamp(row['died_at'])} ({age(row['age'])} ago)",
         "tried": f"{row['attempts']} attempts, handed to the broker {row['dispatches']} times",

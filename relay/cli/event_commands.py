@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
@@ -12,7 +12,7 @@ from uuid import UUID
 import typer
 
 from relay.cli.command import CommandError, Exit, Json, ask, connect, parse_span
-from relay.cli.event_text import story_as_json, story_lines, summary
+from relay.cli.event_text import event_as_json, story_as_json, story_lines, summary
 from relay.cli.output import line, note, plain, print_json, screen_width
 from service.ledger import event_search
 from service.ledger.history import tell
@@ -50,7 +50,7 @@ def list_(
     found, listed = ask(lambda connection: _list(connection, wanted, since, until, limit))
     if as_json:
         head = {"looked_at": found.looked_at, "complete": not (found.more or found.bounded)}
-        print_json(head | {"events": [asdict(each) for each in listed]})
+        print_json(head | {"events": [event_as_json(each) for each in listed]})
         return
     line(summary(listed) if listed else "No event matches.")
     if found.more:
@@ -70,7 +70,7 @@ async def _list(
 @app.command()
 def show(
     reference: Annotated[
-        str, typer.Argument(metavar="ID", help="An event's id, that of one of its messages, or a correlation id.")
+        str, typer.Argument(metavar="ID", help="An event's id, that of one of its deliveries, or a correlation id.")
     ],
     as_json: Json = False,
 ) -> None:

@@ -14,7 +14,7 @@ from service.ledger.pausing import EVERY_QUEUE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from service.ledger.event_search import ListedEvent
+    from service.ledger.event_search import Delivered, ListedEvent
     from service.ledger.history import DeliveryStory, Step, Story
 
 _AGE, _ID, _TYPE, _GAP = 5, 36, 14, 2
@@ -72,20 +72,30 @@ def story_lines(story: Story) -> Iterator[tuple[str, str]]:
 
 def _part(delivery: DeliveryStory) -> Iterator[tuple[str, str]]:
     yield f"{delivery.consumer}, queue {delivery.queue}: {delivery.state.upper()}", ""
-    yield f"  message {delivery.message_id}", ""
+    yield f"  delivery {delivery.delivery_id}", ""
     for step in delivery.steps:
         yield f"  {timestamp(step.at)}  {_said(step, delivery)}", " " * 24
     yield f"  What is next: {_expected(delivery)}", " " * 16
 
 
+def event_as_json(event: ListedEvent) -> dict[str, Any]:
+    """What `summary` shows, for machines."""
+    return asdict(event) | {"deliveries": [_as_json(each) for each in event.deliveries]}
+
+
 def story_as_json(story: Story) -> dict[str, Any]:
-    """The same for machines; steps and what is next as a person reads them."""
+    """What `story_lines` tells, for machines; steps and what is next as a person reads them."""
     parts = [
-        asdict(each)
+        _as_json(each)
         | {"steps": [{"at": step.at, "what": _said(step, each)} for step in each.steps], "next": _expected(each)}
         for each in story.deliveries
     ]
     return asdict(story) | {"deliveries": parts}
+
+
+def _as_json(delivery: Delivered | DeliveryStory) -> dict[str, Any]:
+    fields = asdict(delivery)
+    return {"message_id": fields.pop("delivery_id")} | fields  # its name in the ledger's tables
 
 
 _STEPS = {
@@ -104,10 +114,10 @@ _NEXT = {
     "due": "It waits for its {nth} attempt, due {since} {span}.",
     "dispatched": "It waits in the broker for a worker to take it. Otherwise the relay hands it over again in {left}.",
     "running": "A worker is at its {nth} attempt; the lease {ends} without a heartbeat.",
-    "completed": "Nothing. The row is kept until {next.kept_until:%Y-%m-%d %H:%M}Z.",
+    "completed": "Nothing. The delivery is kept until {next.kept_until:%Y-%m-%d %H:%M}Z.",
     "dead": "Nothing, until a person decides: `outbox dead-letters replay {next.number}`, or `discard`.",
     "discarded": "Nothing. It was discarded, its effect did not happen.",
-    "purged": "Nothing. It was replayed and completed, and its row has been purged since.",
+    "purged": "Nothing. It was replayed and completed, and has been purged since.",
 }
 
 

@@ -27,9 +27,10 @@ def purge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove old completed rows. Those completed longer ago than OUTBOX__KEEP_COMPLETED, and old HTTP idempotency keys.
+    """Remove old completed deliveries. And old HTTP idempotency keys.
 
-    The relay does this by itself from time to time. Open rows and dead letters are never removed.
+    Old is what was completed longer ago than OUTBOX__KEEP_COMPLETED. The relay does this by itself from time to time.
+    Open deliveries and dead letters are never removed.
     """
     settings = load_settings()
     keep = timedelta(seconds=settings.outbox.keep_completed)
@@ -37,14 +38,16 @@ def purge(
         keep = parse_duration(older_than, "--older-than")
     purged = asyncio.run(_purge(settings, keep, dry_run))
     if as_json:
-        counts = {"messages": purged.messages, "idempotency_keys": purged.idempotency_keys} if purged else {}
+        counts = {"messages": purged.deliveries, "idempotency_keys": purged.idempotency_keys} if purged else {}
         print_json({"dry_run": dry_run, "busy": purged is None} | counts)
     elif purged is None:
         line("Another purge is at work; nothing to do here.")
     elif dry_run:
-        line(f"{purged.messages:,} completed rows would be removed; nothing was done.")
+        line(f"{purged.deliveries:,} completed deliveries would be removed; nothing was done.")
     else:
-        line(f"Removed {purged.messages:,} completed rows and {purged.idempotency_keys:,} HTTP idempotency keys.")
+        line(
+            f"Removed {purged.deliveries:,} completed deliveries and {purged.idempotency_keys:,} HTTP idempotency keys."
+        )
 
 
 async def _purge(settings: Settings, keep: timedelta, dry_run: bool) -> Purged | None:

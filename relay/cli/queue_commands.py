@@ -69,7 +69,7 @@ def _pause(paused: Pause | None) -> str:
 def pause(
     queue: _Queue = None, everything: _Everything = False, why: Why = None, by: By = None, as_json: Json = False
 ) -> None:
-    """Pause a queue. Its events wait in PostgreSQL until it is resumed."""
+    """Pause a queue. Its deliveries wait in PostgreSQL until it is resumed."""
     name = _name(queue, everything)
     changed = ask(lambda connection: pausing.pause(connection, name, by=by or whoami(), why=why))
     if as_json:

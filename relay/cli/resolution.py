@@ -81,12 +81,12 @@ async def _select(connection: Connection, order: Order) -> tuple[list[int], list
 
 
 async def look_up(connection: Connection, reference: str) -> dict[str, Any]:
-    """The dead letter a person named by its number or its message's id; of several the open or latest one."""
+    """The dead letter a person named by its number or its delivery's id; of several the open or latest one."""
     try:
         given = int(reference) if reference.isascii() and reference.isdigit() else UUID(reference)
     except ValueError:
         raise CommandError(
-            f"{reference!r} is no dead letter's id: expected its number, such as 17, or its message's UUID"
+            f"{reference!r} is no dead letter's id: expected its number, such as 17, or its delivery's UUID"
         ) from None
     row = await dead_letters.look_up(connection, given)
     if row is None:

@@ -35,7 +35,7 @@ async def purge_regularly(settings: Settings, tally: Tally) -> None:
             connection = await open_connection(settings.database, "outbox-purge")
             try:
                 purged = await purge_step_by_step(connection, keep, keep_http_keys) or Purged(0, 0)
-                tally.purged["outbox_message"] += purged.messages
+                tally.purged["outbox_message"] += purged.deliveries
                 tally.purged["idempotency_key"] += purged.idempotency_keys
                 minutes = PAGE
                 while minutes == PAGE:
@@ -47,4 +47,4 @@ async def purge_regularly(settings: Settings, tally: Tally) -> None:
         except DRIVER_ERRORS as error:
             _log.warning("relay.purge_failed", error=type(error).__name__)
         else:
-            _log.debug("relay.purged", deliveries=purged.messages)
+            _log.debug("relay.purged", deliveries=purged.deliveries)

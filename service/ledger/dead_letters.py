@@ -1,4 +1,4 @@
-"""What died for good: finding it, by number, by delivery, or by what its rows have in common.
+"""What died for good: finding it, by number, by delivery, or by what they have in common.
 
 A dead letter is a dictionary of its columns, with its `age`. The connection is one that reads JSON
 (`driver.read_json`).
@@ -53,7 +53,7 @@ GROUP BY consumer, event_type, reason, error ORDER BY count(*) DESC, consumer, r
 """
 
 _BY_NUMBER = "SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE id = $1"
-_BY_MESSAGE = """
+_BY_DELIVERY = """
 SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE message_id = $1
 ORDER BY resolution IS NULL DESC, id DESC
 """
@@ -110,7 +110,7 @@ def _arguments(wanted: LetterFilter) -> list[Any]:
 async def look_up(connection: Connection, reference: int | UUID) -> dict[str, Any] | None:
     """The dead letter of this number or delivery, of several the open or latest one; `None` if there is none."""
     if isinstance(reference, UUID):
-        row = await connection.fetchrow(_BY_MESSAGE, reference)
+        row = await connection.fetchrow(_BY_DELIVERY, reference)
     else:
         row = await connection.fetchrow(_BY_NUMBER, reference) if reference < 2**63 else None
     return None if row is None else dict(row)

@@ -51,7 +51,7 @@ _STATE = "(message.state || '')"
 # left out: the relay never hands them out from `running`, and an old message must not bring them together again.
 #
 # A claim of a first dispatch need not survive a crash of PostgreSQL: it would only run again. From the second on it
-# must, or a message that crashes its backend would never use up its attempts.
+# must, or a delivery that crashes its backend would never use up its attempts.
 _CLAIMABLE = f"""
 ({_STATE} = 'dispatched'
  OR ({_STATE} = 'pending' AND message.due_at <= now())

@@ -3,8 +3,8 @@
 Ids are in the order of time, and those of an event's deliveries follow its own: so both tables are walked backwards
 along their ids, a page at a time, until enough was found.
 
-What must stay true: however much the ledger holds and however rare what is looked for, no more than `BOUND` rows are
-looked at, and whoever asked is told when that was not everything.
+What must stay true: however much the ledger holds and however rare what is looked for, no more than `BOUND` deliveries
+are looked at, and whoever asked is told when that was not everything.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BOUND = 100_000
 PAGE = 2_000
 """Deliveries looked at in one statement."""
 
-# A message that died twice has two dead letters under one id: WITH TIES keeps them on one page.
+# A delivery that died twice has two dead letters under one id: WITH TIES keeps them on one page.
 _PAGE = """
 WITH page AS MATERIALIZED (
     SELECT * FROM (
@@ -79,7 +79,7 @@ class EventFilter:
 class Found:
     """The ids of the newest events that match, the newest first.
 
-    `more` says that the walk ended because there were enough of them, `bounded` that it looked at too many rows.
+    `more` says that the walk ended because there were enough of them, `bounded` that it looked at too many deliveries.
     """
 
     event_ids: list[UUID]
@@ -92,7 +92,7 @@ class Found:
 class Delivered:
     """One consumer's part."""
 
-    message_id: UUID
+    delivery_id: UUID
     consumer: str
     state: str
 

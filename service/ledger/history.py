@@ -51,10 +51,10 @@ class Next:
 
     Attributes:
         kind: It is `delayed`; it waits to be handed over (`due`) or in the broker (`dispatched`), or it is `running`;
-            it was `completed`, `discarded` or, its row `purged`, replayed and completed; or it is `dead`.
+            it was `completed`, `discarded`, or replayed, completed and `purged`; or it is `dead`.
         number: The attempt that is running or comes next, or the dead letter.
         wait: Until it is due, is handed over again, or its lease ends; negative when that is past.
-        kept_until: When the row of what is completed may be purged.
+        kept_until: When what is completed may be purged.
         pause: What keeps it from being handed over.
     """
 
@@ -69,7 +69,7 @@ class Next:
 class DeliveryStory:
     """One consumer's part: how it stands, what happened, and what happens next."""
 
-    message_id: UUID
+    delivery_id: UUID
     consumer: str
     queue: str
     state: str
@@ -96,7 +96,7 @@ async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story | 
     Args:
         connection: One that reads JSON (`driver.read_json`).
         given: The id of an event or of a delivery.
-        keep: How long the rows of completed deliveries are kept.
+        keep: How long completed deliveries are kept.
     """
     event_id = await connection.fetchval(_EVENT_ID, given) or event_of(given)
     reach = event_id, last_delivery_of(event_id)
@@ -121,7 +121,7 @@ async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story | 
 
 
 def _delivery(
-    message_id: UUID,
+    delivery_id: UUID,
     row: dict[str, Any] | None,
     dead: list[dict[str, Any]],
     paused: dict[str, Pause],
@@ -134,7 +134,7 @@ def _delivery(
     if row is not None:
         steps += _life(row)
     return DeliveryStory(
-        message_id=message_id,
+        delivery_id=delivery_id,
         consumer=latest["consumer"],
         queue=latest["queue"],
         state=row["state"] if row else ("dead" if latest["resolution"] is None else latest["resolution"]),

@@ -67,7 +67,7 @@ DELETE FROM idempotency_key WHERE ctid = ANY (ARRAY(
 class Purged:
     """What was removed, or would be."""
 
-    messages: int
+    deliveries: int
     idempotency_keys: int
 
 
@@ -80,28 +80,28 @@ async def purge_step_by_step(
     page: int = _PAGE,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Purged | None:
-    """Remove completed rows older than `keep`; `None` when another purger is at work.
+    """Remove deliveries completed before that; `None` when another purger is at work.
 
     Args:
         connection: One of its own, in session mode and outside a transaction: it holds an advisory lock meanwhile.
-        keep: How long ago a row was completed at least.
+        keep: How long ago they were completed at least.
         keep_http_keys: How long ago an HTTP idempotency key was used first at least.
-        dry_run: Only count the rows.
+        dry_run: Only count them.
         page: Rows looked at in one transaction.
-        progress: Told how many rows are removed after each of them.
+        progress: Told after each of them how many deliveries are removed.
     """
     if not await connection.fetchval(_LOCK):
         return None
     try:
-        messages = await _purge_messages(connection, keep, _COUNT if dry_run else _PURGE, page, progress)
+        deliveries = await _purge_deliveries(connection, keep, _COUNT if dry_run else _PURGE, page, progress)
         keys = 0 if dry_run else await _purge_http_keys(connection, keep_http_keys, page)
     finally:
         if not connection.is_closed():
             await connection.execute(_UNLOCK)
-    return Purged(messages, keys)
+    return Purged(deliveries, keys)
 
 
-async def _purge_messages(
+async def _purge_deliveries(
     connection: Connection, keep: timedelta, statement: str, page: int, progress: Callable[[int], None]
 ) -> int:
     before: datetime = await connection.fetchval("SELECT clock_timestamp() - $1::interval", keep)

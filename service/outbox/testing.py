@@ -96,7 +96,7 @@ class InlineWorker:
     """Runs deliveries one after the other, in the test's own event loop. Made by `inline_worker`.
 
     Attributes:
-        runner: What runs them; use it directly for deliveries at the same time or of the same message twice.
+        runner: What runs them; use it directly to run several at the same time, or one twice.
     """
 
     def __init__(self, runner: _RecordingRunner, engine: AsyncEngine) -> None:

@@ -54,7 +54,7 @@ class Heartbeat(threading.Thread):
             self._watched[delivery_id] = (token, longest)
 
     def forget(self, delivery_id: UUID, token: UUID) -> None:
-        """The run is over. Another run of the same message in this process keeps its watch."""
+        """The run is over. Another run of the same delivery in this process keeps its watch."""
         with self._lock:
             if self._watched.get(delivery_id, (None, None))[0] == token:
                 del self._watched[delivery_id]

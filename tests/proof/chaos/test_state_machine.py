@@ -88,9 +88,9 @@ class Machine(RuleBasedStateMachine):
         self.run(self.connection.execute("TRUNCATE outbox_message, dead_letter"))
         self.rows: dict[UUID, Row] = {}
         for _ in range(2):
-            message_id = uuid4()
-            self.run(self.connection.execute(_INSERT, message_id))
-            self.rows[message_id] = Row()
+            delivery_id = uuid4()
+            self.run(self.connection.execute(_INSERT, delivery_id))
+            self.rows[delivery_id] = Row()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(coroutine)
@@ -102,8 +102,8 @@ class Machine(RuleBasedStateMachine):
     def pick(self, number: int) -> tuple[UUID, Row]:
         return list(self.rows.items())[number]
 
-    def claim_of(self, message_id: UUID, token: UUID) -> delivering.Claim:
-        return delivering.Claim(message_id, token, message_id, "", 1, "", "", "{}", {}, 1, 1, 0.0)
+    def claim_of(self, delivery_id: UUID, token: UUID) -> delivering.Claim:
+        return delivering.Claim(delivery_id, token, delivery_id, "", 1, "", "", "{}", {}, 1, 1, 0.0)
 
     def a_token(self, data: st.DataObject, row: Row) -> UUID:
         """The latest claim's, or that of a zombie."""
@@ -113,12 +113,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1))
     def time_passes(self, number: int) -> None:
-        message_id, row = self.pick(number)
+        delivery_id, row = self.pick(number)
         if row.state in ("pending", "dispatched", "running"):
             self.run(
                 self.connection.execute(
                     "UPDATE outbox_message SET due_at = clock_timestamp() - interval '1 second' WHERE id = $1",
-                    message_id,
+                    delivery_id,
                 )
             )
             row.due = True
@@ -133,22 +133,22 @@ class Machine(RuleBasedStateMachine):
 
     def _take(self, *, spares: bool) -> tuple[Transaction, set[UUID]]:
         taken = {
-            message_id
-            for message_id, row in self.rows.items()
+            delivery_id
+            for delivery_id, row in self.rows.items()
             if row.due and (row.state in ("pending", "dispatched") or (row.state == "running" and not spares))
         }
         transaction = self.relay.transaction()
         self.run(transaction.start())
         batch = self.run(take_due(self.relay, "model", NO_FLOOR, 10, PAUSES, expired_leases=not spares))
         handed_over = {UUID(each.delivery_id) for each in (batch.rows if batch else [])}
-        assert handed_over == {message_id for message_id in taken if not self.rows[message_id].suspect}
+        assert handed_over == {delivery_id for delivery_id in taken if not self.rows[delivery_id].suspect}
         assert (batch.suspects if batch else 0) == len(taken) - len(handed_over)
         return transaction, taken
 
     def _end(self, transaction: Transaction, taken: set[UUID], *, commits: bool) -> None:
         self.run(transaction.commit() if commits else transaction.rollback())
-        for message_id in taken if commits else ():
-            row = self.rows[message_id]
+        for delivery_id in taken if commits else ():
+            row = self.rows[delivery_id]
             row.due = False
             if row.suspect:
                 row.state = "pending"
@@ -161,15 +161,15 @@ class Machine(RuleBasedStateMachine):
         self.time_passes(0)
         transaction, taken = self._take(spares=False)
         claims: list[tuple[UUID, UUID, asyncio.Task[delivering.Claim | None]]] = []
-        for message_id in [each for each, row in self.rows.items() if each in taken and not row.suspect][:1]:
+        for delivery_id in [each for each, row in self.rows.items() if each in taken and not row.suspect][:1]:
             token = uuid4()
-            assert self.run(delivering.claim_free(self.connection, [(message_id, token)], MINUTE)) == []
-            claim = self.loop.create_task(delivering.claim(self.connection, message_id, token, MINUTE))
-            claims.append((message_id, token, claim))
+            assert self.run(delivering.claim_free(self.connection, [(delivery_id, token)], MINUTE)) == []
+            claim = self.loop.create_task(delivering.claim(self.connection, delivery_id, token, MINUTE))
+            claims.append((delivery_id, token, claim))
             self.run(until(self._somebody_waits, what="the claim to wait for the relay"))
         self._end(transaction, taken, commits=commits)
-        for message_id, token, claim in claims:
-            self._check_claim(message_id, token, self.run(_result(claim)))
+        for delivery_id, token, claim in claims:
+            self._check_claim(delivery_id, token, self.run(_result(claim)))
 
     async def _somebody_waits(self) -> bool:
         return bool(await self.relay.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
@@ -192,14 +192,14 @@ class Machine(RuleBasedStateMachine):
     def claim_together(self, data: st.DataObject) -> None:
         """Messages of both rows arrive at once, new ones or ones whose claim's reply was lost."""
         asked = {
-            message_id: self.a_token(data, row) if data.draw(st.booleans()) else uuid4()
-            for message_id, row in self.rows.items()
+            delivery_id: self.a_token(data, row) if data.draw(st.booleans()) else uuid4()
+            for delivery_id, row in self.rows.items()
         }
         found = self.run(delivering.claim_free(self.connection, list(asked.items()), MINUTE))
         claims = {claim.id: claim for claim in found}
         assert all(claim.token == asked[claim.id] for claim in found)
-        for message_id, token in asked.items():
-            self._check_claim(message_id, token, claims.get(message_id))
+        for delivery_id, token in asked.items():
+            self._check_claim(delivery_id, token, claims.get(delivery_id))
 
     @precondition(lambda self: any(row.state == "running" for row in self.rows.values()))
     @rule()
@@ -212,14 +212,14 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1), data=st.data())
     def claim_again(self, number: int, data: st.DataObject) -> None:
         """The reply was lost, and the worker asks again with its token."""
-        message_id, row = self.pick(number)
-        self._claim(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        self._claim(delivery_id, self.a_token(data, row))
 
-    def _claim(self, message_id: UUID, token: UUID) -> None:
-        self._check_claim(message_id, token, self.run(delivering.claim(self.connection, message_id, token, MINUTE)))
+    def _claim(self, delivery_id: UUID, token: UUID) -> None:
+        self._check_claim(delivery_id, token, self.run(delivering.claim(self.connection, delivery_id, token, MINUTE)))
 
-    def _check_claim(self, message_id: UUID, token: UUID, claimed: delivering.Claim | None) -> None:
-        row = self.rows[message_id]
+    def _check_claim(self, delivery_id: UUID, token: UUID, claimed: delivering.Claim | None) -> None:
+        row = self.rows[delivery_id]
         repeated = row.mine(token, "running")
         free = row.state in ("pending", "running") and row.due and not row.suspect
         allowed = row.state == "dispatched" or free or repeated
@@ -233,8 +233,8 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1), data=st.data(), reply_lost=st.booleans())
     def complete(self, number: int, data: st.DataObject, reply_lost: bool) -> None:
         """Tick off and take effect; if the reply is lost, the same worker tries it all again."""
-        message_id, row = self.pick(number)
-        claim = self.claim_of(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        claim = self.claim_of(delivery_id, self.a_token(data, row))
         for _ in range(1 + reply_lost):
             allowed = row.mine(claim.token, "running", "dispatched")
             assert self.run(delivering.complete(self.connection, claim)) == allowed
@@ -244,8 +244,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1), data=st.data())
     def complete_in_transaction(self, number: int, data: st.DataObject) -> None:
-        message_id, row = self.pick(number)
-        claim = self.claim_of(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        claim = self.claim_of(delivery_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running", "dispatched")
         transaction = self.connection.transaction()
         self.run(transaction.start())
@@ -260,8 +260,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1), data=st.data())
     def fail(self, number: int, data: st.DataObject) -> None:
-        message_id, row = self.pick(number)
-        claim = self.claim_of(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        claim = self.claim_of(delivery_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
         assert self.run(delivering.fail(self.connection, claim, ERROR, MINUTE)) == allowed
         if allowed:
@@ -269,8 +269,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1), data=st.data())
     def release(self, number: int, data: st.DataObject) -> None:
-        message_id, row = self.pick(number)
-        claim = self.claim_of(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        claim = self.claim_of(delivery_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
         self.run(delivering.release(self.connection, claim))
         if allowed:
@@ -279,8 +279,8 @@ class Machine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 1), data=st.data(), overdue=st.booleans())
     def release_unknown(self, number: int, data: st.DataObject, overdue: bool) -> None:
         """A worker that does not know the consumer puts the row back, until that has gone on for too long."""
-        message_id, row = self.pick(number)
-        claim = self.claim_of(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        claim = self.claim_of(delivery_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
         patience = -MINUTE if overdue else MINUTE * 60
         answer = delivering.postpone(self.connection, claim, UNKNOWN, MINUTE, patience)
@@ -294,8 +294,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1), data=st.data())
     def heartbeat(self, number: int, data: st.DataObject) -> None:
-        message_id, row = self.pick(number)
-        self._beat(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        self._beat(delivery_id, self.a_token(data, row))
 
     @precondition(lambda self: any(row.outlived for row in self.rows.values()))
     @rule()
@@ -303,12 +303,12 @@ class Machine(RuleBasedStateMachine):
         """A zombie's heart beats when the lease of whoever has its row by now has ended."""
         number = next(number for number in (0, 1) if self.pick(number)[1].outlived)
         self.time_passes(number)
-        message_id, row = self.pick(number)
-        self._beat(message_id, row.outlived[0])
+        delivery_id, row = self.pick(number)
+        self._beat(delivery_id, row.outlived[0])
 
-    def _beat(self, message_id: UUID, token: UUID) -> None:
-        row = self.rows[message_id]
-        self.run(delivering.heartbeat(self.connection, [(message_id, token, MINUTE * 60)], MINUTE))
+    def _beat(self, delivery_id: UUID, token: UUID) -> None:
+        row = self.rows[delivery_id]
+        self.run(delivering.heartbeat(self.connection, [(delivery_id, token, MINUTE * 60)], MINUTE))
         if row.mine(token, "running", "dispatched"):
             row.state, row.due = "running", False
 
@@ -316,8 +316,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1), data=st.data())
     def die(self, number: int, data: st.DataObject) -> None:
-        message_id, row = self.pick(number)
-        claim = self.claim_of(message_id, self.a_token(data, row))
+        delivery_id, row = self.pick(number)
+        claim = self.claim_of(delivery_id, self.a_token(data, row))
         allowed = row.mine(claim.token, "running")
         assert (self.run(delivering.die(self.connection, claim, ERROR, "the rule says so")) is not None) == allowed
         if allowed:
@@ -365,8 +365,8 @@ class Machine(RuleBasedStateMachine):
             )
         }
         expected = {
-            message_id: (row.state, row.attempts, row.dispatches, row.token, row.due)
-            for message_id, row in self.rows.items()
+            delivery_id: (row.state, row.attempts, row.dispatches, row.token, row.due)
+            for delivery_id, row in self.rows.items()
             if row.state not in ("dead", "discarded", "purged")
         }
         assert found == expected

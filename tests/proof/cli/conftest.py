@@ -92,7 +92,7 @@ class Rows:
         return psql(self._url, statement)
 
     def dead_letter(self, count: int = 1, **columns: str) -> list[UUID]:
-        """Insert open dead letters, numbered from 1 in this order; their message ids.
+        """Insert open dead letters, numbered from 1 in this order; their deliveries' ids.
 
         Args:
             count: How many.

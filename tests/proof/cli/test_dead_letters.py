@@ -132,10 +132,10 @@ def test_until_and_state(outbox: Outbox, rows: Rows) -> None:
 
 
 def test_show_prints_everything_and_a_replay_command_that_works(outbox: Outbox, rows: Rows) -> None:
-    (message_id,) = rows.dead_letter()
+    (delivery_id,) = rows.dead_letter()
     ran = outbox("dead-letters", "show", "1")
     assert ran.code == 0
-    for text in (str(message_id), "550 no such user", "orders/consumers.py:30 send", '{"order_id": "0193"}', "abc"):
+    for text in (str(delivery_id), "550 no such user", "orders/consumers.py:30 send", '{"order_id": "0193"}', "abc"):
         assert text in ran.out
     command = re.search(r"^ *outbox (dead-letters replay .+)$", ran.out, re.MULTILINE)
     assert command is not None
@@ -143,10 +143,10 @@ def test_show_prints_everything_and_a_replay_command_that_works(outbox: Outbox, 
     assert rows.sql("SELECT resolution FROM dead_letter") == "replayed"
 
 
-def test_show_takes_a_message_id_and_gives_json(outbox: Outbox, rows: Rows) -> None:
-    (message_id,) = rows.dead_letter()
-    shown = outbox("dead-letters", "show", str(message_id), "--json").json
-    assert shown["message_id"] == str(message_id)
+def test_show_takes_a_delivery_id_and_gives_json(outbox: Outbox, rows: Rows) -> None:
+    (delivery_id,) = rows.dead_letter()
+    shown = outbox("dead-letters", "show", str(delivery_id), "--json").json
+    assert shown["message_id"] == str(delivery_id)
     assert shown["errors"][0]["type"] == "MailError"
     assert shown["replay"] == "outbox dead-letters replay 1"
 
@@ -158,11 +158,11 @@ def test_a_replay_says_for_the_statistics_how_long_after_its_event_it_came_due(o
 
 
 def test_replay_writes_the_row_back_under_its_id_with_a_fresh_budget(outbox: Outbox, rows: Rows) -> None:
-    (message_id,) = rows.dead_letter()
+    (delivery_id,) = rows.dead_letter()
     ran = outbox("dead-letters", "replay", "1", "--by", "ann", "--why", "mail server is back")
     assert (ran.code, ran.out) == (0, "Replayed dead letter 1.\n")
     row = json.loads(rows.sql("SELECT to_jsonb(m) FROM outbox_message m"))
-    kept = {"id": str(message_id), "event_type": "order.confirmed", "version": 1, "queue": "email"}
+    kept = {"id": str(delivery_id), "event_type": "order.confirmed", "version": 1, "queue": "email"}
     fresh = {"state": "pending", "attempts": 0, "dispatches": 0, "errors": [], "claim_token": None, "started_at": None}
     assert row == row | kept | fresh
     assert row["payload"] == {"order_id": "0193"}
@@ -192,8 +192,8 @@ def test_what_was_replayed_is_not_replayed_again(outbox: Outbox, rows: Rows) -> 
     assert rows.sql("SELECT state, count(*) FROM outbox_message GROUP BY state ORDER BY 1") == "completed|1\npending|1"
 
 
-def test_a_delivery_that_died_twice_is_replayed_by_its_message_id(outbox: Outbox, rows: Rows) -> None:
-    (message_id,) = rows.dead_letter()
+def test_a_delivery_that_died_twice_is_replayed_by_its_delivery_id(outbox: Outbox, rows: Rows) -> None:
+    (delivery_id,) = rows.dead_letter()
     outbox("dead-letters", "replay", "1")
     rows.sql("DELETE FROM outbox_message")
     rows.sql(
@@ -201,7 +201,7 @@ def test_a_delivery_that_died_twice_is_replayed_by_its_message_id(outbox: Outbox
         " attempts, dispatches, created_at, errors, reason) SELECT message_id, event_id, event_type, version,"
         " consumer, queue, payload, headers, attempts, dispatches, created_at, errors, 'again' FROM dead_letter"
     )
-    ran = outbox("dead-letters", "replay", str(message_id))
+    ran = outbox("dead-letters", "replay", str(delivery_id))
     assert (ran.code, ran.out) == (0, "Replayed dead letter 2.\n")
 
 

@@ -28,10 +28,10 @@ def test_purge_removes_what_was_completed_before_the_setting(outbox: Outbox, row
     _age(rows, rows.message(1, state="'completed'", completed_at="now() - interval '6 days'"), 8)
     _age(rows, [*rows.message(), *rows.message(state="'running'"), *rows.message(state="'dispatched'")], 400)
     rows.message(1, state="'completed'", completed_at="now()")
-    assert outbox("purge", "--dry-run").out == "3 completed rows would be removed; nothing was done.\n"
+    assert outbox("purge", "--dry-run").out == "3 completed deliveries would be removed; nothing was done.\n"
     assert rows.sql(_COUNT) == "8"
     ran = outbox("purge")
-    assert (ran.code, ran.out) == (0, "Removed 3 completed rows and 0 HTTP idempotency keys.\n")
+    assert (ran.code, ran.out) == (0, "Removed 3 completed deliveries and 0 HTTP idempotency keys.\n")
     assert rows.sql(_COUNT) == "5"
     assert outbox("purge", "--older-than", "5d", "--json").json["messages"] == 1
     assert outbox("purge", "--older-than", "0s").out.startswith("Removed 1 ")

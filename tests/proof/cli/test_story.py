@@ -23,7 +23,7 @@ def _next(outbox: Outbox, event: UUID) -> str:
 
 def test_the_story_of_a_retry(outbox: Outbox, rows: Rows) -> None:
     errors = [error("MailError", "greylisted"), error("MailError", "busy", attempt=2, at="2026-01-02T03:04:09+00:00")]
-    (message_id,) = rows.message(
+    (delivery_id,) = rows.message(
         attempts="2",
         dispatches="2",
         created_at="'2026-01-02T03:04:05Z'",
@@ -32,13 +32,13 @@ def test_the_story_of_a_retry(outbox: Outbox, rows: Rows) -> None:
         due_at="clock_timestamp() + interval '12 s'",
         errors=json_literal(errors),
     )
-    ran = outbox("events", "show", str(message_id))
+    ran = outbox("events", "show", str(delivery_id))
     assert ran.code == 0
     story = ran.out.splitlines()
     assert story[4:] == [
         "",
         "orders.reserve_stock, queue stock: PENDING",
-        f"  message {message_id}",
+        f"  delivery {delivery_id}",
         "  2026-01-02 03:04:05Z  It was published for orders.reserve_stock.",
         "  2026-01-02 03:04:06Z  Its 1st attempt failed with MailError: greylisted",
         "  2026-01-02 03:04:08Z  The relay handed it to the broker, for the 2nd time.",
@@ -59,44 +59,44 @@ def test_the_story_of_a_retry(outbox: Outbox, rows: Rows) -> None:
     ],
 )
 def test_what_is_next(outbox: Outbox, rows: Rows, columns: dict[str, Any], says: str) -> None:
-    (message_id,) = rows.message(**columns)
-    assert says in _next(outbox, message_id)
+    (delivery_id,) = rows.message(**columns)
+    assert says in _next(outbox, delivery_id)
 
 
 @pytest.mark.parametrize("name", ["stock", "--all"])
 def test_a_paused_queue_is_part_of_what_is_next(outbox: Outbox, rows: Rows, name: str) -> None:
-    (message_id,) = rows.message()
+    (delivery_id,) = rows.message()
     outbox("queues", "pause", name, "--by", "ann")
-    assert f"Queue stock is paused by ann: `outbox queues resume {name}`" in _next(outbox, message_id)
+    assert f"Queue stock is paused by ann: `outbox queues resume {name}`" in _next(outbox, delivery_id)
 
 
 def test_a_completed_delivery_names_its_last_attempt(outbox: Outbox, rows: Rows) -> None:
-    (message_id,) = rows.message(
+    (delivery_id,) = rows.message(
         state="'completed'",
         attempts="2",
         errors=json_literal([error("MailError", "busy")]),
         started_at="'2026-01-02T03:05:00Z'",
         completed_at="'2026-01-02T03:05:01Z'",
     )
-    out = outbox("events", "show", str(message_id)).out
+    out = outbox("events", "show", str(delivery_id)).out
     assert "2026-01-02 03:05:00Z  A worker began its 2nd attempt." in out
     assert "2026-01-02 03:05:01Z  It was completed." in out
 
 
 def test_death_replay_and_second_death_are_told_in_order(outbox: Outbox, rows: Rows) -> None:
-    (message_id,) = rows.dead_letter()
-    assert "`outbox dead-letters replay 1`" in _next(outbox, message_id)
+    (delivery_id,) = rows.dead_letter()
+    assert "`outbox dead-letters replay 1`" in _next(outbox, delivery_id)
     outbox("dead-letters", "replay", "1", "--by", "ann", "--why", "mail is back")
-    assert "It waits for its 1st attempt" in _next(outbox, message_id)
+    assert "It waits for its 1st attempt" in _next(outbox, delivery_id)
     rows.sql("DELETE FROM outbox_message")
-    assert "It was replayed and completed" in _next(outbox, message_id)
+    assert "It was replayed and completed" in _next(outbox, delivery_id)
     rows.sql(
         "INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers,"
         " attempts, dispatches, created_at, errors, reason) SELECT message_id, event_id, event_type, version,"
         " consumer, queue, payload, headers, attempts, dispatches, created_at, '[]', 'again' FROM dead_letter"
     )
     outbox("dead-letters", "discard", "2", "--by", "bob")
-    story = outbox("events", "show", str(message_id), "--json").json["deliveries"][0]
+    story = outbox("events", "show", str(delivery_id), "--json").json["deliveries"][0]
     assert [step["what"] for step in story["steps"]] == [
         "It was published for orders.send_confirmation.",
         "Its 1st attempt failed with MailError: 550 no such user",
@@ -121,10 +121,10 @@ def test_every_delivery_of_the_event_and_of_no_other(outbox: Outbox, rows: Rows)
 
 
 def test_the_story_fits_80_columns(outbox: Outbox, rows: Rows) -> None:
-    (message_id,) = rows.dead_letter(
+    (delivery_id,) = rows.dead_letter(
         errors=json_literal([error("MailError", "no " * 150)]), reason="'no ' || repeat('a b ', 90)"
     )
-    lines = outbox("events", "show", str(message_id)).out.splitlines()
+    lines = outbox("events", "show", str(delivery_id)).out.splitlines()
     assert max(map(len, lines)) <= 80
 
 

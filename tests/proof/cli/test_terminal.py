@@ -46,7 +46,7 @@ def test_every_command_shows_text_and_nothing_else(outbox: Outbox, rows: Rows, f
     rows.dead_letter(2, **_DEAD)
     rows.dead_letter(1, resolution="'discarded'", resolved_at="now()", resolved_by=_TEXT, resolved_why=_TEXT, **_DEAD)
     unclaimed = {"state": "'dispatched'", "dispatches": "9", "attempts": "0"}
-    (message_id,) = rows.message(1, 1, None, **unclaimed, **_WAITING)
+    (delivery_id,) = rows.message(1, 1, None, **unclaimed, **_WAITING)
     rows.sql(f"INSERT INTO paused_queue (queue, paused_by, why) VALUES ({_TEXT}, {_TEXT}, {_TEXT})")
     for command in (
         ["status"],
@@ -61,7 +61,7 @@ def test_every_command_shows_text_and_nothing_else(outbox: Outbox, rows: Rows, f
         ["dead-letters", "replay", "3"],
         ["dead-letters", "replay", "--all"],
         ["dead-letters", "list", "--state", EVIL],
-        ["events", "show", str(message_id)],
+        ["events", "show", str(delivery_id)],
         ["events", "show", EVIL],
         ["events", "list"],
         ["events", "list", "--state", EVIL],

@@ -41,7 +41,7 @@ async def test_the_purge_stops_at_younger_ids(connection: Connection) -> None:
 
     purged = await purge_step_by_step(connection, _WEEK, page=1, progress=count)
     assert purged is not None
-    assert (purged.messages, looked) == (0, 1)
+    assert (purged.deliveries, looked) == (0, 1)
 
 
 async def test_the_purge_walks_in_small_transactions(connection: Connection) -> None:
@@ -49,7 +49,7 @@ async def test_the_purge_walks_in_small_transactions(connection: Connection) -> 
     steps: list[int] = []
     purged = await purge_step_by_step(connection, _WEEK, page=10, progress=steps.append)
     assert purged is not None
-    assert (purged.messages, steps) == (25, [10, 20, 25, 25])
+    assert (purged.deliveries, steps) == (25, [10, 20, 25, 25])
     held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
     assert await connection.fetchval(held) == 0
 
@@ -63,7 +63,7 @@ async def test_a_second_purger_leaves_it_to_the_first(connection: Connection, da
     assert await purge_step_by_step(connection, _WEEK) is None
     purged = await first
     assert purged is not None
-    assert purged.messages == 3
+    assert purged.deliveries == 3
     await other.close()
 
 
@@ -102,7 +102,7 @@ async def test_the_purge_and_writers_do_not_deadlock(connection: Connection, dat
         while removed < 150:
             purged = await purge_step_by_step(connection, _WEEK, page=7)
             assert purged is not None
-            removed += purged.messages
+            removed += purged.deliveries
     going = False
     await writing
     await writer.close()
