@@ -1,1 +1,1 @@
-"""The relay: the process that hands due outbox rows to the broker, and the commands for whoever operates it."""
+"""The relay: the process that hands due deliveries to the broker, and the commands for whoever operates it."""

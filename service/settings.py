@@ -117,7 +117,7 @@ class OutboxSettings(BaseModel):
 
     redispatch_after: Seconds = Field(
         60,
-        description="Seconds until a dispatched event that no worker claimed is handed to the broker again",
+        description="Seconds until a delivery that no worker claimed is handed over again",
     )
     lease: Seconds = Field(30, ge=1, description="Seconds a claim lasts without a heartbeat")
     grace: Seconds = Field(5, description="Seconds beyond its time limit before a delivery's lease ends for good")
@@ -127,9 +127,9 @@ class OutboxSettings(BaseModel):
     time_limit: int = Field(60_000, ge=100, le=86_400_000, description="Milliseconds a consumer may run")
     unknown_consumer_after: Seconds = Field(
         86_400,
-        description="Seconds an event waits for a worker that knows its consumer before it is dead-lettered",
+        description="Seconds a delivery waits for a worker that knows its consumer before it is dead-lettered",
     )
-    batch_size: int = Field(500, ge=1, le=5_000, description="Rows the relay hands over in one transaction")
+    batch_size: int = Field(500, ge=1, le=5_000, description="Deliveries the relay hands over in one transaction")
     high_water_mark: int = Field(
         5_000,
         ge=1,
@@ -146,7 +146,7 @@ class OutboxSettings(BaseModel):
         7 * 86_400,
         ge=0,
         le=366 * 86_400,
-        description="Seconds a completed row is kept for `outbox events show`",
+        description="Seconds a completed delivery is kept for `outbox events show`",
     )
     shutdown_grace: Seconds = Field(
         20, description="Seconds a stopping worker lets running consumers finish before it releases them"

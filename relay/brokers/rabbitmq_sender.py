@@ -65,7 +65,7 @@ class RabbitmqSender:
         A repeated hand-over is queued twice; the second copy finds nothing to claim.
         """
         timestamp = int(time.time() * 1000)
-        messages = [(row.delivery_id, encode(queue, row, timestamp).encode()) for row in batch]
+        messages = [(due.delivery_id, encode(queue, due, timestamp).encode()) for due in batch]
         return await self._ask(queue, lambda channel: send_batch(channel, queue, messages))
 
     async def depth(self, queue: str) -> int:

@@ -133,11 +133,11 @@ class RedisSender:
     async def hand_over(self, queue: str, batch: Sequence[DueDelivery], transaction: str) -> int:
         list_key = f"{self._namespace}:{queue}"
         arguments = [transaction, f"{self._namespace}:__heartbeats__", f"{self._namespace}:__acks__.", f".{queue}"]
-        for (consumer, traced), rows in _groups(batch).items():
+        for (consumer, traced), group in _groups(batch).items():
             arguments += _pieces(queue, consumer, traced=traced)
             arguments += (
-                "".join(row.delivery_id for row in rows),
-                "".join(row.trace or "" for row in rows) if traced else "",
+                "".join(due.delivery_id for due in group),
+                "".join(due.trace or "" for due in group) if traced else "",
             )
         keys = [list_key, f"{list_key}.msgs", doorbell(self._namespace, queue)]
         return int(await self._call(self._script(keys=keys, args=arguments)))
@@ -174,10 +174,10 @@ class RedisSender:
 
 
 def _groups(batch: Sequence[DueDelivery]) -> dict[tuple[str, bool], list[DueDelivery]]:
-    """The rows by consumer, and by whether they have a trace that can be passed on."""
+    """The deliveries by consumer, and by whether they have a trace that can be passed on."""
     groups: dict[tuple[str, bool], list[DueDelivery]] = defaultdict(list)
-    for row in batch:
-        groups[row.consumer, row.trace is not None and TRACEPARENT.fullmatch(row.trace) is not None].append(row)
+    for due in batch:
+        groups[due.consumer, due.trace is not None and TRACEPARENT.fullmatch(due.trace) is not None].append(due)
     return groups
 
 

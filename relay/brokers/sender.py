@@ -37,7 +37,7 @@ class Sender(Protocol):
 
         Args:
             queue: The Dramatiq queue.
-            batch: Rows of this queue.
+            batch: Deliveries of this queue.
             transaction: New for every relay transaction: within one, a repeated hand-over is queued once.
 
         Raises:

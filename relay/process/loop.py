@@ -1,10 +1,10 @@
-"""The relay process: hands every row that is due to the broker, for as long as it runs.
+"""The relay process: hands every delivery that is due to the broker, for as long as it runs.
 
-What must stay true: a row is marked as dispatched and handed over in one transaction, so what the broker did not take
-stays due. A failure of the broker or of PostgreSQL counts against no event; the relay rolls back, waits with backoff
-and goes on by itself. A queue that takes nothing holds no other up: it is tried again apart from them. Looking for
-work never takes most of the time, whatever it costs: each round serves somebody, the queue first that has waited
-longest. Any number of relays may run: they skip each other's rows.
+What must stay true: a delivery is marked as dispatched and handed over in one transaction, so what the broker did not
+take stays due. A failure of the broker or of PostgreSQL counts against no delivery; the relay rolls back, waits with
+backoff and goes on by itself. A queue that takes nothing holds no other up: it is tried again apart from them. Looking
+for work never takes most of the time, whatever it costs: each round serves somebody, the queue first that has waited
+longest. Any number of relays may run: they skip each other's deliveries.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class Relay:
             if moved or not looked or self._must_look():
                 continue  # what was seen before the last batch or the last wait does not tell what is due now
             if self._due_in() <= 0 or vain > 1:
-                # Due, but locked by somebody or spared; or those who write into a full or paused queue ring all the
-                # time. Look again soon.
+                # Due, but locked by somebody or spared; or those who write into a full or paused queue wake this
+                # relay all the time. Look again soon.
                 vain = 0
                 await self._pause(SHORTEST_SLEEP)
             elif await wakeup.sleep(lambda: self._look(connection), min(LONGEST_SLEEP, self._outbox.lease / 2)):
@@ -169,7 +169,7 @@ class Relay:
         return now + max(every, _LOOKING * (now - began))
 
     async def _look(self, connection: Connection) -> float:
-        """See which queues have open rows, and let the next scans begin without a floor; seconds until one is due."""
+        """See which queues are not empty, and let the next scans begin without a floor; seconds until one is due."""
         began = self._now()
         self._heads = [head for head in await queue_heads(connection) if not head.paused]
         self._sparing.heard(self._now())
@@ -186,7 +186,7 @@ class Relay:
         self._glance_at = self._next(began, _GLANCE_EVERY)
 
     async def _round(self, connection: Connection) -> int:
-        """Give each queue one batch, those first that have waited longest; how many rows were settled with.
+        """Give each queue one batch, those first that have waited longest; how many deliveries were dealt with.
 
         A look that is due ends it, but not before it has served somebody.
         """
@@ -258,8 +258,8 @@ class Relay:
                 batch = await self._take(connection, name, known, limit)
                 if batch is None:
                     return 0
-                if batch.rows:
-                    known.depth = await self._sender.hand_over(name, batch.rows, uuid4().hex[:16])
+                if batch.deliveries:
+                    known.depth = await self._sender.hand_over(name, batch.deliveries, uuid4().hex[:16])
         except _CONFLICTS as error:
             _log.warning("relay.conflict", queue=name, error=brief(error))
             return 0
@@ -267,11 +267,11 @@ class Relay:
         self.tally.add(name, batch, self._now() - began)
         if batch.suspects:
             _log.warning("relay.workers_lost", queue=name, deliveries=batch.suspects)
-        _log.debug("relay.dispatched", queue=name, deliveries=len(batch.rows), waiting=known.depth)
-        return len(batch.rows) + batch.suspects
+        _log.debug("relay.dispatched", queue=name, deliveries=len(batch.deliveries), waiting=known.depth)
+        return len(batch.deliveries) + batch.suspects
 
     async def _room(self, name: str, known: KnownQueue) -> int:
-        """How many rows the queue may take now: a backlog waits in PostgreSQL, where it cannot fill the broker."""
+        """How many the queue may take now: a backlog waits in PostgreSQL, where it cannot fill the broker."""
         if self._is_full(known):
             known.depth = await self._sender.depth(name)
         return min(self._outbox.batch_size, self._outbox.high_water_mark - known.depth)

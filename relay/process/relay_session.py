@@ -27,7 +27,7 @@ SESSION = {
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
-"""Settings of a session that hands rows out, for `bound_waits`."""
+"""Settings of a session that hands deliveries over, for `bound_waits`."""
 
 
 class Sessions:

@@ -24,7 +24,7 @@ class Tally:
 
     def add(self, queue: str, batch: Batch, seconds: float) -> None:
         """A batch is committed."""
-        self.handed_over[queue] += len(batch.rows)
+        self.handed_over[queue] += len(batch.deliveries)
         self.redispatched[queue] += batch.unclaimed
         self.workers_lost[queue] += batch.lost
         self.batches[queue].add(seconds)

@@ -48,7 +48,7 @@ _STATE = "(message.state || '')"
 
 # The states a claim may come from must cover what the row looked like before the relay's dispatch commits: a worker
 # can be faster than that commit, and READ COMMITTED waits only for rows whose committed version matches. Suspects are
-# left out: the relay never hands them out from `running`, and an old message must not bring them together again.
+# left out: the relay never hands them over from `running`, and an old message must not bring them together again.
 #
 # A claim of a first dispatch need not survive a crash of PostgreSQL: it would only run again. From the second on it
 # must, or a delivery that crashes its backend would never use up its attempts.
@@ -168,7 +168,7 @@ RETURNING id
 """  # noqa: S608
 
 # SKIP LOCKED: rows locked by a complete would otherwise be waited for in another order than the completes lock them.
-# A row the relay handed out again is taken back as long as nobody claimed it.
+# A row the relay handed over again is taken back as long as nobody claimed it.
 _HEARTBEAT = f"""
 WITH mine AS MATERIALIZED (
     SELECT message.ctid, lease.until

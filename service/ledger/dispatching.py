@@ -1,11 +1,11 @@
-"""The relay's statements: what is due, and handing it out.
+"""The relay's statements: what is due, and marking it as handed over.
 
 What must stay true: states are literals and plans are made for the values at hand (`force_custom_plan`), or a plan
 made on an empty table serves the full one; every statement is bounded in rows; leases and delays are written with
 `clock_timestamp()`.
 
 The floor: where another transaction anywhere keeps dead index entries alive, a scan from the left of the index crawls
-over everything already handed out. So scans start at the last row of the one before, and a sweep without the floor
+over everything already handed over. So scans start at the last row of the one before, and a sweep without the floor
 finds what committed late below it.
 """
 
@@ -37,12 +37,12 @@ class Floor:
 
 NO_FLOOR = Floor(datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 
-# Hands out each row that is due. A row handed out again and again without being claimed waits longer each time; the
+# Marks each row that is due. One handed over again and again without being claimed waits longer each time; the
 # exponent is bounded, because an interval out of range would abort the whole batch for ever. A locked row keeps its
 # place in the table (ctid) until the transaction ends, so the update finds it without an index.
 #
 # A suspect: a worker that died in its second attempt or later may have been killed by this very row, and its neighbours
-# died with it. They wait apart from each other instead of meeting again at once. They are put back where they are met,
+# died with it. They wait apart from each other instead of meeting again at once. They are set apart where they are met,
 # in the order of hand-over: to look for them would cost as much as all that waits beside them.
 _LOST = """
 jsonb_build_object('type', 'WorkerLost', 'message', 'the lease ended without a heartbeat', 'traceback', '')
@@ -104,15 +104,15 @@ WHERE NOT EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (known.qu
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that this transaction handed out, and where the next scan may start.
+    """What this transaction hands over, and where the next scan may start.
 
     Attributes:
-        suspects: How many were put back instead.
-        unclaimed: How many of the rows had been handed out before, and no worker had claimed them in time.
+        suspects: How many were set apart instead.
+        unclaimed: How many of them had been handed over before, and no worker had claimed them in time.
         lost: How many were taken from a worker whose lease had ended, with the suspects.
     """
 
-    rows: list[DueDelivery]
+    deliveries: list[DueDelivery]
     floor: Floor
     suspects: int
     unclaimed: int
@@ -121,7 +121,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Pauses:
-    """For how long rows are left alone that were handed out, or whose worker was lost again (doubled each time)."""
+    """For how long rows are left alone that were handed over, or whose worker was lost again (doubled each time)."""
 
     redispatch_after: timedelta
     min_backoff: timedelta
@@ -151,11 +151,11 @@ async def take_due(
     )  # fmt: skip
     if not rows:
         return None
-    handed_out = [DueDelivery(row[0], row[1], row[2]) for row in rows if row[5] != "suspect"]
+    deliveries = [DueDelivery(row[0], row[1], row[2]) for row in rows if row[5] != "suspect"]
     found = Counter([row[5] for row in rows])
     suspects = found["suspect"]
     floor = Floor(rows[0][3], rows[0][4])
-    return Batch(handed_out, floor, suspects, unclaimed=found["dispatched"], lost=found["running"] + suspects)
+    return Batch(deliveries, floor, suspects, unclaimed=found["dispatched"], lost=found["running"] + suspects)
 
 
 async def queue_heads(connection: Connection) -> list[QueueHead]:

@@ -143,13 +143,13 @@ class _DoorbellConsumer(Consumer):
         stranded = [each for each in self._unacknowledged() if each not in self._running and each not in self._settled]
         if stranded:
             _log.warning("doorbell.requeued_stranded", queue=self._queue, messages=len(stranded))
-            self._give_back(stranded)
+            self._requeue(stranded)
 
     def _unacknowledged(self) -> set[bytes]:
         members: set[bytes] = self._broker.client.smembers(self._acks)  # type: ignore[assignment]
         return members
 
-    def _give_back(self, ids: list[bytes]) -> None:
+    def _requeue(self, ids: list[bytes]) -> None:
         self._broker.do_requeue(self._queue, *ids)
         # Whoever pushes onto a queue that is not empty need not ring.
         self._broker.ring(self._queue)
@@ -263,17 +263,17 @@ class _DoorbellConsumer(Consumer):
             self._vacancy.set()
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        """Give messages back that no thread has started. What the server refuses goes back as stranded later."""
+        """Put messages back that no thread has started. What the server refuses goes back as stranded later."""
         ids = [_place(message) for message in messages]
         self._forget(ids)
         if ids:
             try:
-                self._give_back(ids)
+                self._requeue(ids)
             except redis.RedisError as error:
                 _log.warning("doorbell.not_requeued", queue=self._queue, messages=len(ids), error=type(error).__name__)
 
     def close(self) -> None:
-        """Give back what no thread was handed, and end the subscription.
+        """Requeue what no thread was handed, and end the subscription.
 
         A worker that stops does not wait for ever for the consumer's own thread; where it still listens, the
         subscription ends with the process.

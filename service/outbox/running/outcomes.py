@@ -37,7 +37,7 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
+class Finished:
     """The consumer came back without `begin()`: its effect is outside, or there was nothing to do."""
 
 
@@ -82,7 +82,7 @@ class Unknown:
     delay: timedelta
 
 
-Unwritten = Returned | Failed | Dead | Released | Suspected | Unknown
+Unwritten = Finished | Failed | Dead | Released | Suspected | Unknown
 """What the row does not show yet."""
 
 Outcome = Completed | Lost | Unwritten
@@ -127,7 +127,7 @@ async def write(connection: Connection, claim: Claim, outcome: Unwritten, patien
         What it came to, in the words of the statistics.
     """
     match outcome:
-        case Returned():
+        case Finished():
             return log_completed(claim) if await delivering.complete(connection, claim) else log_lost(claim)
         case Failed() | Dead():
             return await _write_failure(connection, claim, outcome)
@@ -185,6 +185,6 @@ def log_completed(claim: Claim) -> str:
 
 
 def log_lost(claim: Claim) -> str:
-    """Tell that the row is somebody else's; the word for it."""
+    """Tell that the delivery is somebody else's; the word for it."""
     _log.warning("outbox.lease_lost", consumer=claim.consumer, delivery_id=str(claim.id))
     return "lost"

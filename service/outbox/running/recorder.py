@@ -1,4 +1,4 @@
-"""Runs what this process runs, and adds it to the ledger now and then.
+"""Counts what this process runs, and adds it to the ledger now and then.
 
 What must stay true: a delivery never waits for it, costs no statement more for it, and does not fail with it. What the
 ledger does not take is kept for the next time; a process that is killed loses what it counted since the last one, and
@@ -38,7 +38,7 @@ _KEYS = 1_000
 
 
 class Recorder:
-    """Runs on one event loop.
+    """Counts on one event loop.
 
     Args:
         ledger: Lends a connection.

@@ -33,10 +33,10 @@ from service.outbox.running.outcomes import (
     Completed,
     Dead,
     Failed,
+    Finished,
     Lost,
     Outcome,
     Released,
-    Returned,
     Suspected,
     Unknown,
     Unwritten,
@@ -188,13 +188,13 @@ class Runner:
                         break
                     await asyncio.sleep(backoff(attempt, 100, 3_000).total_seconds())
         except asyncio.CancelledError:
-            self._later(delivery_id, token, partial(self._give_back, delivery_id, token))
+            self._later(delivery_id, token, partial(self._release_unheard, delivery_id, token))
             raise
-        self._later(delivery_id, token, partial(self._give_back, delivery_id, token))
+        self._later(delivery_id, token, partial(self._release_unheard, delivery_id, token))
         return None
 
-    async def _give_back(self, delivery_id: UUID, token: UUID) -> None:
-        """Undo a claim that nobody waits for any more: it may have been made without a reply."""
+    async def _release_unheard(self, delivery_id: UUID, token: UUID) -> None:
+        """Release what nobody waits for any more: it may have been claimed without a reply."""
         claim = await self._claims.claim(delivery_id, token)
         if claim is not None:
             await self._write(claim, Released())
@@ -280,7 +280,7 @@ class Runner:
         if run.progress.begun:
             error = DeliveryError("the error that ended begin() was swallowed: let it out, or return before begin()")
             return self.judge(error, run)
-        return Returned()
+        return Finished()
 
     def judge(self, error: BaseException, run: Run) -> Outcome:
         """What it means that the consumer raised."""

@@ -109,7 +109,7 @@ async def claim_alone(stage: Stage, rows: int) -> float:
                     pauses = Pauses(minute, minute, minute)
                     batch = await take_due(connection, "bench", floor, 500, pauses, expired_leases=True)
                 assert batch is not None
-                floor, taken = batch.floor, taken + len(batch.rows)
+                floor, taken = batch.floor, taken + len(batch.deliveries)
             return rows / (time.perf_counter() - began)
         finally:
             await connection.close()

@@ -78,8 +78,8 @@ def commit_before_publish() -> None:
                 batch = await self._take(connection, name, queue, limit)
             if batch is None:
                 return 0
-            queue.depth = await self._sender.hand_over(name, batch.rows, module.uuid4().hex[:16])
-            return len(batch.rows)
+            queue.depth = await self._sender.hand_over(name, batch.deliveries, module.uuid4().hex[:16])
+            return len(batch.deliveries)
 
         replace(module.Relay, "_dispatch", dispatch)
 

@@ -127,7 +127,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(commits=st.booleans(), spares=st.booleans())
     def dispatch(self, commits: bool, spares: bool) -> None:
-        """Hand over what is due, put back what was lost again; or publish, and die before the commit."""
+        """Hand over what is due, set apart what was lost again; or publish, and die before the commit."""
         transaction, taken = self._take(spares=spares)
         self._end(transaction, taken, commits=commits)
 
@@ -140,7 +140,7 @@ class Machine(RuleBasedStateMachine):
         transaction = self.relay.transaction()
         self.run(transaction.start())
         batch = self.run(take_due(self.relay, "model", NO_FLOOR, 10, PAUSES, expired_leases=not spares))
-        handed_over = {UUID(each.delivery_id) for each in (batch.rows if batch else [])}
+        handed_over = {UUID(each.delivery_id) for each in (batch.deliveries if batch else [])}
         assert handed_over == {delivery_id for delivery_id in taken if not self.rows[delivery_id].suspect}
         assert (batch.suspects if batch else 0) == len(taken) - len(handed_over)
         return transaction, taken

@@ -286,7 +286,7 @@ async def test_poison_and_its_neighbours_are_put_apart_after_a_second_loss(ledge
     fresh = await ledger.happen()
     batch = await take_due(await connect(), "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
     assert batch is not None
-    assert ([row.delivery_id for row in batch.rows], batch.suspects) == ([str(fresh)], 4)
+    assert ([row.delivery_id for row in batch.deliveries], batch.suspects) == ([str(fresh)], 4)
     rows = [row for row in [await ledger.row(message_id) for message_id in ids] if row]
     assert {row["state"] for row in rows} == {"pending"}
     assert all(4 < row["due_in"] <= 10 for row in rows)
@@ -312,7 +312,7 @@ async def test_a_first_loss_goes_straight_out_again(ledger: Ledger, connect: Con
     await ledger.expire(message_id)
     batch = await take_due(await connect(), "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
     assert batch is not None
-    assert [row.delivery_id for row in batch.rows] == [str(message_id)]
+    assert [row.delivery_id for row in batch.deliveries] == [str(message_id)]
 
 
 async def test_workers_lost_in_every_attempt_mean_a_dead_letter(ledger: Ledger, runner: Runner) -> None:

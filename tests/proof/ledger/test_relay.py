@@ -169,7 +169,7 @@ async def test_two_relays_skip_each_others_rows(ledger: Ledger, connect: Connect
             second = await take_due(two, "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
     assert first is not None
     assert second is not None
-    assert len({row.delivery_id for row in first.rows} | {row.delivery_id for row in second.rows}) == 4
+    assert len({row.delivery_id for row in first.deliveries} | {row.delivery_id for row in second.deliveries}) == 4
 
 
 async def test_what_commits_late_below_the_floor_is_found(
