@@ -1,7 +1,7 @@
 """What died for good: finding it, by number, by delivery, or by what they have in common.
 
-A dead letter is a dictionary of its columns, with its `age`. The connection is one that reads JSON
-(`driver.read_json`).
+A worker decides what dies: `outbox/running/runner.py`. A dead letter here is a dictionary of its columns, with its
+`age`. The connection is one that reads JSON (`driver.read_json`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Ends a worker process that is stuck for good or has lost its main process, so that its supervisor starts another.
+"""Sees that a worker process is stuck for good or has lost its main process, so that its supervisor starts another.
 
 A time limit is an exception, and neither a coroutine that blocks the event loop nor a `def` consumer that waits in C
 code comes back to Python to receive it. The process would live on, run nothing and swallow messages, and so would in
-turn each worker that is handed the row. Once the process is gone, attempts are counted as for any lost worker.
+turn each worker that is handed the delivery. So this thread dies, and `process.py` ends the process, as it does when
+any thread dies. Attempts are counted as for any lost worker.
 
 Where Dramatiq's main process is killed, nobody stops its children or would start them again: they would go on beside
 those of the next one, with the code of then. So each stops as if it had been told to.
@@ -76,7 +77,7 @@ def orphaned() -> bool:
 
 
 class Watchdog(threading.Thread):
-    """Dies of a `StuckError`, for `threading.excepthook` to end the process. Make it on the event loop.
+    """Dies of a `StuckError`. Make it on the event loop.
 
     Args:
         loop: That loop, which all coroutines share.

@@ -2,6 +2,7 @@
 
 Errors are stored for as long as the row is and shown by the CLI, so they hold no payload values, no SQL parameters
 and no more than a few frames of code positions. What is logged of them may be longer and holds no such values either.
+What follows from a failure is decided in `runner.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 What must stay true: it has a thread, an event loop and a connection of its own, because a consumer that blocks the
 worker's loop must not lose its lease to another worker while it is still running; it connects before there is a
-lease to extend; and it forgets a delivery the moment its run is over.
+lease to extend; and it forgets a delivery the moment its run is over. What ends a run that hangs is the time limit in
+`runner.py`, and what ends a process that hangs, `service/worker/watchdog.py`.
 """
 
 from __future__ import annotations

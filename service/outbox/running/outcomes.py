@@ -1,4 +1,4 @@
-"""What may become of a run, and how it is written into the row.
+"""What may become of a run, and how it is written into the row; `runner.py` decides which it is, death among them.
 
 What must stay true: every outcome may be written late or twice. Each statement matches the claim's token and the state
 it comes from, so where the row is somebody else's by then, nothing is written.
