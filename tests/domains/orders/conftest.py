@@ -45,8 +45,8 @@ class Shop:
         """A resource's JSON."""
         return (await self.client.get(path)).json()
 
-    async def messages(self, consumer: str, state: str = "pending") -> list[UUID]:
-        """Ids of the outbox messages of a consumer in a state."""
+    async def deliveries(self, consumer: str, state: str = "pending") -> list[UUID]:
+        """Ids of the deliveries to a consumer in a state."""
         query = select(OutboxMessage.id).where(OutboxMessage.consumer == consumer, OutboxMessage.state == state)
         async with self.sessions() as session:
             return list(await session.scalars(query.order_by(OutboxMessage.id)))

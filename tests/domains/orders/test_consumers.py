@@ -71,12 +71,12 @@ async def test_orders_for_the_same_products_neither_deadlock_nor_oversell(shop: 
     generator = random.Random(1)
     for _ in range(24):
         await shop.order({id_: generator.randint(1, 3) for id_ in generator.sample(products, 3)})
-    messages = await shop.messages("orders.reserve_stock")
-    await asyncio.gather(*(shop.worker.runner.deliver(id_) for id_ in messages))
+    deliveries = await shop.deliveries("orders.reserve_stock")
+    await asyncio.gather(*(shop.worker.runner.deliver(id_) for id_ in deliveries))
     left = [(await shop.get(f"/products/{id_}"))["stock"] for id_ in products]
     assert all(stock >= 0 for stock in left)
     assert 40 - sum(left) == await shop.scalar(CONFIRMED) > 0
-    assert len(await shop.messages("orders.reserve_stock", "completed")) == 24
+    assert len(await shop.deliveries("orders.reserve_stock", "completed")) == 24
     assert await shop.scalar("SELECT max(attempts) FROM outbox_message") == 1  # a deadlock would have cost a retry
     assert await shop.scalar("SELECT count(*) FROM customer_order WHERE status = 'placed'") == 0
 
@@ -85,8 +85,8 @@ async def test_every_order_is_counted_once(shop: Shop) -> None:
     tea = await shop.add_product(100)
     for _ in range(5):
         await shop.order({tea: 1})
-    messages = await shop.messages("orders.count_sales")
-    await asyncio.gather(*(shop.worker.runner.deliver(id_) for id_ in messages * 3))
+    deliveries = await shop.deliveries("orders.count_sales")
+    await asyncio.gather(*(shop.worker.runner.deliver(id_) for id_ in deliveries * 3))
     assert await shop.scalar("SELECT sum(orders) FROM daily_sales") == 5
     assert await shop.scalar("SELECT day = (now() AT TIME ZONE 'UTC')::date FROM daily_sales")
 
@@ -96,8 +96,8 @@ async def test_the_customer_gets_an_email(shop: Shop, sink: Path) -> None:
     confirmed = await shop.order({tea: 1}, "ada@example.com")
     rejected = await shop.order({tea: 1}, "bob@example.com")
     await shop.worker.deliver_all()
-    [key] = await shop.messages("orders.send_confirmation", "completed")
-    [other] = await shop.messages("orders.send_rejection", "completed")
+    [key] = await shop.deliveries("orders.send_confirmation", "completed")
+    [other] = await shop.deliveries("orders.send_rejection", "completed")
     assert [(mail.recipients, mail.subject, mail.message_id, mail.sender) for mail in read_mails(sink)] == [
         (["ada@example.com"], f"Order {confirmed} is confirmed", f"<{key}@example.com>", "orders@example.com"),
         (["bob@example.com"], f"Order {rejected} cannot be fulfilled", f"<{other}@example.com>", "orders@example.com"),

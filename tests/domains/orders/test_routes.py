@@ -49,7 +49,7 @@ async def test_an_order_repeated_under_its_key_is_placed_once(shop: Shop) -> Non
     answers = [await shop.client.post("/orders", json=body, headers=headers) for _ in range(2)]
     assert answers[0].content == answers[1].content
     assert await shop.scalar("SELECT count(*) FROM customer_order") == 1
-    assert len(await shop.messages("orders.reserve_stock")) == 1
+    assert len(await shop.deliveries("orders.reserve_stock")) == 1
 
 
 async def test_an_unknown_product_places_nothing(shop: Shop) -> None:
