@@ -1,4 +1,4 @@
-"""One name per thing: a file or a class that is looked for by its name is found in one place.
+"""One name per thing: a file, or a class or other type, that is looked for by its name is found in one place.
 
 The parts of a domain are called alike in every domain, so they are left out.
 """
@@ -34,11 +34,18 @@ def test_no_two_modules_have_the_same_file_name() -> None:
     assert _named_twice((path.name, path) for path in _modules()) == {}
 
 
-def test_no_two_public_classes_have_the_same_name() -> None:
-    def classes() -> Iterator[tuple[str, Path]]:
-        for path in _modules():
-            for node in ast.parse((ROOT / path).read_text()).body:
-                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                    yield node.name, path
+def _names(statements: list[ast.stmt]) -> set[str]:
+    """The names of classes, and of what is assigned: constants are told by their capitals, and are not looked for."""
+    found = set()
+    for each in statements:
+        match each:
+            case ast.ClassDef(name) | ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name)):
+                found.add(name)
+            case ast.If():
+                found |= _names(each.body) | _names(each.orelse)
+    return {name for name in found if name[0].isupper() and not name.isupper()}
 
-    assert _named_twice(classes()) == {}
+
+def test_no_two_public_types_have_the_same_name() -> None:
+    parsed = ((path, ast.parse((ROOT / path).read_text())) for path in _modules())
+    assert _named_twice((name, path) for path, module in parsed for name in _names(module.body)) == {}
