@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from service.database.driver import DRIVER_ERRORS, open_connection
 from service.ledger import counting
 from service.ledger.dispatching import queue_heads
 from service.ledger.pausing import EVERY_QUEUE, paused_queues
-from service.ledger.statistics import BOUNDS, Histogram, Runs, processes, totals
+from service.ledger.statistics import BOUNDS, OUTCOMES, Histogram, Key, Runs, processes, totals
 from service.telemetry.logs import brief, get_logger
 from service.telemetry.metrics import Durations, Sample
 from service.telemetry.metrics_endpoint import metrics_served
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from relay.process.tally import Tally
     from service.database.driver import Connection
     from service.ledger.dispatching import QueueHead
-    from service.ledger.statistics import Key, SeenProcess
+    from service.ledger.statistics import SeenProcess
     from service.settings import Settings
 
 _log = get_logger(__name__)
@@ -175,11 +175,13 @@ class _Collector:
         per_queue = Counter(queue for each in alive if each.kind == "worker" for queue in each.queues)
         for queue in self._queues | per_queue.keys():
             yield Sample("outbox_worker_processes", (queue,), per_queue[queue])
-        consumers: dict[tuple[str, str], Runs] = defaultdict(Runs)
+        # An increase shows only from a number that was there before, be it 0.
+        consumers = {labels: Runs() for labels in self._consumers}
         for key, counts in counted.items():
-            yield Sample("outbox_runs_total", key, counts.count)
-            consumers[key.queue, key.consumer].merge(counts)
+            consumers.setdefault((key.queue, key.consumer), Runs()).merge(counts)
         for labels, counts in consumers.items():
+            for outcome in OUTCOMES:
+                yield Sample("outbox_runs_total", (*labels, outcome), counted.get(Key(*labels, outcome), Runs()).count)
             yield from (Sample(name, labels, _durations(getattr(counts, of))) for of, name in _DURATIONS.items())
 
     async def _ask_counts(self) -> list[Sample]:

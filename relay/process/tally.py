@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 class Tally:
-    """Deliveries and refused batches by queue, rows that were purged by table."""
+    """Deliveries and refused batches by queue, rows that were purged by table.
+
+    What has not happened yet is there as 0: an increase shows only from a number that was there before.
+    """
 
     def __init__(self) -> None:
         self.handed_over: Counter[str] = Counter()
         self.redispatched: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.workers_lost: Counter[str] = Counter()
-        self.purged: Counter[str] = Counter()
+        self.purged = Counter(outbox_message=0, idempotency_key=0, outbox_minute=0)
         self.batches: dict[str, Histogram] = defaultdict(Histogram)
 
     def add(self, queue: str, batch: Batch, seconds: float) -> None:
@@ -27,4 +30,5 @@ class Tally:
         self.handed_over[queue] += len(batch.deliveries)
         self.redispatched[queue] += batch.unclaimed
         self.workers_lost[queue] += batch.lost
+        self.refused[queue] += 0
         self.batches[queue].add(seconds)

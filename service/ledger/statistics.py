@@ -93,8 +93,11 @@ WHERE seen_at > clock_timestamp() - $1::interval ORDER BY kind, host, pid, id
 _FORGET_PROCESSES = "DELETE FROM outbox_process WHERE seen_at < clock_timestamp() - $1::interval"
 
 
+OUTCOMES = ("completed", "failed", "dead", "lost", "released", "unknown")
+
+
 class Key(NamedTuple):
-    """What is counted apart. Outcomes: completed, failed, dead, lost, released, unknown."""
+    """What is counted apart; the outcome is one of `OUTCOMES`."""
 
     queue: str
     consumer: str

@@ -113,7 +113,7 @@ async def test_a_queue_that_takes_nothing_counts_as_refused(ledger: Ledger, sett
             page = await shows(settings, lambda page: page("outbox_relay_refused_total", queue="ledger"))
             await until(lambda: is_dispatched(ledger, fine))
             page = await shows(settings, lambda page: page("outbox_relay_handed_over_total", queue="other") == 1)
-    assert page("outbox_relay_refused_total", queue="other") is None
+    assert page("outbox_relay_refused_total", queue="other") == 0
     assert page("outbox_relay_handed_over_total", queue="ledger") is None
     assert page("outbox_up", system="broker") == 1
 
@@ -155,12 +155,21 @@ async def test_what_workers_have_run_comes_from_the_ledger(ledger: Ledger, setti
     assert f"relay {socket.gethostname()} {os.getpid()}" in page.values("event_loop_lag_seconds", "process")
     assert page("outbox_runs_total", **REACT, outcome="completed") == 2
     assert page("outbox_runs_total", **REACT, outcome="failed") == 1
+    assert page("outbox_runs_total", **REACT, outcome="dead") == 0
     assert page("outbox_run_duration_seconds_count", **REACT) == 3
     assert page("outbox_run_duration_seconds_sum", **REACT) == pytest.approx(40.22)
     assert page("outbox_run_duration_seconds_bucket", **REACT, le="0.025") == 1
     assert page("outbox_run_duration_seconds_bucket", **REACT, le="30.0") == 2
     assert page("outbox_start_latency_seconds_count", **REACT) == 2
     assert page("outbox_effect_latency_seconds_sum", **REACT) == pytest.approx(0.44)
+
+
+async def test_what_has_not_happened_yet_is_there_as_zero(ledger: Ledger, settings: Settings) -> None:
+    await ledger.publish(delay=timedelta(hours=1))
+    async with watched(settings):
+        page = await shows(settings, lambda page: page("outbox_runs_total", **REACT, outcome="dead") == 0)
+    assert page("outbox_effect_latency_seconds_count", **REACT) == 0
+    assert page("outbox_purged_rows_total", table="outbox_message") == 0
 
 
 async def test_every_sample_has_the_labels_of_the_table_and_no_others(ledger: Ledger, settings: Settings) -> None:
