@@ -112,9 +112,11 @@ _OF_THE_EXAMPLE = ("docs/an-order.md", "service/dev/demo", "service/domains/orde
 
 
 def _there(path: Path) -> bool:
-    """Whether it exists, or is what a user may have deleted: all of the example, or all of the proof."""
+    """Whether it exists, or is what a user may have deleted: all of the example, of the proof, or of the monitoring."""
     path = path.resolve()
-    deleted = [ROOT / "tests" / "proof"]
+    deleted = [ROOT / "tests" / "proof", ROOT / "docs" / "monitoring"]
+    if not (ROOT / "docs" / "monitoring").exists():
+        deleted += [ROOT / "service" / "dev" / "board.py", ROOT / "tests" / "service" / "monitoring"]
     if not (ROOT / "service" / "domains" / "orders").exists():
         deleted += [ROOT / name for name in _OF_THE_EXAMPLE]
     return path.exists() or any(
