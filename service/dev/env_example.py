@@ -27,7 +27,7 @@ _COMPOSE = """
 # Passwords of the servers that it starts
 #POSTGRES_PASSWORD=
 #VALKEY_PASSWORD=
-# For the profile with RabbitMQ
+# What else runs: rabbitmq, monitoring, or both with a comma
 #COMPOSE_PROFILES=rabbitmq
 #RABBITMQ_PASSWORD=
 # Another broker than Valkey, such as amqp://service:<RABBITMQ_PASSWORD>@rabbitmq:5672/
@@ -35,6 +35,10 @@ _COMPOSE = """
 # Loopback ports for the API and for Mailpit's pages
 #API_PORT=8000
 #MAILPIT_PORT=8025
+# The same for the profile `monitoring`
+#PROMETHEUS_PORT=9090
+#GRAFANA_PORT=3000
+#JAEGER_PORT=16686
 """
 
 _URLS = {
