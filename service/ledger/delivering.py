@@ -116,17 +116,18 @@ def errors_with(error: str) -> str:
 
 _ERRORS = errors_with("$3::jsonb")
 
-# A retry may be due before the moment a sleeping relay wakes up at.
+# A retry may be due before the moment a sleeping relay wakes up at. The claim is over, and so is its token: a heartbeat
+# that is under way would else take the row back once it is handed over again, and nobody would run it for a lease.
 _FAIL = f"""
 UPDATE outbox_message AS message
-SET state = 'pending', due_at = clock_timestamp() + $4, errors = {_ERRORS}
+SET state = 'pending', due_at = clock_timestamp() + $4, claim_token = NULL, errors = {_ERRORS}
 WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
 RETURNING outbox_wake()
 """  # noqa: S608
 
 _RELEASE = f"""
 UPDATE outbox_message AS message
-SET state = 'pending', due_at = clock_timestamp() + $4, attempts = attempts - 1,
+SET state = 'pending', due_at = clock_timestamp() + $4, claim_token = NULL, attempts = attempts - 1,
     errors = CASE WHEN $3::jsonb IS NULL THEN errors ELSE {_ERRORS} END
 WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
 RETURNING outbox_wake()
@@ -137,13 +138,14 @@ _FORGIVEN = "(SELECT count(*) FROM jsonb_array_elements(errors) AS error WHERE e
 
 _FORGIVE = f"""
 UPDATE outbox_message AS message
-SET state = 'pending', due_at = clock_timestamp() + $4::interval * 2 ^ {_FORGIVEN}, attempts = attempts - 1,
-    errors = {_ERRORS}
+SET state = 'pending', due_at = clock_timestamp() + $4::interval * 2 ^ {_FORGIVEN}, claim_token = NULL,
+    attempts = attempts - 1, errors = {_ERRORS}
 WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running' AND {_FORGIVEN} < {FORGIVEN_LOSSES}
 RETURNING outbox_wake()
 """  # noqa: S608
 
-# The first of a series stands for all of it, so that its time is kept however long the series becomes.
+# The first of a series stands for all of it, so that its time is kept however long the series becomes. The token stays,
+# since the same claim may let the row die after this; no heartbeat ever had it.
 _POSTPONE = f"""
 UPDATE outbox_message AS message
 SET state = 'pending', due_at = clock_timestamp() + $4, attempts = attempts - 1,

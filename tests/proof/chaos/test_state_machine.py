@@ -265,7 +265,7 @@ class Machine(RuleBasedStateMachine):
         allowed = row.mine(claim.token, "running")
         assert self.run(delivering.fail(self.connection, claim, ERROR, MINUTE)) == allowed
         if allowed:
-            row.state, row.due = "pending", False
+            row.state, row.due, row.token = "pending", False, None
 
     @rule(number=st.integers(0, 1), data=st.data())
     def release(self, number: int, data: st.DataObject) -> None:
@@ -274,7 +274,7 @@ class Machine(RuleBasedStateMachine):
         allowed = row.mine(claim.token, "running")
         self.run(delivering.release(self.connection, claim))
         if allowed:
-            row.state, row.due, row.attempts = "pending", True, row.attempts - 1
+            row.state, row.due, row.attempts, row.token = "pending", True, row.attempts - 1, None
 
     @rule(number=st.integers(0, 1), data=st.data(), overdue=st.booleans())
     def release_unknown(self, number: int, data: st.DataObject, overdue: bool) -> None:

@@ -217,6 +217,27 @@ async def test_a_heartbeat_takes_a_row_back_that_was_handed_out_again(ledger: Le
     assert await ledger.state(message_id) == "running"
 
 
+@pytest.mark.parametrize("end", ["fail", "release", "forgive"])
+async def test_a_late_heartbeat_does_not_take_a_row_back_that_was_put_back(
+    ledger: Ledger, connect: Connect, end: str
+) -> None:
+    """It may be under way when its run ends, and the row is handed over again within the millisecond."""
+    message_id = await ledger.happen()
+    worker, late = await connect(), uuid4()
+    claim = await delivering.claim(worker, message_id, late, LEASE)
+    assert claim is not None
+    match end:
+        case "fail":
+            assert await delivering.fail(worker, claim, {}, timedelta(0))
+        case "release":
+            await delivering.release(worker, claim)
+        case "forgive":
+            assert await delivering.forgive(worker, claim, {}, timedelta(0))
+    assert await take_due(worker, "ledger", NO_FLOOR, 10, PAUSES, expired_leases=True)
+    await delivering.heartbeat(worker, [(message_id, late, T)], LEASE)
+    assert await ledger.state(message_id) == "dispatched"
+
+
 async def test_a_heartbeat_never_goes_past_the_longest_run(ledger: Ledger, connect: Connect) -> None:
     message_id = await ledger.happen()
     worker = await connect()
