@@ -24,6 +24,8 @@ COPY migrations ./migrations
 # What the processes call this code where they are listed: docker build --build-arg VERSION=$(git rev-parse HEAD).
 ARG VERSION=
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VERSION=$VERSION
+# Where relay and workers show that they live, for `python -m service.telemetry.probe`.
+ENV PROBE_FOLDER=/tmp/alive
 # By number, so that an orchestrator can see that it is not root.
 USER 10001
 EXPOSE 8000

@@ -18,13 +18,16 @@ from service.database.revisions import Revisions
 from service.database.sessions import OneTransaction, session_factory
 from service.http import health
 from service.http.error_handlers import install_handlers
-from service.http.middleware import BodyLimit, Deadline, RequestContext
+from service.http.middleware import BodyLimit, Deadline, RequestContext, route_template
 from service.http.openapi import install_openapi
 from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs
+from service.telemetry.loop_lag import LoopLag
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from starlette.types import Scope
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -41,7 +44,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)
     app.add_middleware(Deadline, seconds=settings.api.request_timeout)
-    app.add_middleware(RequestContext)
+    app.state.running = {}
+    app.add_middleware(RequestContext, running=app.state.running)
     if settings.metrics.port:
         from service.http.request_metrics import Metrics
 
@@ -63,9 +67,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         settings.database, application_name="api", statement_timeout=settings.database.statement_timeout
     )
     app.state.engine, app.state.sessions = engine, session_factory(engine, OneTransaction)
+    lag = app.state.loop_lag = LoopLag(settings.loop_held_after, lambda task: _request(app.state.running.get(task)))
+    lag.start()
     yield
+    lag.stop()
     await engine.dispose()
     await asyncio.to_thread(flush_logs)  # uvicorn ends by the signal that it got, which runs no exit hooks
+
+
+def _request(scope: Scope | None) -> dict[str, str]:
+    return {} if scope is None else {"method": scope["method"], "route": route_template(scope)}
 
 
 def _settings_of_process() -> Settings:

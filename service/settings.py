@@ -202,6 +202,12 @@ class Settings(BaseSettings):
     smtp: SmtpSettings = SmtpSettings()
     version: str = Field("", max_length=100, description="What the running code is called, such as its commit")
     metrics: MetricsSettings = MetricsSettings()
+    probe_folder: str = Field(
+        "", description="Folder in which relay and workers show that they live, for a probe; empty for none"
+    )
+    loop_held_after: Seconds = Field(
+        1, description="Seconds for which code may hold up an event loop before a log line says which"
+    )
     log_format: Literal["console", "json"] = Field("json", description="console or json")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged")
 

@@ -32,6 +32,8 @@ from service.database.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
 from service.telemetry.logs import brief, configure_logging, get_logger
+from service.telemetry.loop_lag import LoopLag
+from service.telemetry.probe import SignOfLife
 
 if TYPE_CHECKING:
     from service.database.driver import Connection
@@ -80,7 +82,9 @@ class Relay:
         self._warn_at = 0.0
         self._serving_since = float("inf")
         self._sparing = Sparing(settings.outbox.lease)
-        self._reporting = Reporting(settings.version)
+        sign = SignOfLife(settings.probe_folder, "relay") if settings.probe_folder else None
+        self._lag = LoopLag(settings.loop_held_after, sign=sign, ready=lambda: self._wakeup is not None)
+        self._reporting = Reporting(settings.version, self._lag)
         self.tally = Tally()
         self._trial: asyncio.Task[None] | None = None
         self._tried = ""
@@ -93,6 +97,7 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until stopped; an outage of PostgreSQL or of the broker is waited out."""
+        self._lag.start()
         try:
             await self._serve_until_stopped()
             if self._trial is not None:
@@ -102,6 +107,7 @@ class Relay:
                 self._trial.cancel()
                 await asyncio.wait((self._trial,), timeout=2)
             await self._sender.close()
+            self._lag.stop()
 
     async def _serve_until_stopped(self) -> None:
         attempt = 0

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from service.database.driver import Connection
+    from service.telemetry.loop_lag import LoopLag
 
 _log = get_logger(__name__)
 
 
 class Reporting:
-    """Make it on the event loop; a relay that sleeps reports when it wakes up."""
+    """A relay that sleeps reports when it wakes up."""
 
-    def __init__(self, version: str) -> None:
-        self._presence = Presence("relay", version)
+    def __init__(self, version: str, lag: LoopLag) -> None:
+        self._presence = Presence("relay", version, lag)
         self._due_at = 0.0
         self._failing = False
 
@@ -37,7 +38,6 @@ class Reporting:
 
     async def leave(self, connection: Connection) -> None:
         """The relay ends."""
-        self._presence.close()
         await self._try(self._presence.leave(connection))
 
     async def _try(self, telling: Awaitable[None]) -> None:

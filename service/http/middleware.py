@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,11 +31,24 @@ _SECURITY_HEADERS = {
 }
 
 
-class RequestContext:
-    """Bind the correlation id, answer what nothing else answered with 500, and log one line per request."""
+def route_template(scope: Scope) -> str:
+    """The template of the route that a request has come to, such as `/orders/{order_id}`, or `other`."""
+    # FastAPI's own record has the prefixes of all routers around the route, which the route itself lacks.
+    route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
+    return getattr(route, "path_format", None) or "other"
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class RequestContext:
+    """Bind the correlation id, answer what nothing else answered with 500, and log one line per request.
+
+    Args:
+        app: What is inside.
+        running: Gets the request of each task for as long as it runs.
+    """
+
+    def __init__(self, app: ASGIApp, running: dict[asyncio.Task[Any] | None, Scope]) -> None:
         self.app = app
+        self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,6 +56,8 @@ class RequestContext:
             return
         headers = request_headers(Headers(scope=scope))
         started, status = time.perf_counter(), 0
+        task = asyncio.current_task()
+        self._running[task] = scope
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -62,6 +77,7 @@ class RequestContext:
                     raise  # too late to answer: the connection has to break
                 await problem(500)(scope, receive, send_with_headers)
             finally:
+                del self._running[task]
                 _log_request(scope, status, started)
 
 

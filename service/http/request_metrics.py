@@ -10,14 +10,15 @@ import time
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from service.http.middleware import route_template
 from service.ledger.statistics import BOUNDS, Histogram
-from service.telemetry.loop_lag import LoopLag
 from service.telemetry.metrics import Durations, Sample
 from service.telemetry.metrics_endpoint import metrics_served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from starlette.datastructures import State
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from service.settings import MetricsSettings
@@ -44,17 +45,11 @@ class Metrics:
             await self.app(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
-        lag = LoopLag()
-
         async def collect() -> list[Sample]:
-            loop = Sample("event_loop_lag_seconds", ("api",), lag.longest())
-            return [loop, *self._requests(), *_connections(scope)]
+            return [*self._requests(), *_of_process(scope["app"].state)]
 
-        try:
-            async with metrics_served(self._settings.host, self._settings.port, collect):
-                await self.app(scope, receive, send)
-        finally:
-            lag.stop()
+        async with metrics_served(self._settings.host, self._settings.port, collect):
+            await self.app(scope, receive, send)
 
     async def _measure(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -66,7 +61,7 @@ class Metrics:
             if active:
                 active = False
                 self._active[method] -= 1
-                self._durations[method, _route(scope), status].add(time.perf_counter() - began)
+                self._durations[method, route_template(scope), status].add(time.perf_counter() - began)
 
         async def send_and_watch(message: Message) -> None:
             nonlocal status
@@ -80,7 +75,7 @@ class Metrics:
             await self.app(scope, receive, send_and_watch)
         except Exception:
             if not active:  # in a background task, whose failure no status tells
-                self._failures[_route(scope)] += 1
+                self._failures[route_template(scope)] += 1
             raise
         finally:
             end()
@@ -95,16 +90,11 @@ class Metrics:
             yield Sample("http_server_background_failures_total", (route,), failures)
 
 
-def _route(scope: Scope) -> str:
-    # FastAPI's own record has the prefixes of all routers around the route, which the route itself lacks.
-    route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
-    return getattr(route, "path_format", None) or "other"
-
-
-def _connections(scope: Scope) -> Iterator[Sample]:
-    engine = getattr(scope["app"].state, "engine", None)
+def _of_process(state: State) -> Iterator[Sample]:
+    engine = getattr(state, "engine", None)
     if engine is None:  # still starting
         return
+    yield Sample("event_loop_lag_seconds", ("api",), state.loop_lag.longest())
     used, idle = engine.pool.checkedout(), engine.pool.checkedin()
     for status, count in (("used", used), ("idle", idle), ("free", engine.pool.size() - used - idle)):
         yield Sample("db_pool_connections", (status,), count)

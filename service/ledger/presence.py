@@ -11,32 +11,41 @@ from uuid import uuid4
 
 from service.ledger import statistics
 from service.ledger.statistics import ProcessIdentity
-from service.telemetry.loop_lag import LoopLag
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from service.database.driver import Connection
+    from service.telemetry.loop_lag import LoopLag
 
 REPORT_EVERY = 10.0
 """Seconds."""
 
 
 class Presence:
-    """Reports on the process and on the event loop that it is made on.
+    """Reports on the process and on its event loop.
 
     Args:
         kind: relay or worker.
         version: What the running code is called.
+        lag: Of its event loop.
         queues: Those that a worker takes from.
         threads: Those in which a worker runs its actors.
     """
 
-    def __init__(self, kind: str, version: str, queues: Collection[str] = (), threads: int = 0) -> None:
+    def __init__(
+        self,
+        kind: str,
+        version: str,
+        lag: LoopLag,
+        *,
+        queues: Collection[str] = (),
+        threads: int = 0,
+    ) -> None:
         host, pid = socket.gethostname(), os.getpid()
         self._process = ProcessIdentity(uuid4(), kind, host, pid, sorted(queues), threads, version)
         self._began = time.monotonic()
-        self._lag = LoopLag()
+        self._lag = lag
 
     async def tell(self, connection: Connection, running: int = 0) -> None:
         """The process is alive, and runs so many deliveries."""
@@ -46,7 +55,3 @@ class Presence:
     async def leave(self, connection: Connection) -> None:
         """The process ends."""
         await statistics.leave(connection, self._process)
-
-    def close(self) -> None:
-        """Measure no more."""
-        self._lag.stop()

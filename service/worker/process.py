@@ -35,6 +35,8 @@ from service.outbox.consumers import Consumer, registered_consumers
 from service.outbox.running.runner import Runner
 from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs, get_logger
+from service.telemetry.loop_lag import LoopLag
+from service.telemetry.probe import SignOfLife
 from service.worker.dramatiq_broker import declare_unknown, make_broker
 from service.worker.watchdog import Watchdog
 
@@ -93,8 +95,17 @@ class _Outbox(Middleware):
         database = self._settings.database.model_copy(update={"pool_size": max(threads, 1)})
         self._engine = create_engine(database, application_name="outbox-worker")
         self.runner = Runner(self._settings, self._engine)
+        folder = self._settings.probe_folder
+        self._lag = LoopLag(
+            self._settings.loop_held_after,
+            self.runner.running,
+            sign=SignOfLife(folder, "worker") if folder else None,
+            ready=lambda: self.runner.is_connected,
+        )
+        self._lag.start()
         await self.runner.open()
-        self.runner.report(Presence("worker", self._settings.version, queues, threads))
+        version = self._settings.version
+        self.runner.report(Presence("worker", version, self._lag, queues=queues, threads=threads))
         patience = self.runner.patience
         limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
         self.watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))
@@ -116,6 +127,7 @@ class _Outbox(Middleware):
             self.watchdog.stop()
 
     async def _close(self) -> None:
+        self._lag.stop()
         try:
             async with asyncio.timeout(_CLOSING):
                 await self.runner.close()

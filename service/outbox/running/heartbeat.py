@@ -60,6 +60,12 @@ class Heartbeat(threading.Thread):
             if self._watched.get(delivery_id, (None, None))[0] == token:
                 del self._watched[delivery_id]
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether it has a connection to PostgreSQL; for any thread."""
+        connection = self._connection
+        return connection is not None and not connection.is_closed()
+
     def start(self) -> None:
         self._loop = asyncio.new_event_loop()
         super().start()

@@ -89,7 +89,6 @@ class Recorder:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_EVERY):
                     await self._ending.wait()
-        presence.close()
         await self._report(presence.leave)
 
     async def _report(self, about: Callable[[Connection], Awaitable[None]]) -> None:

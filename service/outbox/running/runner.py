@@ -94,7 +94,7 @@ class Runner:
         self._heartbeat = Heartbeat(beat_on, self._lease, transactions=settings.database.pooler)
         self._claims = Claims(self._ledger, self._lease)
         self._recorder = Recorder(self._ledger)
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: dict[asyncio.Task[Any], Claim] = {}
         self._in_threads: dict[int, Claim] = {}
         self._unsettled: dict[UUID, asyncio.Task[None]] = {}
         self._stopping = False
@@ -124,6 +124,16 @@ class Runner:
         """Tell the ledger from now on what this process runs, and that it does."""
         self._recorder.start(presence, lambda: len(self._running) + len(self._in_threads))
 
+    def running(self, task: asyncio.Task[Any]) -> dict[str, str]:
+        """Which delivery this task of the loop runs, for the log; for any thread."""
+        claim = self._running.get(task)
+        return {} if claim is None else {"consumer": claim.consumer, "delivery_id": str(claim.id)}
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether PostgreSQL can be reached, as far as the heartbeat knows; for any thread."""
+        return self._heartbeat.is_connected
+
     def stop(self) -> None:
         """Wait for PostgreSQL no longer, and release what still runs when the grace is over. Called on the loop."""
         self._stopping = True
@@ -131,7 +141,7 @@ class Runner:
 
     def _release_running(self) -> None:
         self._releasing = True
-        for task in self._running:
+        for task in list(self._running):
             task.cancel()
         for thread in list(self._in_threads):
             raise_thread_exception(thread, Shutdown)
@@ -203,11 +213,11 @@ class Runner:
         task = asyncio.current_task()
         assert task is not None
         with _traced(run.claim):
-            self._running.add(task)
+            self._running[task] = run.claim
             try:
                 outcome = await self._run(run)
             finally:
-                self._running.discard(task)  # what is over is not to be cancelled at the end of the grace
+                del self._running[task]  # what is over is not to be cancelled at the end of the grace
             await self.settle(run.claim, outcome)
 
     async def _run(self, run: Run) -> Outcome:

@@ -25,6 +25,7 @@ from service.ledger import delivering, statistics
 from service.ledger.presence import Presence
 from service.ledger.statistics import BOUNDS, Key, ProcessIdentity, Runs
 from service.outbox.running.runner import Runner
+from service.telemetry.loop_lag import LoopLag
 from tests.proof.ledger import domain
 from tests.proof.ledger.looks import all_completed, dispatched
 from tests.proof.ledger.working import start_worker, working
@@ -157,13 +158,15 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 async def reporting(settings: Settings) -> AsyncIterator[Runner]:
     """A worker's runner that reports, on the test's loop."""
     engine = create_engine(settings.database, application_name="outbox-worker")
-    runner = Runner(settings, engine)
+    runner, lag = Runner(settings, engine), LoopLag(1)
     await runner.open()
-    runner.report(Presence("worker", "1f3a", {"ledger"}, 4))
+    lag.start()
+    runner.report(Presence("worker", "1f3a", lag, queues={"ledger"}, threads=4))
     try:
         yield runner
     finally:
         await runner.close()
+        lag.stop()
         await engine.dispose()
 
 

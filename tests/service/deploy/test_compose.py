@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from service.dev.places import ROOT
 from service.http.protocol import BoundedProtocol
 from service.outbox.consumers import registered_consumers
 from service.settings import ApiSettings, OutboxSettings
+from service.telemetry import probe
 from tests.service.deploy.compose import COMPOSE, parsed
 
 pytestmark = pytest.mark.slow
@@ -89,6 +91,18 @@ def test_a_stopping_api_has_time_for_its_requests(services: dict[str, Any]) -> N
     assert "command" not in services["api"]
     assert ApiSettings().request_timeout < options["timeout_graceful_shutdown"]
     assert options["timeout_graceful_shutdown"] < _seconds(services["api"]["stop_grace_period"])
+
+
+def test_relay_and_workers_are_probed_and_can_write_the_signs_for_it(services: dict[str, Any]) -> None:
+    folder = re.search(r"^ENV PROBE_FOLDER=(.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert folder is not None
+    assert probe.FOLDER == "PROBE_FOLDER"
+    probed = [each for each in services.values() if each.get("command", [""])[0] in ("dramatiq", "outbox")]
+    assert len(probed) >= 2
+    for each in probed:
+        assert each["healthcheck"]["test"] == ["CMD", "python", "-m", probe.__name__]
+        assert str(Path(folder[1]).parent) in each["tmpfs"]
+        assert _seconds(each["healthcheck"]["interval"]) * 3 > probe.PATIENCE
 
 
 def test_nothing_is_open_to_the_network(services: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from service.ledger import statistics
 from service.ledger.presence import Presence
 from service.outbox import accept, publish
 from service.settings import DatabaseSettings, Settings
+from service.telemetry.loop_lag import LoopLag
 from tests.servers.processes import Started
 from tests.servers.real_servers import migrate
 from tests.servers.relaying import relaying
@@ -95,7 +96,7 @@ async def _purge_statistics(roles: Roles) -> None:
     """As the relay's own role, with all of it looking old."""
     connection = await asyncpg.connect(roles.relay)
     assert await statistics.forget_minutes(connection, timedelta(minutes=-2), 1_000) > 0
-    await Presence("relay", "").tell(connection)
+    await Presence("relay", "", LoopLag(1)).tell(connection)
     assert await statistics.forget_processes(connection, timedelta(minutes=-1)) == 1
     await connection.close()
 

@@ -49,6 +49,7 @@ FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, LATER_VERSIONS, MOVING, EXISTING_S
     )
 )  # fmt: skip
 METRICS = DOCS / "metrics.md"
+ALERTS = DOCS / "alerts.md"
 
 GUIDE = (FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, SETTINGS, LATER_VERSIONS, MOVING, EXISTING_SERVICE)
 """What a developer reads, in the order in which its code goes together."""

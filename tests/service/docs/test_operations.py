@@ -6,19 +6,26 @@ import asyncio
 import io
 import re
 import shlex
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
+from ruamel.yaml import YAML
 
 from relay.cli.app import main
+from service.dev.places import ROOT
 from service.dev.postgres import psql
 from service.ledger import statistics
 from service.ledger.ids import delivery_id, new_event_id
 from service.ledger.presence import Presence
 from service.ledger.statistics import Histogram, Key, Runs
 from service.settings import DatabaseSettings, OutboxSettings
+from service.telemetry import probe
+from service.telemetry.loop_lag import LoopLag
 from tests.service.docs.pages import (
+    ALERTS,
     ALL,
     BACKUPS,
     DELIVERY,
@@ -95,7 +102,7 @@ def test_who_runs_and_what_ran_is_shown(database_url: str) -> None:
         connection = await asyncpg.connect(database_url)
         two = Runs(2, Histogram(3.0))
         await statistics.add(connection, {Key("stock", "orders.reserve_stock", "completed"): two})
-        await Presence("relay", "1f3a").tell(connection)
+        await Presence("relay", "1f3a", LoopLag(1)).tell(connection)
         await connection.close()
 
     asyncio.run(report())
@@ -103,6 +110,19 @@ def test_who_runs_and_what_ran_is_shown(database_url: str) -> None:
     processes, minutes = (psql(database_url, each) for each in statements.strip().split(";\n\n"))
     assert re.match(r"relay\|.+\|1f3a\|0\|", processes)
     assert minutes.endswith("|orders.reserve_stock|completed|2|1.5")
+
+
+@pytest.mark.parametrize("probe_of", ["livenessProbe", "readinessProbe"])
+def test_the_probes_run_and_fail_where_nothing_runs(probe_of: str, tmp_path: Path) -> None:
+    [block] = blocks(ALERTS, language="yaml")
+    described = YAML(typ="safe", pure=True).load(block.text)[probe_of]
+    program, *arguments = described["exec"]["command"]
+    assert program == "python"
+    done = subprocess.run(
+        [sys.executable, *arguments], env={"PROBE_FOLDER": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, f"no process shows itself in {tmp_path}\n")
+    assert described["periodSeconds"] * 3 > probe.PATIENCE, "it is asked three times before it counts"
 
 
 def test_the_table_has_every_setting() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from service.dev.places import ROOT
 from tests.service.docs.pages import (
+    ALERTS,
     ALL,
     BACKUPS,
     CHANGING,
@@ -44,6 +45,7 @@ _TRIED = {
     "text": (DEVELOPING,),
     "mermaid": ALL,
     "promql": (METRICS,),
+    "yaml": (ALERTS,),
 }
 """Where a test runs or reads the blocks of a language."""
 
