@@ -85,7 +85,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors) ON outbox_message TO :"app";
     GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
     GRANT SELECT, INSERT, UPDATE ON outbox_minute TO :"app";
-    GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag) ON outbox_process TO :"app";
+    GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"app";
     GRANT SELECT ON alembic_version TO :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"relay";
@@ -94,7 +94,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT SELECT, UPDATE (resolution, resolved_at, resolved_by, resolved_why) ON dead_letter TO :"relay";
     GRANT SELECT, INSERT, DELETE ON paused_queue TO :"relay";
     GRANT SELECT, DELETE ON outbox_minute TO :"relay";
-    GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag) ON outbox_process TO :"relay";
+    GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"relay";
     -- It purges stored responses without being able to read them; locking a row takes the right to update a column.
     GRANT SELECT (ctid, created_at), UPDATE (created_at), DELETE ON idempotency_key TO :"relay";
 \endif

@@ -51,6 +51,7 @@ def upgrade() -> None:
         sa.Column("seen_at", _TIME, server_default=_CLOCK, nullable=False),
         sa.Column("running", sa.Integer(), server_default="0", nullable=False),
         sa.Column("loop_lag", sa.Double(), server_default="0", nullable=False),
+        sa.Column("pool_timeouts", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_outbox_process"),
         sa.CheckConstraint("kind IN ('relay', 'worker')", name=op.f("ck_outbox_process_kind")),
     )

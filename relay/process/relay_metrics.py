@@ -171,7 +171,10 @@ class _Collector:
 
     def _runs(self, counted: Mapping[Key, Runs], alive: Sequence[SeenProcess]) -> Iterator[Sample]:
         for each in alive:
-            yield Sample("event_loop_lag_seconds", (f"{each.kind} {each.host} {each.pid}",), each.loop_lag)
+            process = f"{each.kind} {each.host} {each.pid}"
+            yield Sample("event_loop_lag_seconds", (process,), each.loop_lag)
+            if each.kind == "worker":
+                yield Sample("db_pool_timeouts_total", (process,), each.pool_timeouts)
         per_queue = Counter(queue for each in alive if each.kind == "worker" for queue in each.queues)
         for queue in self._queues | per_queue.keys():
             yield Sample("outbox_worker_processes", (queue,), per_queue[queue])

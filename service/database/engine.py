@@ -6,23 +6,31 @@ is lent can write.
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sqlalchemy import event
 from sqlalchemy.exc import DisconnectionError, EmulatedDBAPIException
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from service.database.driver import DRIVER_ERRORS, PreparedBegin, has_transaction_timeout, open_connection
 from service.errors import DatabaseUnavailableError
+from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.pool import PoolProxiedConnection
 
     from service.settings import DatabaseSettings
+
+_log = get_logger(__name__)
+
+_TELL_EVERY = 60.0
+"""Seconds between the log's lines on a pool that has none left."""
 
 
 def create_engine(
@@ -72,21 +80,37 @@ def create_engine(
     return engine
 
 
+def pool_timeouts(engine: AsyncEngine) -> int:
+    """How often somebody waited for a connection of this engine until `pool_timeout` was over."""
+    assert isinstance(engine.pool, _Pool)
+    return engine.pool.timeouts
+
+
 class _Pool(AsyncAdaptedQueuePool):
-    """Raises one error where no connection can be had.
+    """Raises one error where no connection can be had, and counts who waited in vain because all are in use.
 
     The driver lets bare `OSError`s through, which nobody could tell from those of a handler's own files and sockets,
     and what breaks while a new connection is set up reaches nobody who would translate it.
     """
+
+    timeouts = 0
+    _tell_at = 0.0
 
     def connect(self) -> PoolProxiedConnection:
         """A connection.
 
         Raises:
             DatabaseUnavailableError: when PostgreSQL cannot be reached or refuses one.
+            sqlalchemy.exc.TimeoutError: when all were in use until `pool_timeout` was over.
         """
         try:
             return super().connect()
+        except PoolTimeoutError:
+            self.timeouts += 1
+            if time.monotonic() >= self._tell_at:
+                self._tell_at = time.monotonic() + _TELL_EVERY
+                _log.warning("database.pool_exhausted", connections=self.size(), timeouts=self.timeouts)
+            raise
         except (*DRIVER_ERRORS, EmulatedDBAPIException) as error:
             raise DatabaseUnavailableError(f"cannot connect: {type(error).__name__}: {error}") from error
 

@@ -104,7 +104,7 @@ async def _of_database(_request: Request, error: Exception) -> Response:
     state = getattr(orig, "sqlstate", None) or ""
     match error:
         case PoolTimeoutError():
-            return _away("every database connection is busy", error)
+            return _unavailable()  # the pool has told it, and does not for each
         case DatabaseUnavailableError():
             return _away(str(error), error)
         case DBAPIError() if error.connection_invalidated or state[:2] in _AWAY_CLASSES or state in _AWAY_STATES:
@@ -121,6 +121,10 @@ async def _of_database(_request: Request, error: Exception) -> Response:
 
 def _away(reason: str, error: Exception) -> Response:
     _log.warning("database.unavailable", error=type(error).__name__, reason=reason)
+    return _unavailable()
+
+
+def _unavailable() -> Response:
     return problem(
         503,
         code="database_unavailable",

@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from service.database.engine import pool_timeouts
 from service.http.middleware import route_template
 from service.ledger.statistics import BOUNDS, Histogram
 from service.telemetry.metrics import Durations, Sample
@@ -95,6 +96,7 @@ def _of_process(state: State) -> Iterator[Sample]:
     if engine is None:  # still starting
         return
     yield Sample("event_loop_lag_seconds", ("api",), state.loop_lag.longest())
+    yield Sample("db_pool_timeouts_total", ("api",), pool_timeouts(engine))
     used, idle = engine.pool.checkedout(), engine.pool.checkedin()
     for status, count in (("used", used), ("idle", idle), ("free", engine.pool.size() - used - idle)):
         yield Sample("db_pool_connections", (status,), count)

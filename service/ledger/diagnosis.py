@@ -38,7 +38,7 @@ RIGHTS = {
         ("idempotency_key", "SELECT INSERT", "*"),
         ("outbox_minute", "SELECT INSERT UPDATE", "*"),
         ("outbox_process", "SELECT INSERT DELETE", "*"),
-        ("outbox_process", "UPDATE", "seen_at running loop_lag"),
+        ("outbox_process", "UPDATE", "seen_at running loop_lag pool_timeouts"),
         ("alembic_version", "SELECT", "*"),
     ),
     "relay and commands": (
@@ -52,7 +52,7 @@ RIGHTS = {
         ("idempotency_key", "UPDATE", "created_at"),
         ("outbox_minute", "SELECT DELETE", "*"),
         ("outbox_process", "SELECT INSERT DELETE", "*"),
-        ("outbox_process", "UPDATE", "seen_at running loop_lag"),
+        ("outbox_process", "UPDATE", "seen_at running loop_lag pool_timeouts"),
         ("alembic_version", "SELECT", "*"),
     ),
 }

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from service.ledger import statistics
-from service.ledger.statistics import ProcessIdentity
+from service.ledger.statistics import ProcessIdentity, Vitals
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from service.database.driver import Connection
     from service.telemetry.loop_lag import LoopLag
@@ -29,6 +29,7 @@ class Presence:
         kind: relay or worker.
         version: What the running code is called.
         lag: Of its event loop.
+        pool_timeouts: How often somebody in it waited in vain for a connection.
         queues: Those that a worker takes from.
         threads: Those in which a worker runs its actors.
     """
@@ -38,6 +39,7 @@ class Presence:
         kind: str,
         version: str,
         lag: LoopLag,
+        pool_timeouts: Callable[[], int] = lambda: 0,
         *,
         queues: Collection[str] = (),
         threads: int = 0,
@@ -46,11 +48,13 @@ class Presence:
         self._process = ProcessIdentity(uuid4(), kind, host, pid, sorted(queues), threads, version)
         self._began = time.monotonic()
         self._lag = lag
+        self._pool_timeouts = pool_timeouts
 
     async def tell(self, connection: Connection, running: int = 0) -> None:
         """The process is alive, and runs so many deliveries."""
         up_for = timedelta(seconds=time.monotonic() - self._began)
-        await statistics.report(connection, self._process, up_for, running, self._lag.longest())
+        vitals = Vitals(running, self._lag.longest(), self._pool_timeouts())
+        await statistics.report(connection, self._process, up_for, vitals)
 
     async def leave(self, connection: Connection) -> None:
         """The process ends."""

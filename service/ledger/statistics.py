@@ -76,17 +76,19 @@ DELETE FROM outbox_minute WHERE ctid = ANY (ARRAY(
 """
 
 _REPORT = f"""
-INSERT INTO outbox_process (id, kind, host, pid, queues, threads, version, started_at, running, loop_lag)
-VALUES ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() - $8::interval, $9, $10)
+INSERT INTO outbox_process (id, kind, host, pid, queues, threads, version, started_at, running, loop_lag, pool_timeouts)
+VALUES ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() - $8::interval, $9, $10, $11)
 ON CONFLICT (id) DO UPDATE SET
-    seen_at = clock_timestamp(), running = excluded.running, loop_lag = excluded.loop_lag
+    seen_at = clock_timestamp(), running = excluded.running, loop_lag = excluded.loop_lag,
+    pool_timeouts = excluded.pool_timeouts
 RETURNING {_AT_EASE}
 """  # noqa: S608
 
 _LEAVE = f"DELETE FROM outbox_process WHERE id = $1 RETURNING {_AT_EASE}"  # noqa: S608
 
 _PROCESSES = """
-SELECT id, kind, host, pid, queues, threads, version, started_at, seen_at, running, loop_lag FROM outbox_process
+SELECT id, kind, host, pid, queues, threads, version, started_at, seen_at, running, loop_lag, pool_timeouts
+FROM outbox_process
 WHERE seen_at > clock_timestamp() - $1::interval ORDER BY kind, host, pid, id
 """
 
@@ -156,14 +158,27 @@ class ProcessIdentity:
     version: str
 
 
+class Vitals(NamedTuple):
+    """What a process tells of itself: how many deliveries it runs, the longest lag of its event loop in the last 10 s,
+    in seconds, and how often since its start somebody waited in vain for a connection of its pool."""
+
+    running: int = 0
+    loop_lag: float = 0.0
+    pool_timeouts: int = 0
+
+
+AT_REST = Vitals()
+
+
 @dataclass(frozen=True, slots=True)
 class SeenProcess(ProcessIdentity):
-    """A process as it was when it reported last; `loop_lag` is the longest of the 10 s before, in seconds."""
+    """A process as it was when it reported last, with its `Vitals`."""
 
     started_at: datetime
     seen_at: datetime
     running: int
     loop_lag: float
+    pool_timeouts: int
 
 
 async def add(connection: Connection, counted: Mapping[Key, Runs]) -> None:
@@ -208,13 +223,11 @@ async def forget_minutes(connection: Connection, keep: timedelta, limit: int) ->
     return _affected(await connection.execute(_FORGET_MINUTES, keep, limit))
 
 
-async def report(
-    connection: Connection, process: ProcessIdentity, up_for: timedelta, running: int, loop_lag: float
-) -> None:
+async def report(connection: Connection, process: ProcessIdentity, up_for: timedelta, vitals: Vitals = AT_REST) -> None:
     """Tell that the process is alive, for how long it has been, and what it does."""
     await connection.execute(
         _REPORT, process.id, process.kind, process.host, process.pid, process.queues, process.threads,
-        process.version, up_for, running, loop_lag,
+        process.version, up_for, *vitals,
     )  # fmt: skip
 
 

@@ -173,5 +173,6 @@ class OutboxProcess(Base):
     seen_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
     running: Mapped[int] = mapped_column(Integer, server_default="0")
     loop_lag: Mapped[float] = mapped_column(Double, server_default="0")
+    pool_timeouts: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
     __table_args__ = (CheckConstraint("kind IN ('relay', 'worker')", name="kind"),)

@@ -74,6 +74,7 @@ METRICS = (
     Metric("http_server_active_requests", _GAUGE, "method", "Requests whose response is not sent yet"),
     Metric("http_server_background_failures_total", _COUNTER, "route", "Failures after the response was sent"),
     Metric("db_pool_connections", _GAUGE, "status", "Connections to PostgreSQL: used, idle, or free to be opened"),
+    Metric("db_pool_timeouts_total", _COUNTER, "process", "Waits for a connection of the pool that were given up"),
     Metric("event_loop_lag_seconds", _GAUGE, "process", "The longest that the event loop was held up in 10 s"),
 )
 

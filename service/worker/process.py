@@ -28,7 +28,7 @@ from dramatiq.middleware import (
 from dramatiq.middleware.threading import Interrupt
 
 import service.domains
-from service.database.engine import create_engine
+from service.database.engine import create_engine, pool_timeouts
 from service.ledger.message import OF_LEDGER, delivery_in
 from service.ledger.presence import Presence
 from service.outbox.consumers import Consumer, registered_consumers
@@ -104,8 +104,9 @@ class _Outbox(Middleware):
         )
         self._lag.start()
         await self.runner.open()
+        waited = partial(pool_timeouts, self._engine)
         version = self._settings.version
-        self.runner.report(Presence("worker", version, self._lag, queues=queues, threads=threads))
+        self.runner.report(Presence("worker", version, self._lag, waited, queues=queues, threads=threads))
         patience = self.runner.patience
         limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
         self.watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))

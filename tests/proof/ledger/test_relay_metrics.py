@@ -147,11 +147,12 @@ async def test_what_workers_have_run_comes_from_the_ledger(ledger: Ledger, setti
     keys = {Key("ledger", "ledger.react", "completed"): done, Key("ledger", "ledger.react", "failed"): failed}
     await statistics.add(ledger.connection, keys)
     worker = ProcessIdentity(uuid4(), "worker", "a-host", 17, ["ledger", "other"], 8, "1")
-    await statistics.report(ledger.connection, worker, statistics.ALIVE, 1, 0.7)
+    await statistics.report(ledger.connection, worker, statistics.ALIVE, statistics.Vitals(1, 0.7, 3))
     async with watched(settings):
         page = await shows(settings, lambda page: page("outbox_worker_processes", queue="ledger"))
     assert page("outbox_worker_processes", queue="other") == 1
     assert page("event_loop_lag_seconds", process="worker a-host 17") == 0.7
+    assert page("db_pool_timeouts_total", process="worker a-host 17") == 3
     assert f"relay {socket.gethostname()} {os.getpid()}" in page.values("event_loop_lag_seconds", "process")
     assert page("outbox_runs_total", **REACT, outcome="completed") == 2
     assert page("outbox_runs_total", **REACT, outcome="failed") == 1

@@ -14,16 +14,17 @@ from uuid import uuid4
 import asyncpg
 import psutil
 import pytest
+from sqlalchemy import text
 
 import relay.process.purge
 import relay.process.reporting
 import service.outbox.running.recorder
 from relay.process.purge import purge_regularly
 from relay.process.tally import Tally
-from service.database.engine import create_engine
+from service.database.engine import create_engine, pool_timeouts
 from service.ledger import delivering, statistics
 from service.ledger.presence import Presence
-from service.ledger.statistics import BOUNDS, Key, ProcessIdentity, Runs
+from service.ledger.statistics import BOUNDS, Key, ProcessIdentity, Runs, Vitals
 from service.outbox.running.runner import Runner
 from service.telemetry.loop_lag import LoopLag
 from tests.proof.ledger import domain
@@ -116,13 +117,13 @@ async def test_a_process_is_there_until_it_leaves_or_is_not_seen(
     connection: Connection,
 ) -> None:
     worker, relay = a_process(), a_process("relay")
-    await statistics.report(connection, worker, timedelta(minutes=3), 0, 0.0)
-    await statistics.report(connection, relay, timedelta(), 0, 0.0)
-    await statistics.report(connection, worker, timedelta(minutes=3), 2, 0.25)
+    await statistics.report(connection, worker, timedelta(minutes=3))
+    await statistics.report(connection, relay, timedelta())
+    await statistics.report(connection, worker, timedelta(minutes=3), Vitals(2, 0.25, 1))
     seen = await statistics.processes(connection)
-    assert [(each.id, each.kind, each.running, each.loop_lag) for each in seen] == [
-        (relay.id, "relay", 0, 0.0),
-        (worker.id, "worker", 2, 0.25),
+    assert [(each.id, each.kind, each.running, each.loop_lag, each.pool_timeouts) for each in seen] == [
+        (relay.id, "relay", 0, 0.0, 0),
+        (worker.id, "worker", 2, 0.25, 1),
     ]
     assert (seen[1].queues, seen[1].threads, seen[1].version) == (["email", "stock"], 8, "1f3a")
     assert timedelta(minutes=3) <= seen[1].seen_at - seen[1].started_at < timedelta(minutes=4)
@@ -141,7 +142,7 @@ async def test_nobody_who_adds_or_reports_waits_for_a_standby(own_postgres: Post
     await until(lambda: own.fetchval("SELECT current_setting('synchronous_standby_names') = 'nobody'"))
     worker = a_process()
     async with asyncio.timeout(60):
-        await statistics.report(own, worker, timedelta(), 0, 0.0)
+        await statistics.report(own, worker, timedelta())
         await statistics.add(own, {COMPLETED: counts(1)})
         await statistics.leave(own, worker)
     await own.close()
@@ -161,7 +162,7 @@ async def reporting(settings: Settings) -> AsyncIterator[Runner]:
     runner, lag = Runner(settings, engine), LoopLag(1)
     await runner.open()
     lag.start()
-    runner.report(Presence("worker", "1f3a", lag, queues={"ledger"}, threads=4))
+    runner.report(Presence("worker", "1f3a", lag, partial(pool_timeouts, engine), queues={"ledger"}, threads=4))
     try:
         yield runner
     finally:
@@ -295,6 +296,23 @@ async def runs_now(ledger: Ledger, number: int) -> bool:
     return process.running == number
 
 
+@pytest.mark.usefixtures("hasty")
+async def test_a_delivery_that_waits_in_vain_for_a_connection_is_counted(ledger: Ledger, settings: Settings) -> None:
+    settings.database.pool_size, settings.database.pool_timeout = 1, 0.1
+    async with reporting(settings) as runner:
+        async with runner._sessions() as session:
+            await session.execute(text("SELECT 1"))
+            await runner.deliver(message_id := await ledger.happen())
+        await until(lambda: pool_timeouts_told(ledger))
+        row = await ledger.row(message_id)
+    assert row is not None
+    assert (row["state"], row["attempts"]) == ("pending", 0)
+
+
+async def pool_timeouts_told(ledger: Ledger) -> bool:
+    return [each.pool_timeouts for each in await statistics.processes(ledger.connection)] == [1]
+
+
 @pytest.mark.slow
 async def test_a_killed_worker_loses_no_more_than_was_not_reported_yet(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
@@ -360,9 +378,9 @@ async def test_the_regular_purge_takes_old_minutes_and_lost_processes(
         await set_back(ledger.connection, DAY)
         await statistics.add(ledger.connection, {COMPLETED: counts(1)})
     lost, there = a_process(), a_process()
-    await statistics.report(ledger.connection, lost, timedelta(), 0, 0.0)
+    await statistics.report(ledger.connection, lost, timedelta())
     await ledger.connection.execute("UPDATE outbox_process SET seen_at = seen_at - interval '61 minutes'")
-    await statistics.report(ledger.connection, there, timedelta(), 0, 0.0)
+    await statistics.report(ledger.connection, there, timedelta())
     purging = asyncio.create_task(purge_regularly(settings, tally := Tally()))
     await until(lambda: purged(ledger, there))
     purging.cancel()

@@ -19,7 +19,7 @@ from tests.service.api.serving import raw_request, serve
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from tests.service.api.conftest import MakeApp
+    from tests.service.api.conftest import MakeApp, Sql
 
 REQUESTS = "http_server_request_duration_seconds_count"
 
@@ -135,6 +135,22 @@ async def test_code_that_holds_the_loop_shows(make_app: MakeApp, port: int) -> N
     lag = page("event_loop_lag_seconds", process="api")
     assert lag is not None
     assert lag > 1
+
+
+async def test_who_waits_in_vain_for_a_connection_is_counted_answered_503_and_told_of_now_and_then(
+    make_app: MakeApp, port: int, sql: Sql, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serve(make_app(database={"pool_size": 1, "pool_timeout": 0.1}, metrics={"port": port})) as client:
+        assert (await settled(port))("db_pool_timeouts_total", process="api") == 0
+        busy = asyncio.create_task(client.get("/sleep/60"))
+        await until(lambda: sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == "1")
+        for _ in range(3):
+            response = await client.get("/probes")
+            assert (response.status_code, int(response.headers["Retry-After"]) > 0) == (503, True)
+        assert (await scrape(port))("db_pool_timeouts_total", process="api") == 3
+        sql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+        await busy
+    assert capsys.readouterr().out.count("database.pool_exhausted") == 1
 
 
 async def test_no_other_path_and_method_answers(make_app: MakeApp, port: int) -> None:
