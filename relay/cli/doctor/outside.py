@@ -1,8 +1,9 @@
-"""The checks of the broker, of what waits in the queues, and of the addresses that the settings name."""
+"""The checks of the broker, of processes and what waits for them, and of the addresses that the settings name."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -15,11 +16,17 @@ from relay.brokers.rabbitmq_channel import OneChannel
 from relay.cli.doctor.findings import Finding, Level, found
 from relay.cli.output import age
 from relay.cli.status import gather
+from service.database.driver import DRIVER_ERRORS
+from service.ledger import statistics
+from service.ledger.diagnosis import look
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from relay.cli.status import Status
-    from service.settings import BrokerSettings, Settings
+    from service.ledger.statistics import SeenProcess
+    from service.settings import BrokerSettings, DatabaseSettings, Settings
 
 LATE = 300.0
 """Seconds for which something may be due."""
@@ -34,14 +41,20 @@ async def check_broker_and_queues(settings: Settings) -> list[Finding]:
     """Ask both, neither of which need be there."""
     # Without prepared statements, as there may be a pooler.
     unprepared = settings.database.model_copy(update={"pooler": True})
-    status = await gather(settings.model_copy(update={"database": unprepared}))
+    status, alive = await asyncio.gather(
+        gather(settings.model_copy(update={"database": unprepared})), _reporting(settings.database)
+    )
+    idle = _unserved(status, alive)
     if status.broker_problem:
-        return [Finding("broker", Level.PROBLEM, status.broker_problem), *_queues(status, set())]
-    idle: set[str] = set()
+        return [
+            Finding("broker", Level.PROBLEM, status.broker_problem),
+            *_processes(status, alive),
+            *_queues(status, idle),
+        ]
     try:
         async with asyncio.timeout(_PATIENCE):
             if settings.broker.is_rabbitmq:
-                idle = await _without_worker(settings.broker, status)
+                idle |= await _without_worker(settings.broker, status)
                 broker = [Finding("broker", Level.OK, "RabbitMQ takes messages; its queues are durable")]
             else:
                 broker = await _redis(settings.broker)
@@ -50,7 +63,45 @@ async def check_broker_and_queues(settings: Settings) -> list[Finding]:
     except (AMQPError, RedisError, OSError) as error:
         seen = f"not checked: {str(error)[:200] or type(error).__name__}"
         broker = [Finding("broker", Level.PROBLEM, seen, "look into its log, and try again")]
-    return [*broker, *_queues(status, idle)]
+    return [*broker, *_processes(status, alive), *_queues(status, idle)]
+
+
+async def _reporting(settings: DatabaseSettings) -> list[SeenProcess]:
+    """Relays and workers that have reported just now; none if that cannot be asked, which others tell of."""
+    try:
+        async with look(settings) as connection:
+            return await statistics.processes(connection)
+    except DRIVER_ERRORS:
+        return []
+
+
+def _unserved(status: Status, alive: Sequence[SeenProcess]) -> set[str]:
+    """The queues that have open deliveries and no worker process. None, where processes are too old to report."""
+    if not alive:
+        return set()
+    served = {queue for each in alive if each.kind == "worker" for queue in each.queues}
+    return {queue for (queue, _), counts in status.ledger.consumers.items() if counts.is_open} - served
+
+
+def _processes(status: Status, alive: Sequence[SeenProcess]) -> list[Finding]:
+    if not alive:
+        return [
+            Finding("processes", Level.UNKNOWN, "none has reported for 45 s: none runs, or none of a version that does")
+        ]
+    kinds, connected = Counter(each.kind for each in alive), status.ledger.relays
+    versions = Counter((each.version or "unnamed", each.kind) for each in alive)
+    told = ", ".join(
+        f"{version} ({count} {kind}{'s' * (count > 1)})" for (version, kind), count in sorted(versions.items())
+    )
+    names = sorted({each.version for each in alive})
+    seen = f"relays: {kinds['relay']}, worker processes: {kinds['worker']}" + f", all of {names[0]}" * bool(names[0])
+    return found("processes", seen, (
+        (len(names) > 1, Level.ADVICE, f"versions side by side: {told}",
+         "in the midst of a deploy that is in order; after it, replace the old ones"),
+        (connected > kinds["relay"], Level.ADVICE,
+         f"relays: {connected} connected, {kinds['relay']} reported within 45 s",
+         "restart what hangs, if it is not of a version that does not report"),
+    ))  # fmt: skip
 
 
 def _queues(status: Status, idle: set[str]) -> list[Finding]:
@@ -63,6 +114,7 @@ def _queues(status: Status, idle: set[str]) -> list[Finding]:
         if (counts.oldest or 0) > LATE and not paused & {queue, EVERY_QUEUE}
     }
     idle |= {queue for (queue, _), counts in status.ledger.consumers.items() if counts.unclaimed}
+    idle -= paused if EVERY_QUEUE not in paused else idle
     refused = [(name, each.problem) for name, each in status.queues.items() if each.state == "refused"]
     slow = "a relay or workers are missing or too slow: outbox status"
     anew = "delete it there: it is declared anew, and what was in it is handed over again"

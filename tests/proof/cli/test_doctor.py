@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def test_a_healthy_setup_has_nothing_wrong(
             monkeypatch.setenv(key, value)
         environment |= urls
         relay = start(["relay"])
-        until_sync(lambda: "relays: 1" in outbox("doctor").out)
+        until_sync(lambda: "relays: 1, worker" in outbox("doctor").out)
         ran = outbox("doctor", "--strict")
         assert ran.code == 0, ran.out
         assert ran.out.endswith("0 problems, 0 pieces of advice.\n")
@@ -515,3 +516,59 @@ def test_behind_a_pooler(
         assert (level, "the relay needs a URL" in cure) == (("ok", False) if told else ("problem", True))
         for check in ("migrations", "connections", "transactions", "replication", "autovacuum", "clock"):
             assert examine(check)[0][0] == "ok", check
+
+
+def test_processes_that_are_well(examine: Examine, rows: Rows) -> None:
+    [(level, seen, _)] = examine("processes")
+    assert (level, "none has reported" in seen) == ("unknown", True)
+    _process(rows, "relay", "1f3a")
+    _process(rows, "worker", "1f3a", "{stock,email}")
+    _process(rows, "worker", "0aaa", seen="now() - interval '46 s'")
+    assert examine("processes") == [("ok", "relays: 1, worker processes: 1, all of 1f3a", "")]
+    rows.message(1, queue="'stock'")
+    assert not [seen for _, seen, _ in examine("queues") if "no worker" in seen]
+
+
+def _process(rows: Rows, kind: str, version: str, queues: str = "{}", seen: str = "now()") -> None:
+    rows.sql(
+        "INSERT INTO outbox_process (id, kind, host, pid, queues, threads, version, seen_at) "
+        f"VALUES (gen_random_uuid(), '{kind}', 'a-host', 7, '{queues}', 8, '{version}', {seen})"
+    )
+
+
+def test_versions_that_run_side_by_side(examine: Examine, rows: Rows) -> None:
+    for version in ("1f3a", "1f3a", "2b4c"):
+        _process(rows, "worker", version)
+    _process(rows, "relay", "")
+    [(level, seen, cure)] = examine("processes")
+    assert (level, "deploy" in cure) == ("advice", True)
+    assert seen == "versions side by side: 1f3a (2 workers), 2b4c (1 worker), unnamed (1 relay)"
+
+
+def test_a_relay_that_hangs(examine: Examine, rows: Rows, start: Start) -> None:
+    _process(rows, "worker", "", seen="now() + interval '1 hour'")
+    relay = start(["relay"])
+    until_sync(lambda: examine("processes") == [("ok", "relays: 1, worker processes: 1", "")])
+    relay.send_signal(signal.SIGSTOP)
+    rows.sql("UPDATE outbox_process SET seen_at = now() - interval '1 minute' WHERE kind = 'relay'")
+    [(level, seen, cure)] = examine("processes")
+    assert (level, seen) == ("advice", "relays: 1 connected, 0 reported within 45 s")
+    assert "restart" in cure
+
+
+def test_a_queue_that_no_worker_process_takes_from(examine: Examine, rows: Rows) -> None:
+    for queue in ("stock", "email", "paused", "done"):
+        rows.message(1, queue=f"'{queue}'", state="'completed'" if queue == "done" else "'pending'")
+    rows.sql("INSERT INTO paused_queue (queue, paused_by) VALUES ('paused', 'me')")
+
+    def unserved() -> list[str]:
+        return [cure for level, seen, cure in examine("queues") if seen.startswith("no worker takes")]
+
+    assert unserved() == [], "of a version that does not report, perhaps"
+    _process(rows, "worker", "1f3a", "{email}")
+    assert unserved() == ["start one: dramatiq service.worker:setup_broker -Q stock"]
+    rows.sql("UPDATE outbox_process SET seen_at = now() - interval '1 minute'")
+    _process(rows, "relay", "1f3a")
+    assert [cure.rpartition(" ")[2] for cure in unserved()] == ["email", "stock"]
+    rows.sql("INSERT INTO paused_queue (queue, paused_by) VALUES ('*', 'me')")
+    assert unserved() == []
