@@ -6,7 +6,7 @@ import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from service.database.driver import DRIVER_ERRORS, open_connection
+from service.database.driver import open_connection
 from service.ledger.purging import Purged, purge_step_by_step
 from service.ledger.statistics import forget_minutes, forget_processes
 from service.telemetry.logs import get_logger
@@ -44,7 +44,8 @@ async def purge_regularly(settings: Settings, tally: Tally) -> None:
                 await forget_processes(connection)
             finally:
                 await connection.close(timeout=2)
-        except DRIVER_ERRORS as error:
-            _log.warning("relay.purge_failed", error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001  whatever it is, the next one may succeed
+            tally.purge_failures += 1
+            _log.warning("relay.purge_failed", error=f"{type(error).__name__}: {error}"[:200])
         else:
             _log.debug("relay.purged", deliveries=purged.deliveries)

@@ -229,6 +229,7 @@ def _done(tally: Tally) -> Iterator[Sample]:
         counted: Counter[str] = getattr(tally, name)
         yield from (Sample(f"outbox_relay_{name}_total", (queue,), count) for queue, count in counted.items())
     yield from (Sample("outbox_purged_rows_total", (table,), count) for table, count in tally.purged.items())
+    yield Sample("outbox_purge_failures_total", (), tally.purge_failures)
     yield from (
         Sample("outbox_relay_batch_seconds", (queue,), _durations(each)) for queue, each in tally.batches.items()
     )

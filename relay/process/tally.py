@@ -23,6 +23,7 @@ class Tally:
         self.refused: Counter[str] = Counter()
         self.workers_lost: Counter[str] = Counter()
         self.purged = Counter(outbox_message=0, idempotency_key=0, outbox_minute=0)
+        self.purge_failures = 0
         self.batches: dict[str, Histogram] = defaultdict(Histogram)
 
     def add(self, queue: str, batch: Batch, seconds: float) -> None:

@@ -70,6 +70,7 @@ METRICS = (
     Metric("outbox_relay_workers_lost_total", _COUNTER, "queue", "Deliveries whose worker's lease had ended"),
     Metric("outbox_relay_batch_seconds", _HISTOGRAM, "queue", "How long a batch took, with its commit"),
     Metric("outbox_purged_rows_total", _COUNTER, "table", "Rows that this relay has purged"),
+    Metric("outbox_purge_failures_total", _COUNTER, "", "Purges of this relay that failed"),
     Metric("http_server_request_duration_seconds", _HISTOGRAM, "method route status", "Until the response was sent"),
     Metric("http_server_active_requests", _GAUGE, "method", "Requests whose response is not sent yet"),
     Metric("http_server_background_failures_total", _COUNTER, "route", "Failures after the response was sent"),

@@ -59,7 +59,7 @@ class _Endpoint:
         while True:
             try:
                 server = await asyncio.start_server(self._serve, host, port, limit=_HEAD_BYTES)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter of a name that is none
                 if not told:
                     _log.warning("metrics.not_served", host=host, port=port, error=str(error))
                 told = True

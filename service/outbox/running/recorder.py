@@ -50,6 +50,7 @@ class Recorder:
         self._reporting: asyncio.Task[None] | None = None
         self._ending = asyncio.Event()
         self._failing = False
+        self._full = False
 
     def count(self, claim: Claim, outcome: str) -> None:
         """A run is over, and what became of it is written down."""
@@ -57,6 +58,9 @@ class Recorder:
         counts = self._counted.get(key)
         if counts is None:
             if len(self._counted) >= _KEYS:
+                if not self._full:
+                    _log.warning("outbox.statistics_full", consumers=_KEYS)
+                self._full = True
                 return
             counts = self._counted[key] = Runs()
         ran = time.perf_counter() - claim.began
@@ -80,7 +84,9 @@ class Recorder:
         """Report a last time, if PostgreSQL takes it at once."""
         self._ending.set()
         if self._reporting is not None:
-            await asyncio.wait((self._reporting,), timeout=_LAST)
+            _, late = await asyncio.wait((self._reporting,), timeout=_LAST)
+            if late or self._counted:
+                _log.warning("outbox.statistics_lost")
             self._reporting.cancel()
 
     async def _report_regularly(self, presence: Presence, running: Callable[[], int]) -> None:

@@ -296,6 +296,20 @@ async def runs_now(ledger: Ledger, number: int) -> bool:
     return process.running == number
 
 
+@pytest.mark.parametrize("by", ["a lock", "an error"])
+async def test_a_worker_that_cannot_report_its_last_runs_says_so(
+    ledger: Ledger, settings: Settings, connect: Connect, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    blocker = await connect()
+    async with blocker.transaction(), reporting(settings) as runner:
+        await until(lambda: statistics.processes(ledger.connection))
+        await runner.deliver(await ledger.happen())
+        await blocker.execute("LOCK TABLE outbox_minute" if by == "a lock" else "SELECT 1")
+        if by == "an error":
+            await ledger.connection.execute("DROP TABLE outbox_minute")
+    assert capsys.readouterr().out.count("outbox.statistics_lost") == 1
+
+
 @pytest.mark.usefixtures("hasty")
 async def test_a_delivery_that_waits_in_vain_for_a_connection_is_counted(ledger: Ledger, settings: Settings) -> None:
     settings.database.pool_size, settings.database.pool_timeout = 1, 0.1
@@ -389,6 +403,26 @@ async def test_the_regular_purge_takes_old_minutes_and_lost_processes(
     assert len(await statistics.minutes(ledger.connection, 9 * DAY)) == 2
     assert tally.purged["outbox_minute"] == 2
     assert await outcomes_of_all(ledger) == 4
+
+
+async def test_a_purge_that_fails_is_counted_told_of_and_tried_again(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(relay.process.purge, "EVERY", 0.01)
+    await ledger.connection.execute("ALTER TABLE outbox_minute RENAME TO gone")
+    purging = asyncio.create_task(purge_regularly(settings, tally := Tally()))
+    await until(lambda: tally.purge_failures > 1)
+    monkeypatch.setattr(settings.database, "url", None)  # a bug, as good as any
+    failures = tally.purge_failures
+    await until(lambda: tally.purge_failures > failures + 1)
+    monkeypatch.undo()
+    purging.cancel()
+    with suppress(asyncio.CancelledError):
+        await purging
+    said = capsys.readouterr().out
+    assert said.count("relay.purge_failed") == tally.purge_failures
+    assert "UndefinedTableError" in said
+    assert "AttributeError" in said
 
 
 async def purged(ledger: Ledger, there: ProcessIdentity) -> bool:
