@@ -117,7 +117,7 @@ def _operate(environment: Mapping[str, str], roles: Roles) -> None:
     _outbox(environment, roles, "dead-letters", "replay", "2", "3", "4", "--yes", "--why", "a test")
     psql(roles.migrator, "UPDATE idempotency_key SET created_at = created_at - interval '1 year'")
     purged = _outbox(environment, roles, "purge", "--older-than", "0s")
-    assert purged.split() == ["Removed", "2", "completed", "rows", "and", "3", "HTTP", "idempotency", "keys."]
+    assert purged.split() == ["Removed", "2", "completed", "deliveries", "and", "3", "HTTP", "idempotency", "keys."]
 
 
 async def test_the_relay_may_collect_every_part_of_its_metrics(roles: Roles, settings: Settings) -> None:
