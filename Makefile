@@ -72,8 +72,8 @@ UV_COMPILE := uv pip compile --universal --generate-hashes --no-annotate \
 	--python-version 3.11 --custom-compile-command "make lock" --quiet
 lock: ## Pin what is new in pyproject.toml, and move no other version (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv" >&2; exit 1; }
-	$(UV_COMPILE) $(UPGRADE) pyproject.toml -o requirements.lock
-	$(UV_COMPILE) $(UPGRADE) pyproject.toml --group dev -o requirements-dev.lock
+	$(UV_COMPILE) $(UPGRADE) pyproject.toml --extra otel -o requirements.lock
+	$(UV_COMPILE) $(UPGRADE) pyproject.toml --extra otel --group dev -o requirements-dev.lock
 	$(if $(wildcard $(PEERS).in),$(UV_COMPILE) $(UPGRADE) $(PEERS).in -c requirements-dev.lock -o $(PEERS).lock)
 
 upgrade: UPGRADE := --upgrade

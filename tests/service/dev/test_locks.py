@@ -24,7 +24,7 @@ _PEERS = ROOT / "tests" / "proof" / "bench" / "requirements.in"
 
 def _wanted(groups: list[str]) -> list[str]:
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    lines = [*project["project"]["dependencies"]]
+    lines = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["otel"]]
     for group in groups:
         lines += project["dependency-groups"][group]
     return lines
