@@ -23,11 +23,23 @@ from service.http.openapi import install_openapi
 from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs
 from service.telemetry.loop_lag import LoopLag
+from service.telemetry.tracing import start_tracing, stop_tracing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from starlette.types import Scope
+    from fastapi.telemetry import TelemetryConfig
+
+
+# One span a request, whose log records would repeat what exceptions say, and whose metrics we have.
+_REQUEST_SPANS: TelemetryConfig = {
+    "auto_configure": False,
+    "logs": False,
+    "metrics": False,
+    "operation_spans": False,
+    "exclude": lambda scope: scope["path"].startswith("/health/"),
+}
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -39,7 +51,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = _settings_of_process()
     domains.discover()
-    app = FastAPI(title=settings.api.title, version="1", lifespan=_lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title=settings.api.title, version="1", lifespan=_lifespan, redirect_slashes=False, telemetry=_REQUEST_SPANS
+    )
     app.state.settings = settings
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)
@@ -69,9 +83,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.engine, app.state.sessions = engine, session_factory(engine, OneTransaction)
     lag = app.state.loop_lag = LoopLag(settings.loop_held_after, lambda task: _request(app.state.running.get(task)))
     lag.start()
+    start_tracing("api", settings.version)
     yield
     lag.stop()
     await engine.dispose()
+    await asyncio.to_thread(stop_tracing)
     await asyncio.to_thread(flush_logs)  # uvicorn ends by the signal that it got, which runs no exit hooks
 
 

@@ -204,6 +204,8 @@ class Claim:
     dispatches: int
     waited: float
     """Seconds from when it was due first until now, by PostgreSQL's clock."""
+    deferred: bool = False
+    """It came due later than its event, for it was delayed or replayed."""
     began: float = field(default_factory=time.perf_counter, compare=False)
     """By this process's clock, for its log alone."""
 
@@ -230,7 +232,7 @@ async def claim_free(connection: Connection, asked: Sequence[tuple[UUID, UUID]],
 
 def _claim(row: asyncpg.Record) -> Claim:
     headers = json.loads(row["headers"])
-    due_after = float(headers.pop(DUE_AFTER, 0))  # of this delivery alone, and not of what it publishes
+    due_after = headers.pop(DUE_AFTER, None)  # of this delivery alone, and not of what it publishes
     return Claim(
         id=row["id"],
         token=row["claim_token"],
@@ -243,7 +245,8 @@ def _claim(row: asyncpg.Record) -> Claim:
         headers=headers,
         attempts=row["attempts"],
         dispatches=row["dispatches"],
-        waited=max(row["age"] - due_after, 0.0),
+        waited=max(row["age"] - float(due_after or 0), 0.0),
+        deferred=due_after is not None,
     )
 
 

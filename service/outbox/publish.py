@@ -23,6 +23,7 @@ from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event
 from service.outbox.payloads import payload_of
+from service.telemetry import tracing
 from service.telemetry.logs import current_headers
 from service.text import storable
 
@@ -93,7 +94,8 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
 def _write(
     session: AsyncSession, event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelta | None
 ) -> None:
-    headers = current_headers() | ({DUE_AFTER: f"{delay.total_seconds()}"} if delay else {})
+    headers = tracing.created(event.event_type, str(event_id), current_headers())
+    headers |= {DUE_AFTER: f"{delay.total_seconds()}"} if delay else {}
     rows: list[dict[str, Any]] = [
         {
             "id": delivery_id(event_id, number),

@@ -1,7 +1,8 @@
 """Structured logs, and the ids that tie a request, its outbox rows and the workers' log lines together.
 
 A request's correlation id travels in the outbox row's `headers` and is bound again around the delivery, so that one
-search finds everything that a request caused. `traceparent` (W3C) is passed on as it came.
+search finds everything that a request caused. `traceparent` (W3C) is passed on as it came, unless traces are on: then
+it is that of the event's own span.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from uuid import uuid4
 import structlog
 
 from service.telemetry.log_queue import QueuedHandler
+from service.telemetry.tracing import add_trace_ids
 from service.text import TRACEPARENT, storable, visible
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def configure_logging(log_format: str, log_level: str) -> None:
     """Send structlog, the standard library's loggers and warnings to stderr in one format; nobody waits for that."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        add_trace_ids,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

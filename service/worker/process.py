@@ -37,6 +37,7 @@ from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs, get_logger
 from service.telemetry.loop_lag import LoopLag
 from service.telemetry.probe import SignOfLife
+from service.telemetry.tracing import start_tracing, stop_tracing
 from service.worker.dramatiq_broker import declare_unknown, make_broker
 from service.worker.watchdog import Watchdog
 
@@ -85,6 +86,7 @@ class _Outbox(Middleware):
         # Dramatiq only logs an exception raised here, and would run a worker that can do nothing.
         try:
             threading.excepthook = _exit_on_dead_thread
+            start_tracing("worker", self._settings.version)
             queues = set(broker.get_declared_queues()) & (worker.consumer_whitelist or broker.get_declared_queues())
             _on_loop(self._open(worker.worker_threads, queues))
         except Exception as error:
@@ -126,6 +128,7 @@ class _Outbox(Middleware):
             _on_loop(self._close())
         finally:
             self.watchdog.stop()
+            stop_tracing()
 
     async def _close(self) -> None:
         self._lag.stop()

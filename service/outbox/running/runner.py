@@ -46,6 +46,7 @@ from service.outbox.running.outcomes import (
     write,
 )
 from service.outbox.running.recorder import Recorder
+from service.telemetry import tracing
 from service.telemetry.logs import get_logger, trace_context
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ _log = get_logger(__name__)
 
 _UNSETTLED = 1_000
 """Outcomes that wait for PostgreSQL in this process at most; what is beyond is left to the lease."""
+
+_ONE_TRACE = 900
+"""Seconds for which a first attempt belongs to the trace of its event: few viewers show one that goes on for longer."""
 
 
 class _UnknownConsumerError(Exception):
@@ -396,6 +400,7 @@ class Runner:
                 _log.error("outbox.unstorable", delivery_id=str(claim.id), exception=trace(error, claim.payload))
                 word = await self._store(claim, unstorable(outcome, error))
         self._recorder.count(claim, word)
+        tracing.ran(word, getattr(outcome, "error", None))
 
     async def _store(self, claim: Claim, outcome: Unwritten) -> str:
         async with self._ledger() as connection:
@@ -430,7 +435,20 @@ def _cut_early(timer: asyncio.Timeout) -> bool:
     return task.cancelling() > 0 and asyncio.get_running_loop().time() < ends_at
 
 
-def _traced(claim: Claim) -> AbstractContextManager[None]:
+@contextmanager
+def _traced(claim: Claim) -> Iterator[None]:
     """What a run publishes and logs carries the ids of what caused it."""
-    headers = claim.headers | {"causation_id": str(claim.id)}
-    return trace_context(headers, consumer=claim.consumer, delivery_id=str(claim.id))
+    delivery_id = str(claim.id)
+    apart = claim.attempts > 1 or claim.deferred or claim.waited > _ONE_TRACE
+    about: dict[str, str | int] = {
+        "messaging.consumer.group.name": claim.consumer,
+        "outbox.queue": claim.queue,
+        "outbox.event_id": str(claim.event_id),
+        "outbox.attempt": claim.attempts,
+    }
+    headers = claim.headers | {"causation_id": delivery_id}
+    with (
+        tracing.running(claim.event_type, delivery_id, claim.headers, apart=apart, about=about),
+        trace_context(headers, consumer=claim.consumer, delivery_id=delivery_id),
+    ):
+        yield
