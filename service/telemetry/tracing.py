@@ -157,7 +157,7 @@ def ran(outcome: str, error: BaseException | None) -> None:
 
     span = get_current_span()
     if span.is_recording():  # an outcome that had to wait for PostgreSQL comes later
-        span.set_attribute("outbox.outcome", outcome)
+        span.set_attribute("messaging.outbox.outcome", outcome)
         if error is not None:
             span.set_attribute("error.type", storable(type(error).__qualname__, 100))
             span.set_status(StatusCode.ERROR)

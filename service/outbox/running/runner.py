@@ -442,9 +442,9 @@ def _traced(claim: Claim) -> Iterator[None]:
     apart = claim.attempts > 1 or claim.deferred or claim.waited > _ONE_TRACE
     about: dict[str, str | int] = {
         "messaging.consumer.group.name": claim.consumer,
-        "outbox.queue": claim.queue,
-        "outbox.event_id": str(claim.event_id),
-        "outbox.attempt": claim.attempts,
+        "messaging.outbox.queue": claim.queue,
+        "messaging.outbox.event_id": str(claim.event_id),
+        "messaging.outbox.attempt": claim.attempts,
     }
     headers = claim.headers | {"causation_id": delivery_id}
     with (

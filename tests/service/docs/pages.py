@@ -30,6 +30,7 @@ __all__ = [
     "README",
     "RUNNING",
     "SETTINGS",
+    "TRACES",
     "Block",
     "blocks",
     "missing",
@@ -50,6 +51,7 @@ FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, LATER_VERSIONS, MOVING, EXISTING_S
 )  # fmt: skip
 METRICS = DOCS / "metrics.md"
 ALERTS = DOCS / "alerts.md"
+TRACES = DOCS / "traces.md"
 
 GUIDE = (FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, SETTINGS, LATER_VERSIONS, MOVING, EXISTING_SERVICE)
 """What a developer reads, in the order in which its code goes together."""

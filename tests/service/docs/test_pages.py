@@ -25,6 +25,7 @@ from tests.service.docs.pages import (
     METRICS,
     OPERATIONS,
     RUNNING,
+    TRACES,
     blocks,
     missing,
 )
@@ -36,13 +37,13 @@ if TYPE_CHECKING:
 _LONGER = {"first-feature.md", "settings.md", "speed.md"}
 
 _TRIED = {
-    "python": (*GUIDE, DOCS / "an-order.md"),
+    "python": (*GUIDE, DOCS / "an-order.md", TRACES),
     "sh": (FIRST_FEATURE,),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
     "ini": (EXISTING_SERVICE,),
     "sql": (CHANGING, RUNNING, BACKUPS),
     "console": (FIRST_FEATURE, CONSUMERS, DOCS / "an-order.md", DOCS / "doctor.md", *OPERATIONS),
-    "text": (DEVELOPING,),
+    "text": (DEVELOPING, TRACES),
     "mermaid": ALL,
     "promql": (METRICS,),
     "yaml": (ALERTS,),

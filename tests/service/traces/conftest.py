@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +20,13 @@ def collector() -> Iterator[Posted]:
     """Takes spans at `collector.url`."""
     with posted() as kept:
         yield kept
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Where a collector listens that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 @pytest.fixture

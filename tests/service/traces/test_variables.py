@@ -26,6 +26,16 @@ stop_tracing()
 print(*(name for name in sys.modules if name.startswith(("opentelemetry.sdk.trace", "opentelemetry.exporter"))))
 """
 
+_STOPPED = """
+import time
+from service.telemetry.tracing import created, start_tracing, stop_tracing
+start_tracing("api", "")
+created("parcel.sent", "1", {})
+began = time.monotonic()
+stop_tracing()
+print(time.monotonic() - began)
+"""
+
 
 def started(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> list[MutableMapping[str, object]]:
     """What is logged at the start of a process with these variables, which shall not trace."""
@@ -69,3 +79,10 @@ def test_what_is_wrong_is_told_and_the_process_goes_on(monkeypatch: pytest.Monke
 def test_without_them_what_makes_spans_is_not_imported() -> None:
     ran = subprocess.run([sys.executable, "-c", _IMPORTED], cwd=ROOT, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
+
+
+def test_what_is_left_has_two_seconds_to_be_exported(monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", silent)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
+    ran = subprocess.run([sys.executable, "-c", _STOPPED], cwd=ROOT, capture_output=True, text=True)
+    assert 2 <= float(ran.stdout.split()[-1]) < 20, "the SDK would wait for half a minute"
