@@ -28,8 +28,8 @@ from service.telemetry.tracing import start_tracing, stop_tracing
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from starlette.types import Scope
     from fastapi.telemetry import TelemetryConfig
+    from starlette.types import Scope
 
 
 # One span a request, whose log records would repeat what exceptions say, and whose metrics we have.
