@@ -52,7 +52,7 @@ class Postgres(Server):
     ) -> None:
         super().__init__(data_dir)
         self.settings = {**_SETTINGS, **({} if durable else _NOT_DURABLE), **(settings or {})}
-        self.port = free_port() if tcp else 5432  # without TCP it is only part of the socket's name
+        self.port = 0 if tcp else 5432  # without TCP it is only part of the socket's name
         self._password = new_password() if tcp else None
 
     def url(self, database: str = "postgres") -> str:
@@ -78,6 +78,7 @@ class Postgres(Server):
     def _launch(self) -> subprocess.Popen[bytes]:
         self.stop_stray()
         self._initialise()
+        self.port = self.port or free_port()  # as late as may be, so that nobody takes it meanwhile
         sockets = self._sockets_in()
         command = [str(postgres_binaries() / "postgres"), "-D", str(self.data_dir), "-k", str(sockets)]
         command += ["-h", "127.0.0.1" if self._password else "", "-p", str(self.port)]
