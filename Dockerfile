@@ -1,7 +1,7 @@
 # One image for every process; compose.yaml has the commands. Nothing but the locked packages gets in, by their hashes.
 # The version stands in the FROM lines and not in an ARG: Dependabot moves it only there.
 
-FROM python:3.14-slim AS build
+FROM python:3.14.7-slim-trixie AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
 COPY requirements.lock requirements-dev.lock ./
@@ -15,7 +15,7 @@ COPY relay ./relay
 COPY service ./service
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir dist . && /venv/bin/pip install --no-deps dist/*.whl
 
-FROM python:3.14-slim
+FROM python:3.14.7-slim-trixie
 RUN useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin service
 WORKDIR /app
 COPY --from=build /venv /venv

@@ -23,7 +23,7 @@ GONE := $(if $(wildcard service/dev/demo/*.py),,demo) $(if $(wildcard tests/proo
 	$(if $(wildcard tests/proof/bench/*.py),,bench)
 PEERS := tests/proof/bench/requirements
 
-.PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock upgrade install
+.PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock upgrade install secrets
 
 help: ## List what there is
 	@sed -n '$(GONE:%=/^%:/d;)s/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -78,6 +78,14 @@ lock: ## Pin what is new in pyproject.toml, and move no other version (needs uv)
 
 upgrade: UPGRADE := --upgrade
 upgrade: lock ## Move every version to the newest that pyproject.toml allows (needs uv)
+
+# Compose mounts them with the rights that they have here, and the processes in the containers are not their owner.
+secrets: ## Write passwords for compose.yaml into secrets/, where there are none yet
+	@mkdir -p -m 700 secrets
+	@for name in $$(sed -n 's|^ *file: ./secrets/||p' compose.yaml); do \
+		[ -s secrets/$$name ] && continue; \
+		od -An -N24 -tx1 /dev/urandom | tr -d ' \n' > secrets/$$name && chmod 644 secrets/$$name && echo "secrets/$$name"; \
+	done
 
 install: $(STAMP) ## Only set up the virtual environment
 

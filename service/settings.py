@@ -3,6 +3,9 @@
 Nested names use a double underscore: `DATABASE__URL`, `BROKER__URL`, `OUTBOX__LEASE`. A wrong value stops the
 process before it does anything and says which variable is wrong and what it should look like. `ENV_FILE` names another
 file than `.env`; empty means none, so that the tests and all that they start read no developer's settings.
+
+`SECRETS_DIR` names a folder with a file for each secret, called like the variable: what a container's runtime mounts.
+The environment and `.env` win over it. A password can stand apart from its URL, so that a file holds nothing else.
 """
 
 from __future__ import annotations
@@ -11,18 +14,21 @@ import os
 import re
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, NestedSecretsSettingsSource, SettingsConfigDict, SettingsError
 
 from service.errors import ConfigurationError
 from service.network.postgres_url import PostgresAddress, read_postgres
 from service.network.sockets import check_ca_file, silence_options
-from service.network.urls import check_broker, check_smtp
+from service.network.urls import check_broker, check_smtp, with_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pydantic_settings import PydanticBaseSettingsSource
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 """A duration in seconds."""
@@ -38,6 +44,17 @@ def _checked(check: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(validate)
 
 
+def _insert_password(given: Any) -> Any:
+    """Put a password that stands apart into its URL, before that is checked."""
+    if not isinstance(given, dict) or not given.get("password") or "url" not in given:
+        return given
+    url, password = (
+        each.get_secret_value() if isinstance(each, SecretStr) else str(each)
+        for each in (given["url"], given["password"])
+    )
+    return given | {"url": with_password(url, password)}
+
+
 Silence = Annotated[int, Field(ge=2, le=3_600)]
 CaFile = Annotated[str, AfterValidator(check_ca_file)]
 
@@ -48,6 +65,7 @@ class DatabaseSettings(BaseModel):
     url: Annotated[SecretStr, _checked(read_postgres)] = Field(
         description="PostgreSQL, as postgresql://user:password@host:5432/database"
     )
+    password: SecretStr = Field(SecretStr(""), description="Password of that URL, if it names none")
     pool_size: int = Field(10, ge=1, le=500, description="Connections an API or worker process keeps")
     pool_timeout: Seconds = Field(5, description="Seconds to wait for a free connection before answering 503")
     connect_timeout: Seconds = Field(
@@ -58,6 +76,8 @@ class DatabaseSettings(BaseModel):
     pooler: bool = Field(
         False, description="Set when API and workers connect through a pooler in transaction mode (PgBouncer)"
     )
+
+    _with_password = model_validator(mode="before")(_insert_password)
 
     @property
     def address(self) -> PostgresAddress:
@@ -81,6 +101,7 @@ class BrokerSettings(BaseModel):
     url: Annotated[SecretStr, _checked(check_broker)] = Field(
         description="redis://, rediss://, valkey://, unix:// or amqp(s)://"
     )
+    password: SecretStr = Field(SecretStr(""), description="Password of that URL, if it names none")
     namespace: str = Field("dramatiq", pattern=r"^[\w.-]{1,64}$", description="Prefix of every key in Redis or Valkey")
     quorum_queues: bool = Field(
         False, description="RabbitMQ: declare quorum queues (replicated) instead of classic ones"
@@ -90,6 +111,8 @@ class BrokerSettings(BaseModel):
     tls_ca_file: CaFile = Field(
         "", description="PEM file of a private CA to trust, beside the system's, for rediss://, valkeys:// and amqps://"
     )
+
+    _with_password = model_validator(mode="before")(_insert_password)
 
     @property
     def is_rabbitmq(self) -> bool:
@@ -173,11 +196,14 @@ class SmtpSettings(BaseModel):
         SecretStr("smtp://127.0.0.1:1025"),
         description="smtp://, smtp+starttls:// (TLS required, as with any password) or smtps://user:password@host:port",
     )
+    password: SecretStr = Field(SecretStr(""), description="Password of that URL, if it names none")
     sender: str = Field(
         "orders@example.com", pattern=r"^[^@\s<>]+@[A-Za-z0-9.-]+$", description="Address that e-mails come from"
     )
     timeout: Seconds = Field(10, description="Seconds the mail server may take for one e-mail")
     tls_ca_file: CaFile = Field("", description="PEM file of a private CA to trust beside the system's")
+
+    _with_password = model_validator(mode="before")(_insert_password)
 
 
 class MetricsSettings(BaseModel):
@@ -190,7 +216,22 @@ class MetricsSettings(BaseModel):
 _CONFIG = SettingsConfigDict(env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True)
 
 
-class Settings(BaseSettings):
+class _FromFilesToo(BaseSettings):
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # The usual source knows no nested names.
+        secrets = NestedSecretsSettingsSource(file_secret_settings)
+        return init_settings, env_settings, dotenv_settings, secrets
+
+
+class Settings(_FromFilesToo):
     """All settings of a process, but for those that a domain adds."""
 
     model_config = _CONFIG
@@ -212,7 +253,7 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged")
 
 
-class DomainSettings(BaseSettings):
+class DomainSettings(_FromFilesToo):
     """Base of the settings that a domain adds in a module `settings`, each with an `env_prefix` of its own.
 
     `load` reads them. API and worker do not start while one is missing or wrong.
@@ -230,12 +271,17 @@ def load(kind: type[_Kind]) -> _Kind:
     Raises:
         ConfigurationError: naming every variable that is missing or wrong, never its value.
     """
+    secrets = os.environ.get("SECRETS_DIR") or None
+    if secrets is not None and not Path(secrets).is_dir():
+        raise ConfigurationError("SECRETS_DIR: there is no such folder")
     try:
-        return kind(_env_file=os.environ.get("ENV_FILE", ".env"))
+        return kind(_env_file=os.environ.get("ENV_FILE", ".env"), _secrets_dir=secrets)
     except ValidationError as error:
         problems = [_problem(each["loc"], each["type"], each["msg"]) for each in error.errors(include_input=False)]
     except SettingsError as error:  # of a field that is a list or a model
         problems = [f"{field.upper()}: expected JSON" for field in re.findall(r'field "(\w+)"', str(error))]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"SECRETS_DIR: a file in it cannot be read: {type(error).__name__}") from None
     prefix = kind.model_config.get("env_prefix", "").upper()
     raise ConfigurationError("; ".join(prefix + each for each in problems) + " (see .env.example)")
 

@@ -22,15 +22,11 @@ _HEAD = """\
 """
 
 _COMPOSE = """
-# Read by compose.yaml alone. Letters and digits: they become part of URLs.
+# Read by compose.yaml alone. `make secrets` writes its passwords.
 
-# Passwords of the servers that it starts
-#POSTGRES_PASSWORD=
-#VALKEY_PASSWORD=
 # What else runs: rabbitmq, monitoring, or both with a comma
 #COMPOSE_PROFILES=rabbitmq
-#RABBITMQ_PASSWORD=
-# Another broker than Valkey, such as amqp://service:<RABBITMQ_PASSWORD>@rabbitmq:5672/
+# Another broker than Valkey, such as amqp://service@rabbitmq:5672/
 #SERVICE_BROKER_URL=
 # Loopback ports for the API and for Mailpit's pages
 #API_PORT=8000

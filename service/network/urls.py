@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -50,6 +50,20 @@ def without_secrets(url: str) -> str:
     """What a person may read of it: neither user and password nor parameters."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def with_password(url: str, password: str) -> str:
+    """The URL with this password, whatever characters it has.
+
+    Raises:
+        ValueError: when the URL names one already.
+    """
+    scheme, separator, rest = url.partition("://")
+    before_path = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, _, hosts = before_path.rpartition("@")
+    if ":" in user:
+        raise ValueError("the password stands in the URL and apart from it: remove one of the two")
+    return f"{scheme}{separator}{user}:{quote(password, safe='')}@{hosts}{rest.removeprefix(before_path)}"
 
 
 def check_broker(url: str) -> None:

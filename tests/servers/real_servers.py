@@ -25,7 +25,9 @@ __all__ = ["TEMPLATE", "RealServers", "Where", "another_postgres", "copy_of", "m
 TEMPLATE = "service"
 """The migrated database that every test's database is copied from."""
 
-_PREFIXES = ("DATABASE__", "BROKER__", "API__", "OUTBOX__", "SMTP__", "LOG_", "OTEL_", "DRAMATIQ_", "dramatiq_")
+_PREFIXES = (
+    "DATABASE__", "BROKER__", "API__", "OUTBOX__", "SMTP__", "LOG_", "OTEL_", "DRAMATIQ_", "dramatiq_", "SECRETS_DIR",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

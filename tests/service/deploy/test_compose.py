@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from service.http.protocol import BoundedProtocol
 from service.outbox.consumers import registered_consumers
 from service.settings import ApiSettings, OutboxSettings
 from service.telemetry import probe
-from tests.service.deploy.compose import COMPOSE, parsed
+from tests.service.deploy.compose import COMPOSE, parsed, whole
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +36,10 @@ def workers(services: dict[str, dict[str, Any]]) -> dict[str, Any]:
     commands = {name: service.get("command", [""]) for name, service in services.items()}
     parser = make_argument_parser()
     return {name: parser.parse_args(line[1:]) for name, line in commands.items() if line[0] == "dramatiq"}
+
+
+def _ours(services: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: service for name, service in services.items() if "build" in service}
 
 
 def _seconds(duration: str) -> int:
@@ -111,17 +117,80 @@ def test_nothing_is_open_to_the_network(services: dict[str, Any]) -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
-def test_every_variable_is_in_the_example_and_no_password_has_a_default(services: dict[str, Any]) -> None:
-    variables = re.findall(r"\$\{(\w+)([^}]*)", COMPOSE)
+def test_every_variable_is_in_the_example_and_no_password_is_one() -> None:
+    variables = re.findall(r"\$\{(\w+)", COMPOSE)
     assert variables
-    for name, default in variables:
+    for name in variables:
         assert f"#{name}=" in example(), name
-        if name.endswith("_PASSWORD"):
-            assert default.startswith(":?") or default == ":-", f"{name}{default}"
+        assert "PASSWORD" not in name
+
+
+def test_no_process_is_given_more_than_its_own_role(services: dict[str, dict[str, Any]]) -> None:
+    roles = {"api": "app", "relay": "relay", "migrate": "migrator"}
+    for name, each in _ours(services).items():
+        role = roles.get(name, "app")
+        url = each["environment"]["DATABASE__URL"]
+        assert url.startswith(f"postgresql://service_{role}@"), f"{name}: {url}"
+        secrets = {secret["source"]: secret["target"] for secret in each["secrets"]}
+        assert secrets.pop(f"{role}_password") == "database__password"
+        assert secrets == ({} if name in ("api", "migrate") else {"broker_password": "broker__password"}), name
+    for name, each in services.items():
+        if name != "postgres":
+            assert "superuser_password" not in str(each), name
+
+
+def test_no_password_is_in_an_environment_or_a_command_line(services: dict[str, dict[str, Any]]) -> None:
+    for name, each in services.items():
+        for variable, value in each.get("environment", {}).items():
+            assert "PASS" not in variable or variable.endswith("_FILE"), f"{name}: {variable}"
+            assert not re.search(r"://[^/@]*:[^/@]+@", value), f"{name}: {variable}"
+        assert "--requirepass" not in str(each.get("command")), name
+
+
+def test_every_service_has_networks_limits_and_logs_that_end(services: dict[str, dict[str, Any]]) -> None:
+    for name, each in services.items():
+        assert each["networks"], f"{name} would be in the default network with everybody else"
+        assert each["mem_limit"], name
+        assert {"max-size", "max-file"} <= each["logging"]["options"].keys(), name
+
+
+def test_the_servers_are_reached_by_those_that_need_them_alone(services: dict[str, dict[str, Any]]) -> None:
+    networks = whole()["networks"]
+    assert all(networks[name] == {"internal": True} for name in ("database", "broker"))
+    assert services["postgres"]["networks"] == ["database"]
+    assert services["valkey"]["networks"] == services["rabbitmq"]["networks"] == ["broker"]
+    for name, each in services.items():
+        needs_broker = "broker_password" in str(each.get("secrets"))
+        assert ("broker" in each["networks"]) == needs_broker, name
+
+
+def test_every_image_is_named_exactly(services: dict[str, dict[str, Any]]) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    images = [each["image"] for each in services.values() if "build" not in each]
+    images += re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert len(images) >= 6
+    for image in images:
+        assert re.search(r":v?\d+\.\d+(\.\d+)?(-[\w.-]+)?$|@sha256:[0-9a-f]{64}$", image), image
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_secrets_writes_each_password_once(tmp_path: Path) -> None:
+    for name in ("Makefile", "compose.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    made = []
+    for _ in range(2):
+        subprocess.run(["make", "secrets"], cwd=tmp_path, check=True, capture_output=True)
+        made.append({path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()})
+    assert made[0] == made[1]
+    assert {f"./secrets/{name}" for name in made[0]} == {each["file"] for each in whole()["secrets"].values()}
+    assert len(set(made[0].values())) == len(made[0])
+    assert all(len(password) == 48 for password in made[0].values())
+    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "secrets" / "app_password").stat().st_mode & 0o777 == 0o644, "no container could read it"
 
 
 def test_the_services_of_ours_share_an_image_and_start_after_the_migration(services: dict[str, Any]) -> None:
-    ours = {name: service for name, service in services.items() if "build" in service}
+    ours = _ours(services)
     assert {"api", "relay", "migrate"} < set(ours)
     assert len({each["image"] for each in ours.values()}) == 1
     for name, each in ours.items():
@@ -130,5 +199,5 @@ def test_the_services_of_ours_share_an_image_and_start_after_the_migration(servi
         if name == "migrate":
             assert waits_for == {"postgres": {"condition": "service_healthy"}}
         else:
-            assert waits_for["migrate"] == {"condition": "service_completed_successfully"}
+            assert waits_for["rights"] == {"condition": "service_completed_successfully"}
             assert ("valkey" in waits_for) == (name != "api")

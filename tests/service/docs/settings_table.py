@@ -38,7 +38,7 @@ def _row(variable: str, field: FieldInfo) -> str:
 def _text(default: Any) -> str:
     match default:
         case SecretStr():
-            return default.get_secret_value()
+            return default.get_secret_value() or "none"
         case bool():
             return str(default).lower()
         case "":

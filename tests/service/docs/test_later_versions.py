@@ -107,7 +107,7 @@ def _make_it_ours(copy: _Git) -> None:
 def _next_version(template: _Git) -> None:
     template.write("README.md", "# The next version\n")
     template.edit("pyproject.toml", '  "alembic>', '  "colorama>=0.4",\n  "alembic>')
-    template.edit("compose.yaml", "image: postgres:18", "image: postgres:19")
+    template.edit("compose.yaml", "image: rabbitmq:4", "image: rabbitmq:5")
     template.edit("CHANGELOG.md", _NEWEST, f"{_NEWEST}\n## outbox-service 0.2.0 (2027-01-02)\n\n- Theirs.\n")
     template.write("service/mail.py", f"# theirs\n{template.read('service/mail.py')}")
     template.done("git mv service/mail.py service/mailing.py")
@@ -141,7 +141,7 @@ def test_it_takes_the_next_version(template: _Git, tmp_path: Path, how: str) -> 
     assert copy.read("relay/process/purge.py") == "# mended\n"
     assert (copy.folder / "migrations/ledger/2027_01_01_next.py").exists()
     assert all(each in copy.read("pyproject.toml") for each in ('"my-shop"', '"humanize>', '"colorama>'))
-    assert all(each in copy.read("compose.yaml") for each in ('"-Q", "mine"]', "postgres:19"))
+    assert all(each in copy.read("compose.yaml") for each in ('"-Q", "mine"]', "rabbitmq:5"))
     assert all(each in copy.read("CHANGELOG.md") for each in ("\n- Ours.\n", "\n- Theirs.\n", "service 0.1.0 ("))
     moved = copy.read("service/mailing.py")
     assert moved.startswith("# theirs\n")
