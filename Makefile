@@ -63,6 +63,7 @@ lint: $(STAMP) ## Check style, types and the layers
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/zizmor --offline --quiet --pedantic .github
 
 fmt: $(STAMP) ## Format and mend what can be mended
 	$(PY) -m ruff check --fix
@@ -74,6 +75,7 @@ lock: ## Pin what is new in pyproject.toml, and move no other version (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: https://docs.astral.sh/uv" >&2; exit 1; }
 	$(UV_COMPILE) $(UPGRADE) pyproject.toml --extra otel -o requirements.lock
 	$(UV_COMPILE) $(UPGRADE) pyproject.toml --extra otel --group dev -o requirements-dev.lock
+	$(if $(wildcard .ci/audit.in),$(UV_COMPILE) $(UPGRADE) .ci/audit.in -o .ci/audit.lock)
 	$(if $(wildcard $(PEERS).in),$(UV_COMPILE) $(UPGRADE) $(PEERS).in -c requirements-dev.lock -o $(PEERS).lock)
 
 upgrade: UPGRADE := --upgrade

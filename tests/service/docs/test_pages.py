@@ -38,7 +38,7 @@ _LONGER = {"first-feature.md", "settings.md", "speed.md"}
 
 _TRIED = {
     "python": (*GUIDE, DOCS / "an-order.md", TRACES),
-    "sh": (FIRST_FEATURE,),
+    "sh": (FIRST_FEATURE, DOCS / "packages.md"),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
     "ini": (EXISTING_SERVICE,),
     "sql": (CHANGING, RUNNING, BACKUPS),
