@@ -11,16 +11,19 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from service import domains
 from service.database.engine import create_engine
 from service.database.revisions import Revisions
 from service.database.sessions import OneTransaction, session_factory
 from service.http import health
+from service.http.edge import KnownHosts, RateLimit
 from service.http.error_handlers import install_handlers
 from service.http.middleware import BodyLimit, Deadline, RequestContext, route_template
 from service.http.openapi import install_openapi
-from service.settings import Settings, settings_at_start
+from service.production import exit_if_unsafe
+from service.settings import Settings, listed, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs
 from service.telemetry.loop_lag import LoopLag
 from service.telemetry.tracing import start_tracing, stop_tracing
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
     from fastapi.telemetry import TelemetryConfig
     from starlette.types import Scope
+
+    from service.settings import ApiSettings
 
 
 # One span a request, whose log records would repeat what exceptions say, and whose metrics we have.
@@ -51,13 +56,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings is None:
         settings = _settings_of_process()
     domains.discover()
+    shown = settings.api.docs == "on" or (settings.api.docs == "auto" and settings.environment != "production")
     app = FastAPI(
-        title=settings.api.title, version="1", lifespan=_lifespan, redirect_slashes=False, telemetry=_REQUEST_SPANS
+        title=settings.api.title,
+        version="1",
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        telemetry=_REQUEST_SPANS,
+        openapi_url="/openapi.json" if shown else None,  # without it there is no page either
     )
     app.state.settings = settings
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)
     app.add_middleware(Deadline, seconds=settings.api.request_timeout)
+    _add_edge(app, settings.api)
     app.state.running = {}
     app.add_middleware(RequestContext, running=app.state.running)
     if settings.metrics.port:
@@ -70,6 +82,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router, generate_unique_id_function=lambda route: route.name)
     install_openapi(app)
     return app
+
+
+def _add_edge(app: FastAPI, settings: ApiSettings) -> None:
+    if settings.rate_limit:
+        app.add_middleware(RateLimit, per_minute=settings.rate_limit)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=listed(settings.cors_origins),
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Correlation-ID", "Traceparent"],
+            expose_headers=["Location", "Retry-After", "Idempotency-Replayed", "X-Correlation-ID"],
+        )
+    hosts = {each.lower() for each in listed(settings.hosts)}
+    if hosts and "*" not in hosts:
+        app.add_middleware(KnownHosts, hosts=hosts)
 
 
 @asynccontextmanager
@@ -98,6 +126,7 @@ def _request(scope: Scope | None) -> dict[str, str]:
 def _settings_of_process() -> Settings:
     settings = settings_at_start("api", domains.check_settings)
     configure_logging(settings.log_format, settings.log_level)
+    exit_if_unsafe(settings, "api")
     for name in ("uvicorn", "uvicorn.error"):  # through the root's handler, in our format
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

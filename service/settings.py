@@ -55,6 +55,11 @@ def _insert_password(given: Any) -> Any:
     return given | {"url": with_password(url, password)}
 
 
+def listed(text: str) -> list[str]:
+    """What a setting names by commas."""
+    return [each.strip() for each in text.split(",") if each.strip()]
+
+
 Silence = Annotated[int, Field(ge=2, le=3_600)]
 CaFile = Annotated[str, AfterValidator(check_ca_file)]
 
@@ -187,6 +192,16 @@ class ApiSettings(BaseModel):
     keep_idempotency_keys: Seconds = Field(
         86_400, le=366 * 86_400, description="Seconds for which a request repeated under its key gets the same response"
     )
+    hosts: str = Field("", description="Host names that requests may name, by commas; empty or * takes any")
+    cors_origins: str = Field(
+        "", description="Sites whose pages may call the API, such as https://shop.example.com, by commas; * means all"
+    )
+    rate_limit: int = Field(
+        0, ge=0, le=1_000_000, description="Requests a minute that a process takes of one address; 0 takes any number"
+    )
+    docs: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether to serve /docs, /redoc and /openapi.json; auto: unless in production"
+    )
 
 
 class SmtpSettings(BaseModel):
@@ -241,6 +256,10 @@ class Settings(_FromFilesToo):
     outbox: OutboxSettings = OutboxSettings()
     api: ApiSettings = ApiSettings()
     smtp: SmtpSettings = SmtpSettings()
+    environment: Literal["development", "production"] = Field(
+        "development", description="production refuses to start with what is not safe there"
+    )
+    accept_risks: str = Field("", description="What production refuses or warns of and you mean to have, by commas")
     version: str = Field("", max_length=100, description="What the running code is called, such as its commit")
     metrics: MetricsSettings = MetricsSettings()
     probe_folder: str = Field(

@@ -31,6 +31,7 @@ from service.backoff import backoff
 from service.database.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
+from service.production import check_production
 from service.telemetry.logs import brief, configure_logging, get_logger
 from service.telemetry.loop_lag import LoopLag
 from service.telemetry.probe import SignOfLife
@@ -339,9 +340,10 @@ async def run(settings: Settings) -> int:
         The exit status.
 
     Raises:
-        ConfigurationError: when the relay cannot work on this database connection.
+        ConfigurationError: when the relay cannot work on this database connection, or is not safe in production.
     """
     configure_logging(settings.log_format, settings.log_level)
+    check_production(settings, "relay")
     relay = Relay(settings)
     task = asyncio.create_task(relay.run())
     purger = asyncio.create_task(purge_regularly(settings, relay.tally))

@@ -28,6 +28,8 @@ _COMPOSE = """
 #COMPOSE_PROFILES=rabbitmq
 # Another broker than Valkey, such as amqp://service@rabbitmq:5672/
 #SERVICE_BROKER_URL=
+# Addresses of the proxies whose word for a client's address the API takes
+#FORWARDED_ALLOW_IPS=
 # Loopback ports for the API and for Mailpit's pages
 #API_PORT=8000
 #MAILPIT_PORT=8025

@@ -24,6 +24,7 @@ _ALWAYS = {
     "503": documented("The database is away or busy; repeat after Retry-After") | {"headers": _RETRY_AFTER},
     "504": documented("The request took too long; it may or may not have taken effect"),
 }
+_LIMITED = {"429": documented("Too many requests; repeat after Retry-After") | {"headers": _RETRY_AFTER}}
 _WITH_INPUT = {"422": documented("A parameter or the body is not valid; `errors` says what")}
 _WITH_BODY = {
     "400": documented("The request cannot be read"),
@@ -58,18 +59,18 @@ def install_openapi(app: FastAPI) -> None:
         schemas["Problem"].pop("$defs")
         for operations in document["paths"].values():
             for operation in operations.values():
-                _document(operation)
+                _document(operation, limited=app.state.settings.api.rate_limit > 0)
         _link(document["paths"])
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(operation: dict[str, Any]) -> None:
+def _document(operation: dict[str, Any], *, limited: bool) -> None:
     responses = operation["responses"]
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
-    usual = dict(_ALWAYS)
+    usual = _ALWAYS | (_LIMITED if limited else {})
     if "requestBody" in operation:
         usual |= _WITH_BODY
     if "requestBody" in operation or "parameters" in operation:

@@ -8,6 +8,7 @@ but a parameter's name, because any other part of it may be the password.
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
@@ -64,6 +65,14 @@ def with_password(url: str, password: str) -> str:
     if ":" in user:
         raise ValueError("the password stands in the URL and apart from it: remove one of the two")
     return f"{scheme}{separator}{user}:{quote(password, safe='')}@{hosts}{rest.removeprefix(before_path)}"
+
+
+def is_local(host: str) -> bool:
+    """Whether it is this machine, by its name or an address of the loopback."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_broker(url: str) -> None:

@@ -33,6 +33,7 @@ from service.ledger.message import OF_LEDGER, delivery_in
 from service.ledger.presence import Presence
 from service.outbox.consumers import Consumer, registered_consumers
 from service.outbox.running.runner import Runner
+from service.production import exit_if_unsafe
 from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs, get_logger
 from service.telemetry.loop_lag import LoopLag
@@ -196,6 +197,7 @@ def setup_broker() -> None:
     """Make the broker from the settings and declare every consumer on it."""
     settings = settings_at_start("worker", service.domains.check_settings)
     configure_logging(settings.log_format, settings.log_level)
+    exit_if_unsafe(settings, "worker")
     service.domains.discover()
     dramatiq.set_broker(build(settings))
 

@@ -27,6 +27,7 @@ TEMPLATE = "service"
 
 _PREFIXES = (
     "DATABASE__", "BROKER__", "API__", "OUTBOX__", "SMTP__", "LOG_", "OTEL_", "DRAMATIQ_", "dramatiq_", "SECRETS_DIR",
+    "ENVIRONMENT", "ACCEPT_RISKS", "FORWARDED_ALLOW_IPS",
 )  # fmt: skip
 
 

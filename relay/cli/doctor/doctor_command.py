@@ -46,10 +46,11 @@ def doctor(
 async def _examine(settings: Settings) -> list[Finding]:
     # Alembic and the brokers' clients take most of a second to load, which no other command should wait for.
     from relay.cli.doctor.database import check_database
+    from relay.cli.doctor.open_to_the_world import check_risks
     from relay.cli.doctor.outside import check_broker_and_queues, check_encryption
 
     database, others = await asyncio.gather(check_database(settings), check_broker_and_queues(settings))
-    return [*database, *others, *check_encryption(settings)]
+    return [*database, *others, *check_encryption(settings), *check_risks(settings)]
 
 
 def _text(finding: Finding) -> str:

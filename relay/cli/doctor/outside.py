@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ from service.database.driver import DRIVER_ERRORS
 from service.ledger import statistics
 from service.ledger.diagnosis import look
 from service.ledger.pausing import EVERY_QUEUE
+from service.network.urls import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,7 +160,7 @@ def check_encryption(settings: Settings) -> list[Finding]:
     for name, secret in (("broker", settings.broker.url), ("smtp", settings.smtp.url)):
         url = urlsplit(secret.get_secret_value())
         encrypted = url.scheme in _ENCRYPTED or (url.scheme == "smtp" and url.password)
-        near, variable = url.scheme == "unix" or _is_this_machine(url.hostname or ""), f"{name.upper()}__URL"
+        near, variable = url.scheme == "unix" or is_local(url.hostname or ""), f"{name.upper()}__URL"
         better = "rediss://, valkeys:// or amqps://" if name == "broker" else "smtp+starttls:// or smtps://"
         findings += found(f"tls {name}", "asked for" if encrypted else "not encrypted, on one machine", (
             (not encrypted and not near, Level.ADVICE, "not encrypted, over a network", f"use {better} in {variable}"),
@@ -168,10 +168,3 @@ def check_encryption(settings: Settings) -> list[Finding]:
              f"remove ssl_cert_reqs from {variable}"),
         ))  # fmt: skip
     return findings
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -30,7 +30,7 @@ def _licence(package: str) -> str:
         said = metadata(package)
     except PackageNotFoundError:
         return "not installed here"
-    named = said.get("License-Expression") or said.get("License") or ""
+    named = next((said[field] for field in ("License-Expression", "License") if field in said), "")
     classified = [each.rpartition(" :: ")[2] for each in said.get_all("Classifier", []) if each.startswith("License")]
     return named if named and len(named) < 60 else ", ".join(classified)
 

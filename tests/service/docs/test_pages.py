@@ -40,7 +40,7 @@ _TRIED = {
     "python": (*GUIDE, DOCS / "an-order.md", TRACES),
     "sh": (FIRST_FEATURE, DOCS / "packages.md"),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
-    "ini": (EXISTING_SERVICE,),
+    "ini": (EXISTING_SERVICE, DOCS / "production.md"),
     "sql": (CHANGING, RUNNING, BACKUPS),
     "console": (FIRST_FEATURE, CONSUMERS, DOCS / "an-order.md", DOCS / "doctor.md", *OPERATIONS),
     "text": (DEVELOPING, TRACES),
