@@ -79,13 +79,15 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         GRANT USAGE ON SEQUENCES TO :"app";
 
     REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, idempotency_key, outbox_minute,
-        outbox_process, alembic_version FROM :"app", :"relay";
+        outbox_process, outbox_erasure, alembic_version FROM :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors) ON outbox_message TO :"app";
     GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
     GRANT SELECT, INSERT, UPDATE ON outbox_minute TO :"app";
     GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"app";
+    -- Nobody but the tables' owner erases anything, or changes what says so.
+    GRANT SELECT ON outbox_erasure TO :"relay";
     GRANT SELECT ON alembic_version TO :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"relay";

@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from relay.cli import dead_letter_commands, event_commands, queue_commands
 from relay.cli.command import CommandError, Exit
 from relay.cli.doctor.doctor_command import doctor
+from relay.cli.erase_command import erase
 from relay.cli.output import ReaderGoneError, error, note
 from relay.cli.purge_command import purge
 from relay.cli.status_command import status
@@ -56,6 +57,7 @@ app.add_typer(dead_letter_commands.app, name="dead-letters")
 app.add_typer(event_commands.app, name="events")
 app.add_typer(queue_commands.app, name="queues")
 app.command()(purge)
+app.command()(erase)
 app.command()(doctor)
 
 

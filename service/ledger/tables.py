@@ -21,7 +21,7 @@
     put back    `delivering.fail`, `release`, `forgive` and `postpone`
     complete    `delivering.complete_in_transaction` and `complete`
     die         `delivering.die`; of what is pending only right after `postpone`
-    replay      `replaying.resolve`, as is discard
+    replay      `replaying.resolve`, as is discard; `erasing.erase` discards too
     purge       `purging.purge_step_by_step`
 
 `due_at` says when the relay must act on a row next, in every state but `completed`; so the relay's whole job is to
@@ -176,3 +176,18 @@ class OutboxProcess(Base):
     pool_timeouts: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
     __table_args__ = (CheckConstraint("kind IN ('relay', 'worker')", name="kind"),)
+
+
+class OutboxErasure(Base):
+    """A time at which what was stored of somebody was erased: how much, by whom and why, but not of whom."""
+
+    __tablename__ = "outbox_erasure"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    began_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    erased_by: Mapped[str] = mapped_column(Text)
+    erased_role: Mapped[str] = mapped_column(Text, server_default=text("session_user"))
+    why: Mapped[str] = mapped_column(Text)
+    deliveries: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    dead_letters: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    responses: Mapped[int] = mapped_column(BigInteger, server_default="0")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import httpx
 import pytest
 from sqlalchemy import text
 
+from service.database.driver import read_json
+from service.ledger.erasing import erase
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -46,6 +49,25 @@ async def test_a_replay_undoes_what_the_dependencies_did_again(client: httpx.Asy
     for _ in range(3):
         assert (await _post(client, "k", path="/audited")).status_code == 201
     assert sql("SELECT string_agg(payload->>'probe', ',' ORDER BY id) FROM outbox_message") == "0,1"
+
+
+async def test_a_response_that_was_erased_says_so_and_nothing_runs_again(
+    client: httpx.AsyncClient, sql: Sql, database_url: str
+) -> None:
+    await _post(client, "k", 471_147)
+    connection = await asyncpg.connect(database_url)
+    await read_json(connection)
+    erased = await erase(connection, ["471147"], by="ann", why="request 17")
+    await connection.close()
+    assert erased.responses == 1
+    repeated = await _post(client, "k", 471_147)
+    problem = repeated.json()
+    assert (repeated.status_code, problem["code"]) == (410, "response_erased")
+    assert repeated.headers["Content-Type"] == "application/problem+json"
+    assert set(problem) >= {"type", "title", "status", "correlation_id"}
+    assert "471147" not in str(repeated.headers)
+    assert sql(ROWS) == "1"
+    assert (await _post(client, "k", 2)).json()["code"] == "idempotency_key_reused"
 
 
 async def test_a_key_is_the_same_with_and_without_quotes(client: httpx.AsyncClient, sql: Sql) -> None:

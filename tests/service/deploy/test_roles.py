@@ -120,6 +120,22 @@ def _operate(environment: Mapping[str, str], roles: Roles) -> None:
     assert purged.split() == ["Removed", "2", "completed", "deliveries", "and", "3", "HTTP", "idempotency", "keys."]
 
 
+def test_nobody_but_the_tables_owner_erases(roles: Roles, environment: dict[str, str]) -> None:
+    psql(roles.app, _OPEN.replace("'{}', '{}'", """'{"who": "ann@example.com"}', '{}'"""))
+    command = [sys.executable, "-m", "relay", "erase", "ann@example.com", "--why", "request 17", "--yes"]
+    for url, code in ((roles.app, 1), (roles.relay, 1), (roles.migrator, 0)):
+        given = {**environment, "DATABASE__URL": url}
+        done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        if code == 1:
+            assert "erasing takes the role that owns the tables" in done.stderr
+        left = psql(roles.migrator, "SELECT count(*) FROM dead_letter WHERE payload::text LIKE '%ann%'")
+        assert left == ("0" if url == roles.migrator else "1")
+    migrator = psql(roles.migrator, "SELECT session_user")
+    assert psql(roles.relay, "SELECT erased_role, dead_letters FROM outbox_erasure") == f"{migrator}|1"
+    assert psql(roles.relay, "SELECT resolution, resolved_role FROM dead_letter") == f"discarded|{migrator}"
+
+
 async def test_the_relay_may_collect_every_part_of_its_metrics(roles: Roles, settings: Settings) -> None:
     parts = {"ledger", "counts", "broker"}
     async with watched(limited := _settings(settings, roles.relay)):
@@ -142,6 +158,7 @@ REFUSED = [
     ("app", "DELETE FROM outbox_minute"),
     ("app", "UPDATE outbox_process SET kind = 'relay'"),
     ("app", "UPDATE alembic_version SET version_num = ''"),
+    ("app", "SELECT FROM outbox_erasure"),
     ("relay", "CREATE TABLE mine ()"),
     ("relay", "SELECT FROM effect"),
     ("relay", "SELECT body FROM idempotency_key"),
@@ -154,6 +171,8 @@ REFUSED = [
     ("relay", "INSERT INTO dead_letter SELECT * FROM dead_letter"),
     ("relay", "INSERT INTO outbox_minute SELECT * FROM outbox_minute"),
     ("relay", "UPDATE outbox_minute SET count = 0"),
+    ("relay", "INSERT INTO outbox_erasure (erased_by, why) VALUES ('', '')"),
+    ("relay", "DELETE FROM outbox_erasure"),
 ]
 
 

@@ -58,7 +58,7 @@ GUIDE = (FIRST_FEATURE, CONSUMERS, HANDLERS, CHANGING, SETTINGS, LATER_VERSIONS,
 
 OPERATIONS = (
     RUNNING,
-    *(DOCS / f"{name}.md" for name in ("alerts", "dead-letters", "brokers")),
+    *(DOCS / f"{name}.md" for name in ("alerts", "dead-letters", "personal-data", "brokers")),
     DEPLOYS,
     BACKUPS,
     DOCS / "speed.md",

@@ -30,6 +30,7 @@ from tests.service.docs.pages import (
     BACKUPS,
     DELIVERY,
     DEPLOYS,
+    DOCS,
     OPERATIONS,
     README,
     RUNNING,
@@ -95,6 +96,16 @@ def test_deliveries_in_doubt_can_be_declared_done(database_url: str) -> None:
     psql(database_url, statement)
     open_ = psql(database_url, "SELECT queue FROM outbox_message WHERE state <> 'completed'")
     assert open_.split() == ["stock"]
+
+
+def test_old_records_can_be_deleted(dead_letters: str, database_url: str) -> None:
+    [statement] = [block.text for block in blocks(DOCS / "personal-data.md", language="sql")]
+    psql(database_url, "UPDATE dead_letter SET resolution = 'discarded', resolved_at = now() WHERE id < 3")
+    psql(database_url, "ALTER TABLE dead_letter DISABLE TRIGGER ALL")
+    psql(database_url, "UPDATE dead_letter SET resolved_at = '2020-01-01' WHERE id = 1")
+    psql(database_url, "ALTER TABLE dead_letter ENABLE TRIGGER ALL")
+    psql(database_url, statement)
+    assert psql(database_url, "SELECT id FROM dead_letter ORDER BY id").split() == ["2", "3"]
 
 
 def test_who_runs_and_what_ran_is_shown(database_url: str) -> None:

@@ -41,7 +41,7 @@ _TRIED = {
     "sh": (FIRST_FEATURE, DOCS / "packages.md"),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
     "ini": (EXISTING_SERVICE, DOCS / "production.md"),
-    "sql": (CHANGING, RUNNING, BACKUPS),
+    "sql": (CHANGING, RUNNING, BACKUPS, DOCS / "personal-data.md"),
     "console": (FIRST_FEATURE, CONSUMERS, DOCS / "an-order.md", DOCS / "doctor.md", *OPERATIONS),
     "text": (DEVELOPING, TRACES),
     "mermaid": ALL,
