@@ -23,7 +23,7 @@ GONE := $(if $(wildcard service/dev/demo/*.py),,demo) $(if $(wildcard tests/proo
 	$(if $(wildcard tests/proof/bench/*.py),,bench)
 PEERS := tests/proof/bench/requirements
 
-.PHONY: help demo test chaos bench dev reset migrate downgrade migration lint fmt lock upgrade install secrets
+.PHONY: help demo test chaos bench dev token reset migrate downgrade migration lint fmt lock upgrade install secrets
 
 help: ## List what there is
 	@sed -n '$(GONE:%=/^%:/d;)s/^\([a-z]*\):.*## \(.*\)/  make \1 - \2/p' $(MAKEFILE_LIST) | awk -F' - ' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -42,6 +42,9 @@ bench: $(STAMP) $(VENV)/.bench ## Measure it beside what else there is, in 20 mi
 
 dev: $(STAMP) ## Run everything until Ctrl-C; the data stays for the next time
 	@$(PY) -m service.dev dev
+
+token: $(STAMP) ## Print a token that `make dev` believes (AS=bob SCOPE="orders:read" for another one)
+	@$(PY) -m service.dev token $(or $(AS),ada) $(SCOPE)
 
 reset: $(STAMP) ## Delete the data of `make dev` (YES=1 does not ask)
 	@YES='$(YES)' $(PY) -m service.dev reset

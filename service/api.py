@@ -17,13 +17,16 @@ from service import domains
 from service.database.engine import create_engine
 from service.database.revisions import Revisions
 from service.database.sessions import OneTransaction, session_factory
+from service.errors import ConfigurationError
 from service.http import health
+from service.http.callers import check_callers
 from service.http.edge import KnownHosts, RateLimit
 from service.http.error_handlers import install_handlers
 from service.http.middleware import BodyLimit, Deadline, RequestContext, route_template
 from service.http.openapi import install_openapi
+from service.identity.principal import install_identity
 from service.production import exit_if_unsafe
-from service.settings import Settings, listed, settings_at_start
+from service.settings import Settings, listed, refuse_to_start, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs
 from service.telemetry.loop_lag import LoopLag
 from service.telemetry.tracing import start_tracing, stop_tracing
@@ -51,10 +54,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """The application.
 
     Args:
-        settings: What to run with; by default the environment's, and then the process's logging is set up too.
+        settings: What to run with; by default the environment's, and then the process's logging is set up too, and
+            what is wrong ends the process with one line.
+
+    Raises:
+        ConfigurationError: nothing says who may call a route, or nobody could.
     """
-    if settings is None:
-        settings = _settings_of_process()
+    if settings is not None:
+        return _created(settings)
+    settings = _settings_of_process()
+    try:
+        return _created(settings)
+    except ConfigurationError as error:
+        refuse_to_start("api", error)
+
+
+def _created(settings: Settings) -> FastAPI:
     domains.discover()
     shown = settings.api.docs == "on" or (settings.api.docs == "auto" and settings.environment != "production")
     app = FastAPI(
@@ -81,6 +96,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in domains.routers():
         app.include_router(router, generate_unique_id_function=lambda route: route.name)
     install_openapi(app)
+    check_callers(app)
+    install_identity(app, settings.identity)
     return app
 
 
@@ -103,6 +120,7 @@ def _add_edge(app: FastAPI, settings: ApiSettings) -> None:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
+    check_callers(app)  # those too that were added since
     app.state.revisions = await asyncio.to_thread(Revisions)
     # The engine belongs to the running event loop, so it is made here and not when the module is imported.
     engine = create_engine(

@@ -10,6 +10,8 @@
     ├── TransactionError            a handler or consumer tried to end the transaction it was lent
     ├── DatabaseUnavailableError    PostgreSQL cannot be reached; nothing is wrong with the work
     ├── LeaseLostError              service.outbox.delivery: somebody else has the delivery by now
+    ├── BadTokenError               service.identity.tokens: a token is not believed
+    ├── IssuerAwayError             service.identity.issuer_keys: nothing can be said about a token now
     ├── StuckError                  service.worker.watchdog: ends a worker process that does not come back
     ├── MailRefusedError            service.mail: this e-mail will never be taken
     ├── MailDeferredError           service.mail: it was not taken now
@@ -21,7 +23,10 @@
     └── BusinessError               an expected refusal: a 4xx with a stable code; each domain has its own
         ├── MalformedKeyError           service.http.idempotency: the Idempotency-Key cannot be read
         ├── ReusedKeyError              service.http.idempotency: it belongs to another request
-        └── RequestInProgressError      service.http.idempotency: the first request under it still runs
+        ├── RequestInProgressError      service.http.idempotency: the first request under it still runs
+        ├── UnauthenticatedError        service.identity.principal: the request does not say who is calling
+        ├── RefusedTokenError           service.identity.principal: what it says is not believed
+        └── MissingScopeError           service.identity.principal: the caller may not do this
 
 `Retry` and `Fail` are not errors: a consumer raises them to steer its own delivery. Nor is what has an underscore: no
 other module sees it.

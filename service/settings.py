@@ -15,7 +15,7 @@ import re
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NestedSecretsSettingsSource, SettingsConfigDict, SettingsError
@@ -23,7 +23,7 @@ from pydantic_settings import BaseSettings, NestedSecretsSettingsSource, Setting
 from service.errors import ConfigurationError
 from service.network.postgres_url import PostgresAddress, read_postgres
 from service.network.sockets import check_ca_file, silence_options
-from service.network.urls import check_broker, check_smtp, with_password
+from service.network.urls import check_broker, check_keys, check_smtp, with_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,6 +204,49 @@ class ApiSettings(BaseModel):
     )
 
 
+class ApiKey(BaseModel):
+    """A machine that may call, by a key that `python -m service.identity` makes."""
+
+    name: str = Field(pattern=r"^[\w.-]{1,64}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    scopes: frozenset[str] = frozenset()
+
+
+class IdentitySettings(BaseModel):
+    """Who is calling the API: by the tokens of an OIDC issuer, and by API keys."""
+
+    issuer: str = Field("", description="OIDC issuer whose tokens are taken, as `iss` in them says it")
+    audience: str = Field("", description="What `aud` in a token has to name, so that it is meant for this service")
+    keys_url: Annotated[str, AfterValidator(check_keys)] = Field(
+        "",
+        description="https:// or file:// URL of the issuer's public keys (JWKS); by default its discovery document "
+        "says where they are",
+    )
+    api_keys: list[ApiKey] = Field(
+        [], description='Machines: [{"name": "billing", "sha256": "...", "scopes": ["orders:read"]}]'
+    )
+    off: bool = Field(False, description="Set behind a gateway that has refused who may not call: no token is read")
+    gateway_header: str = Field(
+        "",
+        pattern="^[A-Za-z0-9-]*$",
+        description="With IDENTITY__OFF: the header in which the gateway says who is calling; without it all are one",
+    )
+
+    @model_validator(mode="after")
+    def _hang_together(self) -> Self:
+        if bool(self.issuer) != bool(self.audience):
+            raise ValueError("ISSUER and AUDIENCE are set together or not at all")
+        if self.keys_url and not self.issuer:
+            raise ValueError("KEYS_URL is of no use without ISSUER")
+        if self.issuer and not self.keys_url:
+            check_keys(self.issuer)
+        if self.off and (self.issuer or self.api_keys):
+            raise ValueError("OFF reads no token and no key: unset it, or ISSUER and API_KEYS")
+        if self.gateway_header and not self.off:
+            raise ValueError("GATEWAY_HEADER is believed with OFF alone")
+        return self
+
+
 class SmtpSettings(BaseModel):
     """Where e-mail goes out."""
 
@@ -255,6 +298,7 @@ class Settings(_FromFilesToo):
     broker: BrokerSettings
     outbox: OutboxSettings = OutboxSettings()
     api: ApiSettings = ApiSettings()
+    identity: IdentitySettings = IdentitySettings()
     smtp: SmtpSettings = SmtpSettings()
     environment: Literal["development", "production"] = Field(
         "development", description="production refuses to start with what is not safe there"
@@ -326,9 +370,14 @@ def settings_at_start(process: str, *checks: Callable[[], None]) -> Settings:
         for check in checks:
             check()
     except ConfigurationError as error:
-        sys.stderr.write(f"{process}: {error}\n")
-        raise SystemExit(2) from None
+        refuse_to_start(process, error)
     return settings
+
+
+def refuse_to_start(process: str, error: ConfigurationError) -> NoReturn:
+    """End this process with status 2 and one line on stderr that says what is wrong."""
+    sys.stderr.write(f"{process}: {error}\n")
+    raise SystemExit(2) from None
 
 
 def _problem(place: tuple[int | str, ...], kind: str, message: str) -> str:

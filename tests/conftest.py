@@ -24,13 +24,14 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from service.database.engine import create_engine
 from service.database.sessions import SessionFactory, session_factory
 from service.dev.postgres import Postgres, psql
+from service.dev.tokens import DevIssuer, every_scope
 from service.dev.valkey import Valkey
-from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
+from service.settings import BrokerSettings, DatabaseSettings, IdentitySettings, OutboxSettings, Settings
 from tests.servers.leftovers import Leftovers
 from tests.servers.real_servers import TEMPLATE, RealServers, Where, another_postgres, outside_environment
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 CLOCK = {
     "redispatch_after": "2",
@@ -127,10 +128,26 @@ def broker_namespace(broker_url: str) -> Iterator[str]:
             client.delete(key)
 
 
+@pytest.fixture(scope="session")
+def issuer(tmp_path_factory: pytest.TempPathFactory) -> DevIssuer:
+    """Who signs the tokens that the API believes."""
+    return DevIssuer(tmp_path_factory.mktemp("issuer"))
+
+
 @pytest.fixture
-def environment(database_url: str, broker_url: str, broker_namespace: str) -> dict[str, str]:
+def authorized(issuer: DevIssuer) -> Callable[..., dict[str, str]]:
+    """The headers of a caller: `authorized("bob")`, with all scopes or with those that are named after it."""
+
+    def headers(subject: str, *scopes: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {issuer.token(subject, scopes or every_scope())}"}
+
+    return headers
+
+
+@pytest.fixture
+def environment(database_url: str, broker_url: str, broker_namespace: str, issuer: DevIssuer) -> dict[str, str]:
     """The environment for a process of the service, with the same settings as `settings`."""
-    return outside_environment() | _variables(database_url, broker_url, broker_namespace)
+    return outside_environment() | issuer.variables | _variables(database_url, broker_url, broker_namespace)
 
 
 def _variables(database_url: str, broker_url: str, namespace: str) -> dict[str, str]:
@@ -140,12 +157,13 @@ def _variables(database_url: str, broker_url: str, namespace: str) -> dict[str, 
 
 
 @pytest.fixture
-def settings(database_url: str, broker_url: str, broker_namespace: str) -> Settings:
+def settings(database_url: str, broker_url: str, broker_namespace: str, issuer: DevIssuer) -> Settings:
     """Settings with short clocks, for this test's database and namespace."""
     return Settings(
         database=DatabaseSettings(url=SecretStr(database_url), pool_size=5),
         broker=BrokerSettings(url=SecretStr(broker_url), namespace=broker_namespace),
         outbox=OutboxSettings.model_validate(CLOCK),
+        identity=IdentitySettings.model_validate(issuer.settings),
     )
 
 

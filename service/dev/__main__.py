@@ -1,4 +1,4 @@
-"""`python -m service.dev dev|demo|reset|migrate|downgrade|migration|env`: what the Makefile's targets run."""
+"""`python -m service.dev dev|demo|token|reset|migrate|downgrade|migration|env`: what the Makefile's targets run."""
 
 from __future__ import annotations
 
@@ -92,6 +92,9 @@ def main() -> int:
     commands.add_parser("migrate", help="bring the database of `dev` up to date")
     commands.add_parser("downgrade", help="undo the latest migration of `domains` in it")
     commands.add_parser("migration", help="write a migration from the models").add_argument("message")
+    token = commands.add_parser("token", help="print a token that `dev` believes")
+    token.add_argument("subject", nargs="?", default="ada")
+    token.add_argument("scope", nargs="*")
     commands.add_parser("env", help="print the URLs of the running `dev`, for eval in a shell")
     arguments = parser.parse_args()
     actions = {"dev": up.run, "demo": _demo, "reset": up.reset, "migrate": _migrate,
@@ -101,6 +104,8 @@ def main() -> int:
     try:
         if arguments.command == "migration":
             return _migration(arguments.message)
+        if arguments.command == "token":
+            return up.print_token(arguments.subject, arguments.scope)
         return actions[arguments.command]()
     except ServiceError as error:
         print(visible(f"error: {error}", keep="\n"), file=sys.stderr)

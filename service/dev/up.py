@@ -18,6 +18,7 @@ from service.dev.postgres import Postgres
 from service.dev.processes import Process, Supervisor, stop_all, to_terminal
 from service.dev.reload import Watch, shown
 from service.dev.servers import free_port
+from service.dev.tokens import DevIssuer, every_scope, is_ours
 from service.network.postgres_url import read_postgres
 from service.network.urls import without_secrets
 from service.text import visible
@@ -42,7 +43,22 @@ def run() -> int:
 
 
 def _environment() -> dict[str, str]:
-    return {"LOG_FORMAT": "console"} | stack.configured() | {"PYTHONUNBUFFERED": "1"}
+    given = stack.configured()
+    callers = dev_issuer().variables if is_ours(given) else {}
+    return {"LOG_FORMAT": "console"} | callers | given | {"PYTHONUNBUFFERED": "1"}
+
+
+def dev_issuer() -> DevIssuer:
+    """The issuer of this clone's tokens."""
+    return DevIssuer(clone_data() / "identity")
+
+
+def print_token(subject: str, scopes: list[str]) -> int:
+    """A token that `make dev` believes, with these scopes or with all there are."""
+    if not is_ours(stack.configured()):
+        raise ServerError("IDENTITY__ settings are there: get a token from the issuer that they name")
+    print(dev_issuer().token(subject, scopes or every_scope()))
+    return 0
 
 
 def _run_processes(environment: dict[str, str]) -> None:
@@ -171,7 +187,8 @@ def _say_where(port: int, environment: Mapping[str, str], processes: list[Proces
 def _things_to_try(url: str, *, refuses: bool) -> list[str]:
     if not stack.has_example():
         return []
-    lines = ["", "Place an order and watch the log:", "", stack.example().try_it(url)]
+    token = dev_issuer().token("ada", every_scope()) if is_ours(stack.configured()) else ""
+    lines = ["", "Place an order and watch the log:", "", stack.example().try_it(url, token)]
     if refuses:
         lines += [
             "",

@@ -16,13 +16,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.database.revisions import applied
 from service.errors import DatabaseUnavailableError
+from service.http.callers import PUBLIC
 from service.http.problems import RETRY_AFTER, documented, problem
 from service.telemetry.logs import get_logger
 
 READY_WITHIN = 2.0
 """Seconds the database may take to answer."""
 
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(prefix="/health", tags=["health"], dependencies=[PUBLIC])
 _log = get_logger(__name__)
 
 

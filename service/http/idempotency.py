@@ -35,6 +35,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from service.database.base import Base
 from service.database.sessions import confirm, restart
 from service.errors import BusinessError
+from service.http.callers import caller_of
 from service.http.problems import problem_responses
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 
@@ -148,7 +149,7 @@ async def _claim(keyed: _Keyed) -> None:
     request, session, key = keyed.request, keyed.session, keyed.key
     # As it was sent: decoded, a path may hold what PostgreSQL cannot store, and two paths may become one.
     path = request.scope["raw_path"].decode("latin-1")
-    scope = keyed.scope = f"{getattr(request.state, 'principal', '')} {request.method} {path}"
+    scope = keyed.scope = f"{caller_of(request)} {request.method} {path}"
     keyed.fingerprint = hashlib.sha256(request.url.query.encode() + b"\0" + await request.body()).digest()
     lock = int.from_bytes(hashlib.sha256(f"{scope} {key}".encode()).digest()[:8], "big", signed=True)
     if not await session.scalar(select(func.pg_try_advisory_xact_lock(lock))):
@@ -176,8 +177,8 @@ def _parsed(values: list[str]) -> str:
 class IdempotentRoute(APIRoute):
     """A route whose POST and PATCH take `Idempotency-Key`: `APIRouter(route_class=IdempotentRoute)`.
 
-    A key is scoped to the method and the path, and to `request.state.principal`. Set that where you authenticate, in
-    a middleware or a dependency, or one caller could get the response of another who chose the same key.
+    A key is scoped to the caller, the method and the path. On a public route all callers are one: whoever guesses
+    another's key is given the other's response.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:

@@ -1,8 +1,9 @@
 """Makes the OpenAPI document tell the truth about errors, and what leads where, so that no route has to.
 
-Every operation can answer 422, 500, 503 and 504, one with a body also 400, 413 and 415. Routes add only what their own
-`BusinessError`s cause, with `problem_responses`, and with `created` that they make something: POST /orders is then
-linked to GET /orders/{order_id}, which lets the tests of the API try one after the other.
+Every operation can answer 422, 500, 503 and 504, one with a body also 400, 413 and 415, one that asks who is calling
+also 401 and 403. Routes add only what their own `BusinessError`s cause, with `problem_responses`, and with `created`
+that they make something: POST /orders is then linked to GET /orders/{order_id}, which lets the tests of the API try one
+after the other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _ALWAYS = {
     "504": documented("The request took too long; it may or may not have taken effect"),
 }
 _LIMITED = {"429": documented("Too many requests; repeat after Retry-After") | {"headers": _RETRY_AFTER}}
+_WITH_CALLER = {
+    "401": documented("The request does not say who is calling, or that is not believed"),
+    "403": documented("The caller may not do this: the token lacks a scope"),
+}
 _WITH_INPUT = {"422": documented("A parameter or the body is not valid; `errors` says what")}
 _WITH_BODY = {
     "400": documented("The request cannot be read"),
@@ -71,6 +76,8 @@ def _document(operation: dict[str, Any], *, limited: bool) -> None:
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
     usual = _ALWAYS | (_LIMITED if limited else {})
+    if "security" in operation:
+        usual |= _WITH_CALLER
     if "requestBody" in operation:
         usual |= _WITH_BODY
     if "requestBody" in operation or "parameters" in operation:

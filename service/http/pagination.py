@@ -42,7 +42,7 @@ PageQuery = Annotated[_PageQuery, Query()]
 
 
 async def page_of(
-    session: AsyncSession, select: Select[tuple[Any]], key: InstrumentedAttribute[UUID], query: _PageQuery
+    session: AsyncSession, select: Select[Any], key: InstrumentedAttribute[UUID], query: _PageQuery
 ) -> tuple[list[Any], str | None]:
     """The rows of one page of `select`, and the cursor of the next one."""
     if query.cursor is not None:

@@ -1,4 +1,5 @@
-"""Reads the URLs of the broker and of the mail server once, for every process alike; `postgres_url.py` has the third.
+"""Reads the URLs of the broker, the mail server and the issuer once, for every process alike; `postgres_url.py` has the
+fourth.
 
 Each process hands its URL to other libraries, which disagree about what may stand in one. What must stay true: what is
 accepted here means the same to all of them, and the rest is refused at start; and no message repeats anything of a URL
@@ -21,6 +22,8 @@ _BROKER = f"expected redis://host:6379/0, valkey://host:6379/0 or amqp://user:pa
 _SMTP = (
     "expected smtp://host:1025, smtp+starttls://user:password@host:587 or smtps://user:password@host:465, " + ENCODED
 )
+_KEYS = "expected https://host/path or file:///path; http:// is for this machine alone"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _REDIS = ("redis", "rediss", "valkey", "valkeys", "unix")
 _REDIS_PARAMETERS = (
@@ -112,6 +115,19 @@ def check_smtp(url: str) -> None:
     parts = _split(url, ("smtp", "smtp+starttls", "smtps"), _SMTP)
     if parts.path not in ("", "/") or parts.query:
         raise ValueError(_SMTP)
+
+
+def check_keys(url: str) -> str:
+    """Give back a URL to read keys from, or none, unless somebody on the way could exchange them.
+
+    Raises:
+        ValueError: saying what is expected.
+    """
+    if url and not re.match("file:///.", url):
+        parts = _split(url, ("https", "http"), _KEYS)
+        if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+            raise ValueError(_KEYS)
+    return url
 
 
 def _split(url: str, schemes: Collection[str], expected: str) -> SplitResult:

@@ -13,7 +13,7 @@ from service.outbox.testing import InlineWorker, inline_worker
 from tests.service.api.serving import serve
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     import httpx
@@ -29,9 +29,10 @@ def plain_tracebacks() -> None:
 
 
 @pytest.fixture
-async def client(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the API."""
+async def client(settings: Settings, authorized: Callable[..., dict[str, str]]) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the API, who is Ada; `headers=authorized("bob")` makes a request somebody else's."""
     async with serve(create_app(settings)) as client:
+        client.headers.update(authorized("ada"))
         yield client
 
 

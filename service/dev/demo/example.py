@@ -41,11 +41,13 @@ class Load:
     """Concurrent clients that place `wanted` orders, and keep their own record of what was accepted.
 
     Attributes:
+        token: Who they are; they share one.
         accepted: The ids that the API answered with, by address.
         refusals: Answers other than 201.
     """
 
     url: str
+    token: str
     wanted: int
     accepted: dict[str, str] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
@@ -59,7 +61,8 @@ class Load:
 
     async def run(self) -> None:
         """Add the products, then let all clients place orders until there are enough."""
-        async with httpx.AsyncClient(base_url=self.url, timeout=15, trust_env=False) as client:
+        caller = {"Authorization": f"Bearer {self.token}"}
+        async with httpx.AsyncClient(base_url=self.url, headers=caller, timeout=15, trust_env=False) as client:
             for name, stock in _STOCKS.items():
                 answer = await client.post("/products", json={"name": name, "stock": stock})
                 self._products.append(answer.raise_for_status().json()["id"])
@@ -100,11 +103,12 @@ class Load:
         return answer
 
 
-def try_it(url: str) -> str:
+def try_it(url: str, token: str) -> str:
     """A curl line that places an order, for a product that is made here if there is none yet."""
-    with httpx.Client(base_url=url, trust_env=False) as client:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
         products = client.get("/products").raise_for_status().json()["items"]
         if not products:
             products = [client.post("/products", json={"name": "Tea", "stock": 1000}).raise_for_status().json()]
     body = f'{{"email": "ada@example.com", "lines": [{{"product_id": "{products[0]["id"]}", "quantity": 2}}]}}'
-    return f"curl {url}/orders -H 'Content-Type: application/json' -d '{body}'"
+    caller = '-H "Authorization: Bearer $(make -s token)"'
+    return f"curl {url}/orders {caller} -H 'Content-Type: application/json' -d '{body}'"

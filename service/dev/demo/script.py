@@ -55,7 +55,7 @@ async def _play(folder: Path) -> bool:
     _say("starting PostgreSQL and Valkey")
     async with stage(folder, _say) as made:
         _say(f"ready: {made.url}")
-        load = Load(made.url, _ORDERS)
+        load = Load(made.url, made.token, _ORDERS)
         progress = asyncio.create_task(_show_progress(made, load))
         try:
             await _break_things(made, load)

@@ -23,6 +23,7 @@ from service.dev import stack
 from service.dev.places import ServerError
 from service.dev.processes import Process, stop_all
 from service.dev.servers import free_port
+from service.dev.tokens import DevIssuer, every_scope
 from service.network.postgres_url import read_postgres
 from service.settings import BrokerSettings, OutboxSettings
 
@@ -63,6 +64,7 @@ class Stage:
     environment: dict[str, str]
     folder: Path
     url: str
+    token: str
     database: asyncpg.Pool[asyncpg.Record]
     broker: Redis
     namespace: str
@@ -122,11 +124,16 @@ async def stage(folder: Path, say: Callable[[str], None]) -> AsyncIterator[Stage
             )
         namespace = f"outbox-demo-{uuid4().hex[:8]}"
         port, smtp_port = free_port(), free_port()
-        environment |= CLOCK | {
-            "BROKER__NAMESPACE": namespace,
-            "SMTP__URL": f"smtp://127.0.0.1:{smtp_port}",
-            "PYTHONUNBUFFERED": "1",
-        }
+        issuer = DevIssuer(folder / "identity")
+        environment |= (
+            CLOCK
+            | issuer.variables
+            | {
+                "BROKER__NAMESPACE": namespace,
+                "SMTP__URL": f"smtp://127.0.0.1:{smtp_port}",
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
         say("the servers run; migrating")
         await asyncio.to_thread(stack.migrate, environment)
         pool = asyncpg.create_pool(read_postgres(environment["DATABASE__URL"]).dsn, min_size=1, max_size=4)
@@ -141,6 +148,7 @@ async def stage(folder: Path, say: Callable[[str], None]) -> AsyncIterator[Stage
             environment,
             folder,
             f"http://127.0.0.1:{port}",
+            issuer.token("customers", every_scope()),
             database,
             broker,
             namespace,

@@ -6,7 +6,7 @@ from datetime import date, datetime
 from enum import StrEnum
 from uuid import UUID
 
-from sqlalchemy import CheckConstraint, ForeignKey, Text
+from sqlalchemy import CheckConstraint, ForeignKey, Index, Text
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
@@ -35,17 +35,21 @@ class Product(Base):
 
 
 class Order(Base):
-    """What a customer wants. The stock taken always equals the quantities of the confirmed orders."""
+    """What a customer, its owner, wants. The stock taken always equals the quantities of the confirmed orders."""
 
     __tablename__ = "customer_order"  # "order" is a word of SQL
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(Text)
     email: Mapped[str] = mapped_column(Text)
     status: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(TIMESTAMP(timezone=True))
     lines: Mapped[list[OrderLine]] = relationship(order_by="OrderLine.product_id", lazy="selectin")
 
-    __table_args__ = (CheckConstraint("status IN ('placed', 'confirmed', 'rejected')", name="status"),)
+    __table_args__ = (
+        CheckConstraint("status IN ('placed', 'confirmed', 'rejected')", name="status"),
+        Index("ix_customer_order_owner_id", "owner", "id"),
+    )
 
 
 class OrderLine(Base):

@@ -7,7 +7,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import pytest
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import httpx
 
     from tests.domains.orders.conftest import Shop
@@ -50,6 +54,57 @@ async def test_an_order_repeated_under_its_key_is_placed_once(shop: Shop) -> Non
     assert answers[0].content == answers[1].content
     assert await shop.scalar("SELECT count(*) FROM customer_order") == 1
     assert len(await shop.deliveries("orders.reserve_stock")) == 1
+
+
+async def test_an_order_is_its_owners(shop: Shop, authorized: Callable[..., dict[str, str]]) -> None:
+    product = await shop.add_product(5)
+    order = await shop.order({product: 1})
+    mine, yours = await shop.client.get("/orders"), await shop.client.get("/orders", headers=authorized("bob"))
+    assert [each["id"] for each in mine.json()["items"]] == [order]
+    assert yours.json() == {"items": [], "next_cursor": None}
+    for path in (f"/orders/{order}", f"/orders/{uuid4()}"):
+        answer = await shop.client.get(path, headers=authorized("bob"))
+        assert (answer.status_code, answer.json()["code"]) == (404, "unknown_order")
+
+
+async def test_a_key_that_somebody_else_guesses_leads_to_nothing(
+    shop: Shop, authorized: Callable[..., dict[str, str]]
+) -> None:
+    product = await shop.add_product(5)
+    body = {"email": "ada@example.com", "lines": [{"product_id": product, "quantity": 1}]}
+    key = {"Idempotency-Key": "guessed"}
+    mine = await shop.client.post("/orders", json=body, headers=key)
+    yours = await shop.client.post("/orders", json=body, headers=key | authorized("bob"))
+    assert (mine.status_code, yours.status_code) == (201, 201)
+    assert mine.json()["id"] != yours.json()["id"]
+    assert await shop.scalar("SELECT count(*) FROM customer_order") == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "scope", "status"),
+    [
+        ("GET", "/products", "", 200),
+        ("POST", "/products", "", 401),
+        ("POST", "/products", "orders:write", 403),
+        ("GET", "/orders", "", 401),
+        ("GET", "/orders", "orders:write", 403),
+        ("GET", f"/orders/{UUID(int=1)}", "", 401),
+        ("GET", f"/orders/{UUID(int=1)}", "orders:write", 403),
+        ("POST", "/orders", "", 401),
+        ("POST", "/orders", "orders:read", 403),
+    ],
+)
+async def test_who_may_do_what(
+    client: httpx.AsyncClient,
+    authorized: Callable[..., dict[str, str]],
+    method: str,
+    path: str,
+    scope: str,
+    status: int,
+) -> None:
+    del client.headers["Authorization"]
+    headers = authorized("ada", scope) if scope else {}
+    assert (await client.request(method, path, headers=headers)).status_code == status
 
 
 async def test_an_unknown_product_places_nothing(shop: Shop) -> None:

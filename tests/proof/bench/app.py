@@ -12,6 +12,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, relationship
 
 import service.api
+from service.http.callers import PUBLIC
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, consumer, new_id, publish
 from tests.servers.broker import setup_broker
@@ -101,7 +102,7 @@ for number in range(4):
     consumer(OrderedForFour, queue="bench", name=f"bench.four_{number}")(nothing)
 
 _EVENTS = {0: None, 1: Ordered, 2: OrderedForTwo, 4: OrderedForFour}
-_router = APIRouter()
+_router = APIRouter(dependencies=[PUBLIC])
 
 
 class Order(BaseModel):

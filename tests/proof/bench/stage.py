@@ -122,7 +122,7 @@ class Stage:
         return (
             outside_environment()
             | {"DATABASE__URL": database, "BROKER__URL": self.broker_url(broker), "PYTHONUNBUFFERED": "1"}
-            | {"OUTBOX__HIGH_WATER_MARK": "1000000", "LOG_FORMAT": "json"}
+            | {"IDENTITY__OFF": "true", "OUTBOX__HIGH_WATER_MARK": "1000000", "LOG_FORMAT": "json"}
             | {"BENCH_POSTGRES": database, "BENCH_VALKEY": self.valkey.url}
             | settings
         )

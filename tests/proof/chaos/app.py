@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from sqlalchemy import text
 
 import service.api
+from service.http.callers import PUBLIC
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import publish
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app", "setup_broker"]
 
-router = APIRouter(route_class=IdempotentRoute)
+router = APIRouter(route_class=IdempotentRoute, dependencies=[PUBLIC])
 
 
 class Thing(BaseModel):

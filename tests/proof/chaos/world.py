@@ -186,6 +186,7 @@ class World:
         variables = {
             "DATABASE__URL": self._by_proxy(self.postgres.url(TEMPLATE), f"{name}:database"),
             "BROKER__URL": self._by_proxy(self.broker_url, f"{name}:broker"),
+            "IDENTITY__OFF": "true",
             "CHAOS_SINK": _address_text(self._by_proxy(f"tcp://127.0.0.1:{self.sink.port}", f"{name}:sink")),
             "CHAOS_GAPS": self.plan.gaps if fnmatch.fnmatch(name, self.plan.struck) else "",
             "CHAOS_BUG": self.plan.bug,

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from service.errors import BusinessError, PublishError
+from service.http.callers import PUBLIC, tells_caller
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, accept, consumer, publish
@@ -31,7 +32,7 @@ CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON probe DEFERRABLE INITIALLY DEFERR
 FOR EACH ROW WHEN (NEW.name = 'slow') EXECUTE FUNCTION slow();
 """
 
-router = APIRouter(route_class=IdempotentRoute)
+router = APIRouter(route_class=IdempotentRoute, dependencies=[PUBLIC])
 
 
 class ProbeHappened(Event, type="api_probe.happened"):
@@ -101,6 +102,7 @@ async def answer_with_name(name: str, session: Session) -> list[str]:
     return [name]
 
 
+@tells_caller
 async def _authenticated(request: Request) -> None:
     user = request.headers.get("user")
     if user is None:

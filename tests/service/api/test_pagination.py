@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from sqlalchemy import Column, MetaData, Table, Uuid, select
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute
 
+from service.http.callers import PUBLIC
 from service.http.pagination import Page, PageQuery, page_of
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import new_id
@@ -44,7 +45,7 @@ class ItemRead(BaseModel):
     id: UUID
 
 
-router = APIRouter()
+router = APIRouter(dependencies=[PUBLIC])
 
 
 @router.get("/items")

@@ -21,7 +21,7 @@ from tests.servers.real_servers import outside_environment
 from tests.waiting import until_sync
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from service.settings import Settings
 
@@ -44,9 +44,10 @@ def api(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-def test_the_document_is_true(api: str, tmp_path: Path) -> None:
+def test_the_document_is_true(api: str, tmp_path: Path, authorized: Callable[..., dict[str, str]]) -> None:
     script = str(Path(sys.executable).with_name("schemathesis"))
     command = [script, "--no-color", "run", f"{api}/openapi.json", "--seed", "1", "--max-examples", "30"]
+    command += [part for name, value in authorized("ada").items() for part in ("--header", f"{name}: {value}")]
     hooks = {"SCHEMATHESIS_HOOKS": "tests.service.api.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [*command, "--wait-for-schema", "10"],
@@ -97,6 +98,8 @@ def test_every_operation_documents_its_problems(settings: Settings) -> None:
             expected |= {"400", "413", "415", "422"}
         if "parameters" in operation:
             expected |= {"422"}
+        if "security" in operation:
+            expected |= {"401", "403"}
         assert expected <= set(operation["responses"]), name
         for status, response in operation["responses"].items():
             if status >= "400":

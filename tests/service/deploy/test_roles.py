@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from service.api import create_app
 from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql
+from service.http.callers import PUBLIC
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.ledger import statistics
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-router = APIRouter(route_class=IdempotentRoute)
+router = APIRouter(route_class=IdempotentRoute, dependencies=[PUBLIC])
 
 
 @router.post("/happen/{how}", status_code=201)

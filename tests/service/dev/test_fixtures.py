@@ -58,6 +58,7 @@ def test_the_environment_gives_a_process_the_same_settings(
     given = load_settings()
     assert given.outbox == settings.outbox
     assert given.broker == settings.broker
+    assert given.identity == settings.identity
     assert given.database.url == settings.database.url
 
 

@@ -97,7 +97,7 @@ def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, variables: dict
 @pytest.mark.parametrize("process", _PROCESSES)
 def test_a_wrong_one_ends_the_process_at_its_start_with_one_line(tmp_path: Path, process: str) -> None:
     _add(tmp_path, "billing", "BILLING__")
-    urls = {"DATABASE__URL": "postgresql://user@host/service", "BROKER__URL": "redis://host"}
+    urls = {"DATABASE__URL": "postgresql://user@host/service", "BROKER__URL": "redis://host", "IDENTITY__OFF": "true"}
     start = f"import service.domains; service.domains.__path__.append({str(tmp_path)!r}); {_PROCESSES[process]}"
     for variables, says in (({}, "KEY: is not set"), ({"BILLING__KEY": "k", "BILLING__DAYS": "-7"}, "DAYS: Input")):
         environment = outside_environment() | urls | variables | {"PYTHONPATH": str(ROOT)}

@@ -20,6 +20,7 @@ def right_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has no default."""
     monkeypatch.setenv("DATABASE__URL", "postgresql://user@host/service")
     monkeypatch.setenv("BROKER__URL", "redis://host")
+    monkeypatch.setenv("IDENTITY__OFF", "true")
 
 
 def test_the_documentation_has_the_title_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from uuid import uuid4
 from fastapi import APIRouter
 
 import service.api
+from service.http.callers import PUBLIC
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Event, publish
 from tests.servers.broker import setup_broker
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["create_app", "setup_broker"]
 
 _EVENTS: tuple[type[Event], ...] = importlib.import_module(f"tests.proof.ledger.release.{os.environ['RELEASE']}").EVENTS
-_router = APIRouter()
+_router = APIRouter(dependencies=[PUBLIC])
 
 
 @_router.post("/releases", status_code=201)

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from sqlalchemy import text
 
 import service.api
+from service.http.callers import PUBLIC
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, accept, consumer
 from tests.proof.ledger.services import crash
@@ -31,7 +32,7 @@ class Order(BaseModel):
     subject_id: UUID
 
 
-_router = APIRouter()
+_router = APIRouter(dependencies=[PUBLIC])
 
 
 @_router.post("/orders-elsewhere", status_code=201)

@@ -36,7 +36,7 @@ async def stage(database_url: str) -> AsyncIterator[Stage]:
 @pytest.fixture
 async def load(stage: Stage) -> Load:
     """Three orders that went well: two confirmed, of two items each, and one rejected."""
-    load = Load("http://nowhere", 3, stock=_STOCK)
+    load = Load("http://nowhere", "", 3, stock=_STOCK)
     product = uuid4()
     await stage.database.execute("INSERT INTO product VALUES ($1, 'Tea', $2, now())", product, _STOCK - 4)
     await stage.database.execute("INSERT INTO daily_sales VALUES (current_date, 3)")
