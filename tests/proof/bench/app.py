@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
 
 from fastapi import APIRouter
@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, foreign, mapped_column, rela
 import service.api
 from service.http.callers import PUBLIC
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
+from service.identity import Principal, needs
 from service.outbox import Delivery, Event, consumer, new_id, publish
 from tests.servers.broker import setup_broker
 
@@ -123,6 +124,17 @@ async def place_order(consumers: int, body: Order, session: Session) -> Order:
     return Order(customer=body.customer, id=order.id)
 
 
+_asking = APIRouter()
+
+
+@_asking.post("/mine/{consumers}", status_code=201)
+async def place_own_order(
+    caller: Annotated[Principal, needs("bench")], consumers: int, body: Order, session: Session
+) -> Order:
+    """The same for a caller who says who they are."""
+    return await place_order(consumers, body, session)
+
+
 @_router.post("/row/{consumers}", status_code=201)
 async def store_row(consumers: int, body: Order, session: Session) -> Order:
     """Nothing but one statement, and the event."""
@@ -142,4 +154,5 @@ def create_app() -> FastAPI:
     """The service's own application, with the benchmark's route."""
     app = service.api.create_app()
     app.include_router(_router)
+    app.include_router(_asking)
     return app

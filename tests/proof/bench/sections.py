@@ -143,6 +143,13 @@ async def api(stage: Stage, result: Result, *, quick: bool) -> None:
     result.add(Figure(name, "requests/s", values["/row/1"], versus, values["/row/0"]))
 
 
+async def callers(stage: Stage, result: Result, *, quick: bool) -> None:
+    """What it costs a request to say who is calling."""
+    values = await writers.requests(stage, ["/order/1", "/mine/1"], 3 if quick else 7, 1_600 if quick else 3_200)
+    name, versus = "POST of an order with an event, with a token that was verified before", "without a token"
+    result.add(Figure(name, "requests/s", values["/mine/1"], versus, values["/order/1"], at_least=0.95))
+
+
 async def idle_latency(stage: Stage, result: Result, *, quick: bool) -> None:
     """From commit to the start of the consumer, nothing else to do."""
     count = 100 if quick else 250
@@ -289,7 +296,7 @@ async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
 
 SECTIONS: dict[str, Section] = {
     "relay": relay, "relay-peers": relay_peers, "rabbitmq": rabbitmq, "commits": commits, "api": api,
-    "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog,
+    "callers": callers, "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog,
     "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "costs": costs,
 }  # fmt: skip
 """In the order in which they run."""

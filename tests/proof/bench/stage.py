@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from service.dev.places import scratch
 from service.dev.postgres import Postgres
 from service.dev.processes import Process
+from service.dev.tokens import DevIssuer
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
 from tests.proof.bench.app import SCHEMA
@@ -84,10 +85,11 @@ class Running:
 class Stage:
     """The servers. Each measurement takes a database and a broker database of its own."""
 
-    def __init__(self, postgres: Postgres, valkey: Valkey, rabbitmq: Rabbitmq | None) -> None:
+    def __init__(self, postgres: Postgres, valkey: Valkey, rabbitmq: Rabbitmq | None, issuer: DevIssuer) -> None:
         self.postgres = postgres
         self.valkey = valkey
         self.rabbitmq = rabbitmq
+        self.issuer = issuer
         self.redis = redis.Redis.from_url(valkey.url)
 
     @asynccontextmanager
@@ -122,7 +124,8 @@ class Stage:
         return (
             outside_environment()
             | {"DATABASE__URL": database, "BROKER__URL": self.broker_url(broker), "PYTHONUNBUFFERED": "1"}
-            | {"IDENTITY__OFF": "true", "OUTBOX__HIGH_WATER_MARK": "1000000", "LOG_FORMAT": "json"}
+            | self.issuer.variables
+            | {"OUTBOX__HIGH_WATER_MARK": "1000000", "LOG_FORMAT": "json"}
             | {"BENCH_POSTGRES": database, "BENCH_VALKEY": self.valkey.url}
             | settings
         )
@@ -192,11 +195,12 @@ def _servers(folder: Path) -> Iterator[Stage]:
         url = postgres.ensure_database("service")
         migrate(url)
         postgres.sql(SCHEMA, "service")
+        issuer = DevIssuer(folder / "issuer")
         if programs() is None:
-            yield Stage(postgres, valkey, None)
+            yield Stage(postgres, valkey, None, issuer)
         else:
             with Rabbitmq(folder / "rabbitmq") as rabbitmq:
-                yield Stage(postgres, valkey, rabbitmq)
+                yield Stage(postgres, valkey, rabbitmq, issuer)
 
 
 @contextmanager

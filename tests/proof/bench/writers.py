@@ -83,22 +83,25 @@ async def api(stage: Stage, database: str) -> AsyncIterator[tuple[Running, int]]
 
 
 async def requests(stage: Stage, paths: Sequence[str], rounds: int, count: int) -> dict[str, list[float]]:
-    """Requests per second of `POST` to each path, from 16 kept connections, in turns."""
+    """Requests per second of `POST` to each path, from 16 kept connections, in turns; `/mine` with a token."""
+    token = stage.issuer.token("bench", ["bench"])
     figures: dict[str, list[float]] = {each: [] for each in paths}
     async with stage.database() as database, api(stage, database) as (_, port):
         for each in paths:
-            await post_all(port, each, 200)
+            await post_all(port, each, 200, token)
         for _ in range(rounds):
             for each in random.sample(paths, len(paths)):
-                figures[each].append(await post_all(port, each, count))
+                figures[each].append(await post_all(port, each, count, token))
     return figures
 
 
-async def post_all(port: int, path: str, count: int) -> float:
+async def post_all(port: int, path: str, count: int, token: str = "") -> float:
     """Requests per second of so many requests."""
     body = json.dumps({"customer": "c-123"}).encode()
+    caller = f"Authorization: Bearer {token}\r\n" if path.startswith("/mine") else ""
     request = (
-        f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: bench\r\n{caller}"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode() + body
     began = time.perf_counter()
     await asyncio.gather(*(_post(port, request, count // 16) for _ in range(16)))
