@@ -95,20 +95,20 @@ class IssuerKeys:
     async def _read(self) -> None:
         try:
             keys = await asyncio.to_thread(_read_keys, self._settings)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001  whatever is wrong out there, the keys that are known go on
             self._failed = True
             _log.warning("identity.keys_unread", issuer=self._settings.issuer, error=f"{type(error).__name__}: {error}")
         else:
             self._failed, self._read_at = False, time.monotonic()
-            if _fingerprints(keys) != _fingerprints(self._keys):
+            if _material(keys) != _material(self._keys):
                 self._keys, self._edition = keys, self._edition + 1
                 _log.info("identity.keys_read", issuer=self._settings.issuer, key_ids=sorted(keys))
         finally:
             self._reading = None
 
 
-def _fingerprints(keys: Mapping[str, jwt.PyJWK]) -> dict[str, Any]:
-    return {key_id: key._jwk_data for key_id, key in keys.items()}  # noqa: SLF001
+def _material(keys: Mapping[str, jwt.PyJWK]) -> dict[str, Any]:
+    return {key_id: (key.algorithm_name, key.key) for key_id, key in keys.items()}
 
 
 def _read_keys(settings: IdentitySettings) -> dict[str, jwt.PyJWK]:

@@ -71,7 +71,8 @@ class KeyServer:
     url: str
     keys: list[dict[str, Any]] = field(default_factory=list)
     how: str = "well"
-    """`well`, `hang` (no answer), `drip` (a byte at a time), `huge`, `elsewhere` (a redirect), `broken`, `impostor`."""
+    """`well`, `hang` (no answer), `drip` (a byte at a time), `huge`, `elsewhere` (a redirect), `impostor` (discovery),
+    `failing` (500), `no HTTP`; otherwise the body itself."""
     asked: int = 0
     """Requests so far."""
 
@@ -89,10 +90,11 @@ class KeyServer:
         if path.endswith(b"openid-configuration"):
             named = "https://impostor.example" if self.how == "impostor" else self.url
             content = {"issuer": named, "jwks_uri": f"{self.url}/keys"}
-        body = b"{" if self.how == "broken" else json.dumps(content).encode()
+        body = self.how.encode() if self.how.startswith(("{", "[")) else json.dumps(content).encode()
         if self.how == "huge":
             body += b" " * 300_000
-        status = "302 Found\r\nLocation: /others" if self.how == "elsewhere" and path == b"/keys" else "200 OK"
+        moved = self.how == "elsewhere" and path == b"/keys"
+        status = "302 Found\r\nLocation: /others" if moved else "500 No" if self.how == "failing" else "200 OK"
         head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
         try:
             if self.how == "hang":
@@ -104,7 +106,7 @@ class KeyServer:
                     await writer.drain()
                     await asyncio.sleep(0.05)
             else:
-                writer.write(head + body)
+                writer.write(b"\x16\x03\n\n" if self.how == "no HTTP" else head + body)
             await writer.drain()
         except ConnectionError:
             pass

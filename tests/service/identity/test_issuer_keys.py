@@ -100,7 +100,23 @@ async def test_while_the_issuer_is_away_known_keys_go_on(
         await serving.__aexit__(None, None, None)
 
 
-@pytest.mark.parametrize("how", ["hang", "drip", "huge", "elsewhere", "broken"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "hang",
+        "drip",
+        "huge",
+        "elsewhere",
+        "failing",
+        "no HTTP",
+        "{",
+        "[1]",
+        '{"keys": [1]}',
+        '{"keys": []}',
+        "[" * 99_999,
+    ],
+    ids=lambda how: how[:14],
+)
 async def test_an_issuer_that_does_not_answer_well_delays_nobody(
     client: httpx.AsyncClient, server: KeyServer, key: SigningKey, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
