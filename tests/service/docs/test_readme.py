@@ -13,6 +13,7 @@ from service.dev.places import ROOT
 from tests.service.docs.pages import DEVELOPING, README, blocks, missing
 
 _HEAD = """\
+from typing import Annotated
 from uuid import UUID
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
@@ -20,9 +21,11 @@ from sqlalchemy import Text
 from sqlalchemy.orm import Mapped, mapped_column
 from service.database.base import Base
 from service.http.request_session import Session
+from service.identity import Principal, needs
 from service.outbox import Delivery, Event, consumer, new_id, publish
 
 router = APIRouter()
+Buyer = Annotated[Principal, needs("orders:write")]
 
 class PlaceOrder(BaseModel):
     product_id: UUID
@@ -34,6 +37,7 @@ class OrderRead(BaseModel):
 class Order(Base):
     __tablename__ = "an_order"
     id: Mapped[UUID] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(Text)
     product_id: Mapped[UUID]
     status: Mapped[str] = mapped_column(Text)
 """
