@@ -23,8 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from service.database.engine import create_engine
 from service.database.sessions import SessionFactory, session_factory
+from service.dev.issuer import DevIssuer, every_scope
 from service.dev.postgres import Postgres, psql
-from service.dev.tokens import DevIssuer, every_scope
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings, DatabaseSettings, IdentitySettings, OutboxSettings, Settings
 from tests.servers.leftovers import Leftovers

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import httpx
 
 from service.dev import stack
+from service.dev.issuer import DevIssuer, every_scope, is_ours
 from service.dev.places import ROOT, ServerError, clone_data
 from service.dev.postgres import Postgres
 from service.dev.processes import Process, Supervisor, stop_all, to_terminal
 from service.dev.reload import Watch, shown
 from service.dev.servers import free_port
-from service.dev.tokens import DevIssuer, every_scope, is_ours
 from service.network.postgres_url import read_postgres
 from service.network.urls import without_secrets
 from service.text import visible

@@ -20,10 +20,10 @@ import httpx
 from redis.asyncio import Redis
 
 from service.dev import stack
+from service.dev.issuer import DevIssuer, every_scope
 from service.dev.places import ServerError
 from service.dev.processes import Process, stop_all
 from service.dev.servers import free_port
-from service.dev.tokens import DevIssuer, every_scope
 from service.network.postgres_url import read_postgres
 from service.settings import BrokerSettings, OutboxSettings
 

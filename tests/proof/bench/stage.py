@@ -16,10 +16,10 @@ import psutil
 import redis
 from pydantic import SecretStr
 
+from service.dev.issuer import DevIssuer
 from service.dev.places import scratch
 from service.dev.postgres import Postgres
 from service.dev.processes import Process
-from service.dev.tokens import DevIssuer
 from service.dev.valkey import Valkey
 from service.settings import BrokerSettings, DatabaseSettings, OutboxSettings, Settings
 from tests.proof.bench.app import SCHEMA

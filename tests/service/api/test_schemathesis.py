@@ -14,9 +14,9 @@ from fastapi import APIRouter, Response
 from fastapi.sse import EventSourceResponse
 
 from service.api import create_app
+from service.dev.issuer import every_scope
 from service.dev.places import ROOT
 from service.dev.stack import api_command
-from service.dev.tokens import every_scope
 from service.http.openapi import ID, created
 from tests.servers.real_servers import outside_environment
 from tests.waiting import until_sync
@@ -24,7 +24,7 @@ from tests.waiting import until_sync
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from service.dev.tokens import DevIssuer
+    from service.dev.issuer import DevIssuer
     from service.settings import Settings
 
 LISTENING = re.compile(r"running on (http://[0-9.:]+)")
