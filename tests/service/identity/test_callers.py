@@ -23,6 +23,8 @@ from tests.servers.real_servers import outside_environment
 from tests.service.api.problems import assert_problem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from service.settings import Settings
     from tests.service.identity.conftest import Serve
 
@@ -100,6 +102,36 @@ def test_routes_that_ask_need_somebody_who_can_answer() -> None:
     app.add_api_route("/asks", lambda: None, dependencies=[needs()])
     with pytest.raises(ConfigurationError, match="IDENTITY__ISSUER: is not set"):
         install_identity(app, IdentitySettings())
+
+
+_DOMAIN = """
+from fastapi import APIRouter
+from service.identity import needs
+router = APIRouter()
+router.add_api_route("/domains", lambda: None, dependencies={})
+"""
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "says"),
+    [("[needs()]", "IDENTITY__ISSUER: is not set"), ("[]", "nothing says who may call GET /domains")],
+)
+def test_the_process_does_not_start_and_says_why_in_one_line(tmp_path: Path, dependencies: str, says: str) -> None:
+    (tmp_path / "asking").mkdir()
+    (tmp_path / "asking" / "__init__.py").touch()
+    (tmp_path / "asking" / "routes.py").write_text(_DOMAIN.format(dependencies))
+    only = f"import service.domains; service.domains.__path__[:] = [{str(tmp_path)!r}]"
+    urls = {"DATABASE__URL": "postgresql://user@host/service", "BROKER__URL": "redis://host", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{only}; import service.api; service.api.create_app()"],
+        cwd=tmp_path,
+        env=outside_environment() | urls,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    [line] = ended.stderr.splitlines()
+    assert line.startswith(f"api: {says}")
 
 
 def test_a_route_that_says_nothing_is_not_served(settings: Settings) -> None:
