@@ -29,6 +29,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subproce
     """The API and its port. No test here comes as far as its servers."""
     log: Path = tmp_path_factory.mktemp("bounds") / "log"
     environment = {"DATABASE__URL": "postgresql://nobody@127.0.0.1:1/none", "BROKER__URL": "redis://127.0.0.1:1/0"}
+    environment["IDENTITY__OFF"] = "true"
     with log.open("wb") as stderr:
         process = subprocess.Popen(api_command(0), cwd=ROOT, env=environment, stderr=stderr)
     try:

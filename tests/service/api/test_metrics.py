@@ -14,6 +14,7 @@ import pytest
 from fastapi import APIRouter, BackgroundTasks
 
 from service.dev.servers import free_port
+from service.http.callers import PUBLIC
 from tests.servers.scraping import Page, scrape
 from tests.service.api.serving import raw_request, serve
 from tests.waiting import until
@@ -52,7 +53,7 @@ async def test_requests_are_counted_by_the_template_of_their_route(make_app: Mak
 
 
 async def test_a_router_within_a_router_counts_with_both_prefixes(make_app: MakeApp, port: int) -> None:
-    inner, outer = APIRouter(prefix="/inner"), APIRouter(prefix="/outer")
+    inner, outer = APIRouter(prefix="/inner"), APIRouter(prefix="/outer", dependencies=[PUBLIC])
 
     @inner.get("/{key}")
     async def get(key: str) -> str:
@@ -100,7 +101,7 @@ async def test_work_after_the_response_is_counted_when_it_fails_and_not_timed(ma
     app = make_app(metrics={"port": port})
     go_on = asyncio.Event()
 
-    @app.get("/best-effort")
+    @app.get("/best-effort", dependencies=[PUBLIC])
     async def best_effort(tasks: BackgroundTasks) -> None:
         async def fail() -> None:
             await go_on.wait()
@@ -123,7 +124,7 @@ async def test_work_after_the_response_is_counted_when_it_fails_and_not_timed(ma
 async def test_code_that_holds_the_loop_shows(make_app: MakeApp, port: int) -> None:
     app = make_app(metrics={"port": port})
 
-    @app.get("/blocks")
+    @app.get("/blocks", dependencies=[PUBLIC])
     async def block() -> None:
         time.sleep(1.2)  # noqa: ASYNC251
 
