@@ -7,6 +7,7 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from service.http.callers import PUBLIC
 from tests.service.api.serving import serve
 from tests.waiting import until
 
@@ -23,17 +24,17 @@ def blocking(make_app: MakeApp, settings: Settings) -> FastAPI:
     settings.loop_held_after = 1
     app = make_app()
 
-    @app.get("/blocks/{secret}")
+    @app.get("/blocks/{secret}", dependencies=[PUBLIC])
     async def block(secret: str) -> str:
         await asyncio.sleep(0)
         time.sleep(4)  # noqa: ASYNC251
         return secret
 
-    @app.get("/waits")
+    @app.get("/waits", dependencies=[PUBLIC])
     async def wait() -> None:
         await asyncio.sleep(3)
 
-    @app.get("/in-a-thread")
+    @app.get("/in-a-thread", dependencies=[PUBLIC])
     def compute() -> None:
         time.sleep(3)
 

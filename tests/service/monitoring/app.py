@@ -8,6 +8,7 @@ from uuid import UUID
 from fastapi import BackgroundTasks  # noqa: TC002  FastAPI resolves annotations at run time
 
 from service import api
+from service.http.callers import PUBLIC
 from service.http.request_session import Session  # noqa: TC001
 from service.outbox import Delivery, Event, Fail, consumer, new_id, publish
 from tests.servers.broker import setup_broker
@@ -38,7 +39,7 @@ def create_app() -> FastAPI:
     """The API with a route that publishes, and whose background task fails if it is told to."""
     app = api.create_app()
 
-    @app.post("/watched/{how}", status_code=201)
+    @app.post("/watched/{how}", status_code=201, dependencies=[PUBLIC])
     async def happen(how: str, session: Session, tasks: BackgroundTasks) -> None:
         publish(session, Watched(subject_id=new_id(), how=how))
         if how == "fail":

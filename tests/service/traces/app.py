@@ -19,6 +19,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from service import api
+from service.http.callers import PUBLIC
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import Delivery, Event, Fail, consumer, new_id, publish
 from service.telemetry.logs import get_logger
@@ -33,7 +34,7 @@ SECRET = "a-secret-of-the-payload"
 
 _log = get_logger(__name__)
 
-router = APIRouter()
+router = APIRouter(dependencies=[PUBLIC])
 
 
 class Sent(Event, type="parcel.sent"):
