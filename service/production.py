@@ -28,7 +28,7 @@ _log = get_logger(__name__)
 
 NAMES = (
     "password-database", "password-broker", "password-smtp", "tls-database", "tls-broker", "tls-smtp",
-    "hosts", "cors", "proxy", "docs", "rate-limit",
+    "hosts", "cors", "proxy", "callers", "docs", "rate-limit",
 )  # fmt: skip
 """Those that there are."""
 
@@ -161,6 +161,9 @@ def _of_api(settings: Settings, environment: Mapping[str, str]) -> Iterator[Risk
     elif "*" in proxies:
         cure = "name the proxies in FORWARDED_ALLOW_IPS"
         yield Risk("proxy", True, **api, seen="a client may say which address it has", cure=cure)
+    if settings.identity.off:
+        cure = "make sure that nothing reaches the API but a gateway which refuses who may not call, then accept it"
+        yield Risk("callers", False, **api, seen="nobody is asked who they are", cure=cure)
     if settings.api.docs == "on":
         seen = "/docs loads scripts from another site, and shows everybody all routes"
         yield Risk("docs", False, **api, seen=seen, cure="unset API__DOCS")

@@ -106,6 +106,7 @@ def test_this_is_refused_by_whom_it_concerns(
     [
         ("DATABASE__URL", "postgresql://app:c0ffee@db/service?sslmode=require", "tls-database"),
         ("BROKER__URL", "rediss://:c0ffee@broker/?ssl_cert_reqs=none", "tls-broker"),
+        ("IDENTITY__OFF", "true", "callers"),
         ("API__DOCS", "on", "docs"),
         ("API__RATE_LIMIT", "0", "rate-limit"),
         ("FORWARDED_ALLOW_IPS", None, "proxy"),
