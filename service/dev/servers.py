@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -30,18 +31,22 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
 _PORTS = range(29_000, 32_000)  # below Linux's and macOS's for outgoing connections
+_given: deque[int] = deque(maxlen=len(_PORTS) // 2)
 _LONGEST_SOCKET_PATH = 100  # the kernel's limit is 104 to 108 bytes
 _PLAIN_PATH = re.compile(r"[\w./+-]+", re.ASCII)  # a comma separates hosts in a URL, and clients differ over the rest
 
 
 def free_port() -> int:
-    """A loopback TCP port that nobody listens on just now.
+    """A loopback TCP port that nobody listens on just now, and that was not given to anybody else here lately.
 
     The kernel gives none of these to an outgoing connection, which could otherwise take it before the server does.
     """
     for port in secrets.SystemRandom().sample(_PORTS, len(_PORTS)):
+        if port in _given:
+            continue
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given.append(port)
             return port
     raise ServerError(f"no loopback port from {_PORTS[0]} to {_PORTS[-1]} is free")
 

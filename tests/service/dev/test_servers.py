@@ -35,6 +35,10 @@ def _runs(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/sys/net").exists(), reason="only Linux says which ports it gives away")
+def test_a_free_port_is_not_given_twice() -> None:
+    assert len({free_port() for _ in range(1_000)}) == 1_000
+
+
 def test_a_free_port_is_taken_by_no_outgoing_connection() -> None:
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert max(free_port() for _ in range(100)) < first
