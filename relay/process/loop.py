@@ -146,12 +146,12 @@ class Relay:
     async def _rounds(self, connection: Connection, wakeup: Wakeup) -> None:
         moved = vain = 0
         while not self._stopping.is_set():
-            await self._reporting.report(connection)
             looked = not moved or self._must_look()
-            if looked:
-                await self._look(connection)
-            elif self._now() >= self._glance_at:
-                await self._glance(connection)
+            async with self._reporting.beside(connection):
+                if looked:
+                    await self._look(connection)
+                elif self._now() >= self._glance_at:
+                    await self._glance(connection)
             moved = await self._round(connection)
             vain = 0 if moved else vain
             if moved or not looked or self._must_look():
@@ -299,9 +299,9 @@ class Relay:
         while not self._stopping.is_set():
             attempt += 1
             await self._pause(backoff(attempt, 100, 5_000).total_seconds())
-            await connection.execute("SELECT 1")
+            async with self._reporting.beside(connection):
+                await connection.execute("SELECT 1")
             self._sparing.heard(self._now())
-            await self._reporting.report(connection)
             try:
                 await self._sender.ping()
             except BrokerUnavailableError:

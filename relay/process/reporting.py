@@ -6,6 +6,7 @@ What must stay true: whatever PostgreSQL says to that, the relay goes on handing
 from __future__ import annotations
 
 import time
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -14,7 +15,7 @@ from service.ledger.presence import REPORT_EVERY, Presence
 from service.telemetry.logs import brief, get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import AsyncIterator, Awaitable
 
     from service.database.driver import Connection
     from service.telemetry.loop_lag import LoopLag
@@ -30,10 +31,15 @@ class Reporting:
         self._due_at = 0.0
         self._failing = False
 
-    async def report(self, connection: Connection) -> None:
-        """The relay is there, unless that was told just now."""
-        if time.monotonic() >= self._due_at:
-            self._due_at = time.monotonic() + REPORT_EVERY
+    @asynccontextmanager
+    async def beside(self, connection: Connection) -> AsyncIterator[None]:
+        """Around a statement of the relay: what is to be told shares its transaction, and costs none of its own."""
+        if time.monotonic() < self._due_at:
+            yield
+            return
+        self._due_at = time.monotonic() + REPORT_EVERY
+        async with connection.transaction():
+            yield
             await self._try(self._presence.tell(connection))
 
     async def leave(self, connection: Connection) -> None:
