@@ -36,7 +36,7 @@ def _runs(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/sys/net").exists(), reason="only Linux says which ports it gives away")
 def test_a_free_port_is_not_given_twice() -> None:
-    assert len({free_port() for _ in range(1_000)}) == 1_000
+    assert len({free_port() for _ in range(300)}) == 300
 
 
 def test_a_free_port_is_taken_by_no_outgoing_connection() -> None:
