@@ -110,9 +110,7 @@ def _of_database(settings: Settings) -> Iterator[Risk]:
     given = address.parameters
     near = all(host is None or host.startswith("/") or is_local(host) for host, _ in address.hosts)
     if _is_known(given.get("user"), given.get("password", ""), needed=not near and "sslcert" not in given):
-        yield Risk(
-            "password-database", True, _EVERYBODY, "PostgreSQL's password is none or well known", "set a random one"
-        )
+        yield Risk("password-database", True, _EVERYBODY, "PostgreSQL's password is none or well known", _RANDOM)
     mode, verify = given.get("sslmode", "prefer"), "sslmode=verify-full and sslrootcert in DATABASE__URL"
     if near or mode == "verify-full":
         return
@@ -125,9 +123,7 @@ def _of_broker(settings: Settings) -> Iterator[Risk]:
     url = urlsplit(settings.broker.url.get_secret_value())
     near = url.scheme == "unix" or is_local(url.hostname or "")
     if _is_known(url.username, url.password or "", needed=not near and "password=" not in url.query):
-        yield Risk(
-            "password-broker", True, _WITH_BROKER, "the broker's password is none or well known", "set a random one"
-        )
+        yield Risk("password-broker", True, _WITH_BROKER, "the broker's password is none or well known", _RANDOM)
     if not near and url.scheme not in _ENCRYPTED:
         cure = "rediss://, valkeys:// or amqps:// in BROKER__URL"
         yield Risk("tls-broker", True, _WITH_BROKER, "the way to the broker is not encrypted", cure)
