@@ -95,7 +95,7 @@ def servers(request: pytest.FixtureRequest) -> Where:
 
 def _create_database(servers: Where) -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(_serial)}"
-    psql(servers.postgres, f'CREATE DATABASE "{name}" TEMPLATE "{TEMPLATE}" STRATEGY WAL_LOG')
+    psql(servers.postgres, f'CREATE DATABASE "{name}" TEMPLATE "{TEMPLATE}" STRATEGY FILE_COPY')
     yield servers.postgres.replace("/postgres?", f"/{name}?")
     psql(servers.postgres, f'DROP DATABASE "{name}" WITH (FORCE)')
 

@@ -70,7 +70,7 @@ class RealServers:
     def start(self) -> Where:
         """Start both and migrate the template."""
         with ExitStack() as stack:
-            folder = stack.enter_context(scratch())
+            folder = stack.enter_context(scratch(in_memory=True))
             seed = self._make_seed(folder / "seed")
             postgres = stack.enter_context(Postgres(copy_of(seed, folder / "postgres"), durable=False))
             valkey = stack.enter_context(Valkey(folder / "valkey"))

@@ -69,6 +69,7 @@ async def test_a_plain_def_consumer_runs_fails_and_is_limited(
     assert "`def` consumer cannot call begin()" in letter["reason"]
 
 
+@pytest.mark.slow
 async def test_a_def_consumer_is_run_alike_by_the_test_kit(
     ledger: Ledger, engine: AsyncEngine, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ async def gone_or_dead(process: subprocess.Popen[bytes], ledger: Ledger, message
     return process.poll() is not None or await is_dead(ledger, message_id)
 
 
+@pytest.mark.slow
 async def test_sigterm_releases_what_does_not_end_in_the_grace(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:

@@ -7,12 +7,13 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+import pytest
+
 from service.http.callers import PUBLIC
 from tests.service.api.serving import serve
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    import pytest
     from fastapi import FastAPI
 
     from service.settings import Settings
@@ -41,6 +42,7 @@ def blocking(make_app: MakeApp, settings: Settings) -> FastAPI:
     return app
 
 
+@pytest.mark.slow
 async def test_each_time_is_told_once_with_the_template_of_the_route(
     make_app: MakeApp, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import redis
 
 from service.dev import places
-from service.dev.places import ROOT, ServerError, postgres_binaries, server_account, valkey_binary
+from service.dev.places import ROOT, ServerError, postgres_binaries, scratch, server_account, valkey_binary
 from service.dev.postgres import Postgres, psql
 from service.dev.servers import free_port, socket_folder
 from service.dev.valkey import Valkey
@@ -195,6 +196,20 @@ def test_servers_and_folder_go_when_their_starter_is_killed() -> None:
         starter.send_signal(signal.SIGKILL)
     assert until_sync(lambda: not any(_runs(int(pid)) for pid in pids))
     assert until_sync(lambda: not Path(folder).exists())
+
+
+def test_a_test_run_keeps_its_data_in_memory_where_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 4 << 30:
+        pytest.skip("this machine keeps no files in memory, or too few")
+    with scratch(in_memory=True) as folder:
+        assert folder.parent == memory
+    with scratch() as folder:
+        assert folder.parent != memory
+    monkeypatch.setattr("service.dev.places._MEMORY_NEEDED", 1 << 60)
+    with scratch(in_memory=True) as folder:
+        assert folder.parent != memory
+    assert not folder.exists()
 
 
 def _modes(path: Path) -> dict[Path, int]:

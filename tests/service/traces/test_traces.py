@@ -87,6 +87,7 @@ async def story(environment: dict[str, str], processes: Processes, collector: Po
     return Story(collector.spans(), api, worker)
 
 
+@pytest.mark.slow
 async def test_a_request_is_traced_from_its_caller_to_its_last_effect(story: Story) -> None:
     request, sent, packed = (
         story.one("POST /parcels"),
