@@ -159,10 +159,10 @@ async def test_timeouts_of_the_role_end_nothing(
     role = f'ALTER ROLE postgres IN DATABASE "{make_url(settings.database.dsn).database}"'
     known = int(sql("SHOW server_version_num")) >= 170_000
     for name in ("idle_session_timeout", *(("transaction_timeout",) if known else ())):
-        psql(servers.postgres, f"{role} SET {name} = '200ms'")
-    assert (await client.get("/sleep/0.5")).status_code == 200
+        psql(servers.postgres, f"{role} SET {name} = '1s'")
+    assert (await client.get("/sleep/1.5")).status_code == 200
     backend = sql(f"SELECT pid {_SESSIONS}")
-    await asyncio.sleep(0.5)  # idle
+    await asyncio.sleep(1.5)  # idle
     assert (await client.post("/probes", json={"id": 2})).status_code == 201
     assert sql(f"SELECT pid {_SESSIONS}") == backend
 
