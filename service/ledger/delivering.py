@@ -37,8 +37,12 @@ looks like one each time, and must run out of attempts.
 SUSPECT_FROM = 2
 """The attempt from which on a row whose worker was lost is suspected of having killed it.
 
-Such a row goes through the relay, which puts it apart from those that were lost with it, before anybody claims it.
+Such a row goes through the relay, which puts it apart from those that were lost with it, before anybody claims it; and
+a worker process runs one of them at a time.
 """
+
+WORKER_LOST = "WorkerLost"
+"""The type of the error that a suspect's row is given."""
 
 # Rows are found by the primary key. While the table is empty by PostgreSQL's statistics, the index of due rows looks
 # just as good, and a plan that is kept would read all of it for every row. `_STATE` keeps that index out: PostgreSQL
@@ -68,10 +72,11 @@ SET state = 'running',
     due_at = clock_timestamp() + $3
 """
 
-_TAKEN = """
+_TAKEN = f"""
 message.id, claim_token, event_id, event_type, version, consumer, queue, payload, headers, attempts,
 message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale,
-extract(epoch FROM started_at - created_at)::float8 AS age
+extract(epoch FROM started_at - created_at)::float8 AS age,
+coalesce(message.errors -> -1 ->> 'type' = '{WORKER_LOST}', false) AS suspect
 """
 
 _CLAIM = f"""
@@ -206,6 +211,8 @@ class Claim:
     """Seconds from when it was due first until now, by PostgreSQL's clock."""
     deferred: bool = False
     """It came due later than its event, for it was delayed or replayed."""
+    suspect: bool = False
+    """Its last worker was lost, and not the first: it may have killed them."""
     began: float = field(default_factory=time.perf_counter, compare=False)
     """By this process's clock, for its log alone."""
 
@@ -247,6 +254,7 @@ def _claim(row: asyncpg.Record) -> Claim:
         dispatches=row["dispatches"],
         waited=max(row["age"] - float(due_after or 0), 0.0),
         deferred=due_after is not None,
+        suspect=row["suspect"],
     )
 
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from service.ledger.delivering import SUSPECT_FROM, errors_with
+from service.ledger.delivering import SUSPECT_FROM, WORKER_LOST, errors_with
 from service.ledger.message import DueDelivery
 from service.ledger.pausing import EVERY_QUEUE
 
@@ -44,8 +44,8 @@ NO_FLOOR = Floor(datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 # A suspect: a worker that died in its second attempt or later may have been killed by this very row, and its neighbours
 # died with it. They wait apart from each other instead of meeting again at once. They are set apart where they are met,
 # in the order of hand-over: to look for them would cost as much as all that waits beside them.
-_LOST = """
-jsonb_build_object('type', 'WorkerLost', 'message', 'the lease ended without a heartbeat', 'traceback', '')
+_LOST = f"""
+jsonb_build_object('type', '{WORKER_LOST}', 'message', 'the lease ended without a heartbeat', 'traceback', '')
 """
 _TAKE_DUE = f"""
 WITH due AS MATERIALIZED (

@@ -100,6 +100,8 @@ class Runner:
         self._recorder = Recorder(self._ledger)
         self._running: dict[asyncio.Task[Any], Claim] = {}
         self._in_threads: dict[int, Claim] = {}
+        self._suspect: UUID | None = None
+        self._leaving: set[asyncio.Future[None]] = set()
         self._unsettled: dict[UUID, asyncio.Task[None]] = {}
         self._stopping = False
         self._releasing = False
@@ -173,12 +175,31 @@ class Runner:
         elif claim.attempts > self.max_attempts(spec):
             error = RuntimeError("a worker was lost in the last attempt")
             await self.settle(claim, Dead(error, "worker lost"))
+        elif claim.suspect and self._suspect is not None:
+            await self._avoid(claim)
         else:
             run = self._start(claim, spec)
+            if claim.suspect:
+                await self._stand_apart(claim)
             if not spec.is_async:
                 return run
             await self._run_and_settle(run)
         return None
+
+    async def _avoid(self, claim: Claim) -> None:
+        """Leave a suspect for later, while another one runs that may kill this process; those in line one by one."""
+        delay = timedelta(seconds=0.2 * (1 + len(self._leaving)))
+        leaving = asyncio.ensure_future(self.settle(claim, Released(delay=delay)))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+        await leaving
+
+    async def _stand_apart(self, claim: Claim) -> None:
+        """Wait until those are gone that were claimed with this suspect."""
+        self._suspect = claim.token
+        await asyncio.sleep(0)
+        if self._leaving:
+            await asyncio.wait(self._leaving)
 
     def _start(self, claim: Claim, spec: Consumer) -> Run:
         """Keep the claim's lease alive from now on, and make what the consumer is handed."""
@@ -354,6 +375,8 @@ class Runner:
                 raise
         finally:
             self._forget(claim)
+            if self._suspect == claim.token:
+                self._suspect = None
 
     def _later(self, delivery_id: UUID, token: UUID, write: Callable[[], Awaitable[None]]) -> None:
         """Go on until it is written, or one lease long from when this worker stops; the lease is kept until then."""

@@ -12,7 +12,7 @@ import pytest
 from service.database.engine import create_engine
 from service.outbox.running.runner import Runner
 from tests.proof.ledger import domain
-from tests.proof.ledger.looks import blocked
+from tests.proof.ledger.looks import all_completed, blocked
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -332,3 +332,26 @@ async def test_nothing_begins_once_a_stopping_worker_has_released_its_runs(
     row = await ledger.row(message_id)
     assert row is not None
     assert (row["state"], row["attempts"]) == ("pending", 0)
+
+
+async def test_suspects_run_one_at_a_time(ledger: Ledger, runner: Runner) -> None:
+    """The one that kills its worker takes no other with it."""
+    ids = [(await ledger.publish(domain.Gated(subject_id=uuid4())))[0] for _ in range(3)]
+    gates = {each: domain.Gate() for each in ids}
+    for each, gate in gates.items():
+        domain.GATES[str(each)] = [gate]
+        await ledger.set(each, state="dispatched", dispatches=2, attempts=2, errors='[{"type": "WorkerLost"}]')
+    runs = [asyncio.create_task(runner.deliver(each)) for each in ids]
+    (inside,) = await until(lambda: [each for each in ids if gates[each].reached.is_set()])
+    others = [each for each in ids if each != inside]
+    for each in others:
+        row = await ledger.row(each)
+        assert row is not None
+        assert (row["state"], row["attempts"]) == ("pending", 2)
+    gates[inside].opened.set()
+    await asyncio.gather(*runs)
+    for each in others:
+        gates[each].opened.set()
+        await ledger.expire(each)
+        await runner.deliver(each)
+    assert await all_completed(ledger)
