@@ -52,6 +52,11 @@ class FlushingSession(SyncSession):
         """Run `statement` with the next flush, at the latest when the transaction commits."""
         self._statements.append(statement)
 
+    @property
+    def has_to_flush(self) -> bool:
+        """Whether a flush would do anything: also to do nothing it takes a greenlet."""
+        return not self._is_clean()
+
     def _is_clean(self) -> bool:
         """Whether a flush has nothing to do: SQLAlchemy goes on flushing until then, before a commit."""
         return super()._is_clean() and not self._statements
@@ -156,7 +161,10 @@ class OneTransaction(AsyncSession):
 
     async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
         self.sync_session.lent = False
-        await super().__aexit__(type_, value, traceback)
+        if self.sync_session.in_transaction():
+            await super().__aexit__(type_, value, traceback)
+        else:  # there is nothing to wait for, and SQLAlchemy would wait in a task of its own
+            self.sync_session.close()
 
     def begin(self) -> NoReturn:
         """Refused.
@@ -180,7 +188,8 @@ async def commit(session: AsyncSession) -> None:
         sync.check()
     if not session.in_transaction():
         return
-    await session.flush()
+    if not isinstance(sync, FlushingSession) or sync.has_to_flush:
+        await session.flush()
     driver = sync.driver if isinstance(sync, LentSession) else None
     if driver is None:
         await session.execute(text("SELECT 1"))

@@ -110,7 +110,8 @@ class Delivery:
                 yield session
                 assert isinstance(session, OneTransaction)
                 session.sync_session.check()
-                await session.flush()
+                if session.sync_session.has_to_flush:
+                    await session.flush()
                 if not _begun(driver):  # the consumer has executed nothing
                     await session.execute(text("SELECT 1"))
                 await self._complete(driver)
@@ -136,7 +137,8 @@ class Delivery:
     async def _start(self, session: AsyncSession) -> Connection:
         try:
             connection = await session.connection()
-            raw = await connection.get_raw_connection()
+            assert connection.sync_connection is not None
+            raw = connection.sync_connection.connection  # `get_raw_connection()` would go there by way of a greenlet
             driver: Connection | None = raw.driver_connection
             assert driver is not None
             assert raw.dbapi_connection is not None
