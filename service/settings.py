@@ -157,6 +157,7 @@ class OutboxSettings(BaseModel):
         86_400,
         description="Seconds a delivery waits for a worker that knows its consumer before it is dead-lettered",
     )
+    concurrency: int = Field(100, ge=1, le=10_000, description="`async def` consumers a worker process runs at a time")
     batch_size: int = Field(500, ge=1, le=5_000, description="Deliveries the relay hands over in one transaction")
     high_water_mark: int = Field(
         5_000,

@@ -19,13 +19,12 @@ from service.ledger import delivering
 from service.outbox.publish import READ_ONLY
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from service.database.driver import Connection
-    from service.database.sessions import SessionFactory
     from service.ledger.delivering import Claim
 
 # A query and not SET: it takes the snapshot, after which PostgreSQL refuses another isolation level. The mark of the
@@ -67,7 +66,13 @@ class Delivery:
     """
 
     def __init__(
-        self, claim: Claim, sessions: SessionFactory, progress: Progress, *, is_async: bool, timeout_ms: int
+        self,
+        claim: Claim,
+        sessions: Callable[..., AbstractAsyncContextManager[AsyncSession]],
+        progress: Progress,
+        *,
+        is_async: bool,
+        timeout_ms: int,
     ) -> None:
         self.idempotency_key = str(claim.id)
         self.event_id: UUID = claim.event_id
@@ -102,8 +107,8 @@ class Delivery:
 
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncSession]:
+        self._progress.unreached = True
         async with self._sessions(mark=str(self._claim.token)) as session:
-            self._progress.unreached = True
             driver = await self._start(session)
             self._progress.unreached = False
             try:
@@ -123,8 +128,8 @@ class Delivery:
 
     @asynccontextmanager
     async def _read(self) -> AsyncIterator[AsyncSession]:
+        self._progress.unreached = True
         async with self._sessions(info={READ_ONLY: True}) as session:
-            self._progress.unreached = True
             try:
                 await session.connection(execution_options={"postgresql_readonly": True})
             except OSError as error:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import dramatiq
+import dramatiq.worker
 import pika
 import pika.data
 from dramatiq.broker import Broker, Consumer, MessageProxy
@@ -29,6 +30,7 @@ from service.network.sockets import silence_options, tls_context
 from service.telemetry.logs import flush_logs, get_logger
 from service.worker.bodies import can_run, disarm
 from service.worker.doorbell import DoorbellRedisBroker
+from service.worker.loop_worker import ON_LOOP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -41,8 +43,21 @@ _log = get_logger(__name__)
 UNKNOWN_ACTOR = "outbox.unknown_consumer"
 
 
-class _KnowsUnknownActors(Broker):
-    """Hands messages for unknown actors to the actor `UNKNOWN_ACTOR`, once that is declared."""
+class _LedgersBroker(Broker):
+    """Hands messages for unknown actors to the actor `UNKNOWN_ACTOR`, once that is declared.
+
+    Attributes:
+        concurrency: How many actors run on the loop at a time.
+    """
+
+    concurrency = 1
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
+        """As Dramatiq's, which fetches twice of what its threads can run; of this queue the loop may run as well."""
+        on_loop = any(each.queue_name == queue_name and each.options.get(ON_LOOP) for each in self.actors.values())
+        if on_loop and not dramatiq.worker.QUEUE_PREFETCH:
+            prefetch = min(prefetch + 2 * self.concurrency, 65_535)
+        return super().consume(queue_name, prefetch, timeout)
 
     def get_actor(self, actor_name: str) -> dramatiq.Actor[Any, Any]:
         try:
@@ -58,11 +73,11 @@ class _KnowsUnknownActors(Broker):
         flush_logs()  # Dramatiq closes the pipe that they go through next
 
 
-class _RedisBroker(_KnowsUnknownActors, DoorbellRedisBroker):
+class _RedisBroker(_LedgersBroker, DoorbellRedisBroker):
     pass
 
 
-class _RabbitmqBroker(_KnowsUnknownActors, RabbitmqBroker):
+class _RabbitmqBroker(_LedgersBroker, RabbitmqBroker):
     def __init__(self, settings: BrokerSettings, middleware: list[Any]) -> None:
         # In a list, for of a string Dramatiq makes several at each semicolon, even one in the password.
         super().__init__(url=[settings.url.get_secret_value()], confirm_delivery=True, middleware=middleware)
@@ -176,14 +191,24 @@ def _skip_odd_headers() -> None:
 _skip_odd_headers()
 
 
-def make_broker(settings: BrokerSettings, middleware: list[Any]) -> Broker:
-    """The broker that `BROKER__URL` names. It connects when it is first used."""
+def make_broker(settings: BrokerSettings, middleware: list[Any], concurrency: int = 1) -> Broker:
+    """The broker that `BROKER__URL` names. It connects when it is first used.
+
+    Args:
+        settings: Where it is.
+        middleware: Dramatiq's.
+        concurrency: How many actors run on the loop at a time.
+    """
+    broker: _LedgersBroker
     if settings.is_rabbitmq:
         logging.getLogger("dramatiq.brokers.rabbitmq._RabbitmqConsumer").addFilter(_without_exception)
-        return _RabbitmqBroker(settings, middleware)
-    return _RedisBroker(
-        settings.redis_url, namespace=settings.namespace, middleware=middleware, **settings.redis_options
-    )
+        broker = _RabbitmqBroker(settings, middleware)
+    else:
+        broker = _RedisBroker(
+            settings.redis_url, namespace=settings.namespace, middleware=middleware, **settings.redis_options
+        )
+    broker.concurrency = concurrency
+    return broker
 
 
 def declare_unknown(broker: Broker, run: Callable[[UUID], None], queue: str) -> None:

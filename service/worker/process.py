@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import dramatiq
@@ -40,6 +39,7 @@ from service.telemetry.loop_lag import LoopLag
 from service.telemetry.probe import SignOfLife
 from service.telemetry.tracing import start_tracing, stop_tracing
 from service.worker.dramatiq_broker import declare_unknown, make_broker
+from service.worker.loop_worker import ON_LOOP, LoopWorker, WorkQueue
 from service.worker.watchdog import Watchdog
 
 try:
@@ -72,16 +72,25 @@ class _Loop(AsyncIO):
         set_event_loop_thread(thread)
 
 
+class _Limits(TimeLimit):
+    """Dramatiq's time limits, but for deliveries: those have theirs from when they are claimed."""
+
+    def before_process_message(self, broker: Broker, message: Any) -> None:
+        if not broker.get_actor(message.actor_name).options.get(OF_LEDGER):
+            super().before_process_message(broker, message)  # type: ignore[no-untyped-call]
+
+
 class _Outbox(Middleware):
-    """Gives every worker process an engine, a runner and a watchdog, made on its event loop when it boots."""
+    """Gives every worker process an engine, a runner and what watches over them, made on its event loop at boot."""
 
     runner: Runner
+    loop_worker: LoopWorker
     watchdog: Watchdog
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.settings = settings.outbox
-        self.limits = TimeLimit()
+        self.limits = _Limits()
 
     def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
         # Dramatiq only logs an exception raised here, and would run a worker that can do nothing.
@@ -89,14 +98,18 @@ class _Outbox(Middleware):
             threading.excepthook = _exit_on_dead_thread
             start_tracing("worker", self._settings.version)
             queues = set(broker.get_declared_queues()) & (worker.consumer_whitelist or broker.get_declared_queues())
-            _on_loop(self._open(worker.worker_threads, queues))
+            _on_loop(self._open(broker, worker, queues))
         except Exception as error:
             _log.exception("worker.boot_failed")
             raise SystemExit(1) from error
+        worker.work_queue = WorkQueue(self.loop_worker)
+        self.loop_worker.start()
 
-    async def _open(self, threads: int, queues: set[str]) -> None:
-        database = self._settings.database.model_copy(update={"pool_size": max(threads, 1)})
-        self._engine = create_engine(database, application_name="outbox-worker")
+    def after_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+        worker.workers.append(self.loop_worker)
+
+    async def _open(self, broker: Broker, worker: dramatiq.Worker, queues: set[str]) -> None:
+        self._engine = create_engine(self._settings.database, application_name="outbox-worker")
         self.runner = Runner(self._settings, self._engine)
         folder = self._settings.probe_folder
         self._lag = LoopLag(
@@ -107,9 +120,13 @@ class _Outbox(Middleware):
         )
         self._lag.start()
         await self.runner.open()
-        waited = partial(pool_timeouts, self._engine)
-        version = self._settings.version
+
+        def waited() -> int:
+            return pool_timeouts(self._engine) + self.runner.connections.timeouts
+
+        version, threads = self._settings.version, worker.worker_threads
         self.runner.report(Presence("worker", version, self._lag, waited, queues=queues, threads=threads))
+        self.loop_worker = LoopWorker(broker, worker, self.runner, self.settings)
         patience = self.runner.patience
         limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
         self.watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))
@@ -155,32 +172,27 @@ def _exit_on_dead_thread(args: threading.ExceptHookArgs) -> None:
     os._exit(70)
 
 
-def _deliver(outbox: _Outbox, delivery_id: UUID, limit: float) -> None:
+def _deliver(outbox: _Outbox, delivery_id: UUID) -> None:
     """Run one delivery from a worker thread; a `def` consumer runs in this very thread."""
     runner = outbox.runner
     try:
-        restart_limit = partial(outbox.limits.manager.add_timeout, threading.get_ident(), limit)
-        run = _on_loop(runner.deliver(delivery_id, restart_limit))
+        run = _on_loop(runner.deliver(delivery_id))
         if run is not None:
             stuck = outbox.watchdog.running(f"{run.spec.name} ({run.claim.id})", runner.patience(run.spec))
             runner.run_in_thread(run, outbox.limits, stuck, _on_loop)
     except (Interrupt, RuntimeError, asyncio.CancelledError) as error:
-        # A coroutine that outlives its time limit is abandoned by Dramatiq while it still runs: its fence and its
-        # transaction's timeout end it, and the row comes due when its lease does.
+        # A time limit may be raised in the thread just where the run is over. The row comes due when its lease does.
         _log.error("worker.abandoned", delivery_id=str(delivery_id), error=repr(error))
 
 
 def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
-    # For a coroutine Dramatiq's limit is the backstop behind the runner's own, which ends it in good order.
-    limit = (spec.time_limit or outbox.settings.time_limit) + (outbox.settings.grace * 1000 if spec.is_async else 0)
-
     def deliver(*args: Any, **_kwargs: Any) -> None:
         delivery_id = delivery_in(args)
         if delivery_id is None:
             # No relay wrote it. An exception would make Dramatiq log all of it, whatever it holds.
             _log.error("worker.odd_message", consumer=spec.name)
             return
-        _deliver(outbox, delivery_id, limit)
+        _deliver(outbox, delivery_id)
 
     for name in (spec.name, *spec.formerly):
         dramatiq.Actor(
@@ -189,7 +201,7 @@ def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
             actor_name=name,
             queue_name=spec.queue,
             priority=spec.priority,
-            options={OF_LEDGER: True, "max_retries": 0, "time_limit": limit},
+            options={OF_LEDGER: True, ON_LOOP: spec.is_async, "max_retries": 0},
         )
 
 
@@ -210,12 +222,10 @@ def build(settings: Settings) -> Broker:
         _Loop(), outbox, AgeLimit(), outbox.limits, ShutdownNotifications(), Callbacks(), Pipelines(), Retries(),
         CurrentMessage(),
     ]  # fmt: skip
-    broker = make_broker(settings.broker, middleware)
+    broker = make_broker(settings.broker, middleware, settings.outbox.concurrency)
     consumers = registered_consumers()
     for spec in consumers:
         _declare(broker, outbox, spec)
     if consumers:
-        declare_unknown(
-            broker, lambda delivery_id: _deliver(outbox, delivery_id, outbox.settings.time_limit), consumers[0].queue
-        )
+        declare_unknown(broker, lambda delivery_id: _deliver(outbox, delivery_id), consumers[0].queue)
     return broker

@@ -26,6 +26,8 @@ from service.errors import DeliveryError, TransactionError
 from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError, Progress
 from service.outbox.running.claims import Claims
+from service.outbox.running.clock import Clock
+from service.outbox.running.connections import Connections, Lender
 from service.outbox.running.failures import lost_database, said, trace
 from service.outbox.running.heartbeat import Heartbeat
 from service.outbox.running.ledger_pool import LedgerPool
@@ -80,6 +82,8 @@ class Run:
     spec: Consumer
     delivery: Delivery
     progress: Progress
+    clock: Clock
+    """Of an `async def`; a `def` consumer has Dramatiq's."""
 
     def call(self) -> Any:
         """Call the consumer; of an `async def` it is a coroutine that is returned."""
@@ -92,7 +96,7 @@ class Runner:
     def __init__(self, settings: Settings, engine: AsyncEngine) -> None:
         self._settings: OutboxSettings = settings.outbox
         self._lease = timedelta(seconds=settings.outbox.lease)
-        self._sessions = session_factory(engine, OneTransaction)
+        self.connections = Connections(session_factory(engine, OneTransaction), settings.database.pool_size)
         self._ledger = LedgerPool(settings)
         beat_on = partial(connect, settings.database, "outbox-worker-heartbeat")
         self._heartbeat = Heartbeat(beat_on, self._lease, transactions=settings.database.pooler)
@@ -152,23 +156,26 @@ class Runner:
         for thread in list(self._in_threads):
             raise_thread_exception(thread, Shutdown)
 
-    async def deliver(self, delivery_id: UUID, restart_limit: Callable[[], None] | None = None) -> Run | None:
-        """Run a delivery to its end; that of a `def` consumer is returned, for `run_in_thread`.
+    async def deliver(self, delivery_id: UUID) -> Run | None:
+        """Run a delivery to its end; that of a `def` consumer is returned, for `run_in_thread`."""
+        run = await self.claim(delivery_id)
+        if run is None or not run.spec.is_async:
+            return run
+        await self.run(run)
+        return None
 
-        Args:
-            delivery_id: As the message has it.
-            restart_limit: Called when the claim had to be waited for, so that the consumer has its whole time limit.
+    async def claim(self, delivery_id: UUID) -> Run | None:
+        """Take a delivery that is to be run; `None` if there is nothing to do about it any more.
+
+        Whoever is given a run calls `run`, `run_in_thread` or `release` with it.
         """
-        asked = asyncio.get_running_loop().time()
         claim = await self._claim(delivery_id)
-        if restart_limit is not None and asyncio.get_running_loop().time() - asked > self._settings.grace / 4:
-            restart_limit()
         if claim is None:
             _log.debug("outbox.nothing_to_claim", delivery_id=str(delivery_id))
             return None
         spec = consumer_named(claim.consumer)
         if self._releasing:
-            # Dramatiq's threads take messages for a moment longer; a run begun now would hold up the shutdown.
+            # What has waited for its claim meanwhile; a run begun now would hold up the shutdown.
             await self.settle(claim, Released(delay=timedelta(seconds=1)))
         elif spec is None or not spec.knows(claim.event_type, claim.version):
             await self.settle(claim, self._unknown(claim, spec))
@@ -181,9 +188,7 @@ class Runner:
             run = self._start(claim, spec)
             if claim.suspect:
                 await self._stand_apart(claim)
-            if not spec.is_async:
-                return run
-            await self._run_and_settle(run)
+            return run
         return None
 
     async def _avoid(self, claim: Claim) -> None:
@@ -201,13 +206,27 @@ class Runner:
         if self._leaving:
             await asyncio.wait(self._leaving)
 
+    async def release(self, run: Run) -> None:
+        """Let somebody else have it."""
+        await self.settle(run.claim, Released())
+
     def _start(self, claim: Claim, spec: Consumer) -> Run:
         """Keep the claim's lease alive from now on, and make what the consumer is handed."""
-        longest = self.time_limit(spec) + timedelta(seconds=self._settings.grace)
+        limit, grace = self.time_limit(spec), self._settings.grace
+        longest = limit + timedelta(seconds=grace)
         self._heartbeat.watch(claim.id, claim.token, longest)
-        progress, timeout_ms = Progress(), int(longest.total_seconds() * 1000)
-        delivery = Delivery(claim, self._sessions, progress, is_async=spec.is_async, timeout_ms=timeout_ms)
-        return Run(claim, spec, delivery, progress)
+
+        def extend(seconds: float) -> None:
+            self._heartbeat.watch(claim.id, claim.token, longest + timedelta(seconds=seconds))
+
+        clock = Clock(limit.total_seconds(), grace, extend)
+        sessions, progress, timeout_ms = (
+            Lender(self.connections, clock),
+            Progress(),
+            int(longest.total_seconds() * 1000),
+        )
+        delivery = Delivery(claim, sessions, progress, is_async=spec.is_async, timeout_ms=timeout_ms)
+        return Run(claim, spec, delivery, progress, clock)
 
     async def _claim(self, delivery_id: UUID) -> Claim | None:
         token = uuid4()
@@ -234,7 +253,15 @@ class Runner:
         if claim is not None:
             await self._write(claim, Released())
 
-    async def _run_and_settle(self, run: Run) -> None:
+    async def run(self, run: Run, abandon: Callable[[], None] = lambda: None) -> None:
+        """Run an `async def` consumer to its end.
+
+        Args:
+            run: What `claim` returned.
+            abandon: Called when the consumer goes on although it was cancelled at its time limit. Its fence and its
+                transaction's timeout end it, and the row comes due when its lease does.
+        """
+        run.clock.start(partial(self._abandon, run, abandon))
         task = asyncio.current_task()
         assert task is not None
         with _traced(run.claim):
@@ -245,18 +272,22 @@ class Runner:
                 del self._running[task]  # what is over is not to be cancelled at the end of the grace
             await self.settle(run.claim, outcome)
 
+    def _abandon(self, run: Run, abandon: Callable[[], None]) -> None:
+        _log.error("worker.abandoned", consumer=run.claim.consumer, delivery_id=str(run.claim.id))
+        abandon()
+
     async def _run(self, run: Run) -> Outcome:
-        limit = self.time_limit(run.spec)
-        timer = asyncio.timeout(limit.total_seconds())
+        clock = run.clock
         try:
-            async with timer:
-                await run.call()
+            await run.call()
         except BaseException as error:  # noqa: BLE001  also what would end the loop for every delivery: SystemExit
-            if isinstance(error, asyncio.CancelledError) and (self._releasing or _cut_early(timer)):
+            if isinstance(error, asyncio.CancelledError) and self._releasing:
                 return Lost() if run.progress.lost else Released()
-            if timer.expired() or isinstance(error, asyncio.CancelledError):
-                error = TimeLimitExceeded(f"ran longer than {limit.total_seconds():g} s")
+            if clock.expired or isinstance(error, asyncio.CancelledError):
+                error = TimeLimitExceeded(f"ran longer than {clock.limit:g} s")
             return self.judge(error, run)
+        finally:
+            clock.stop()
         return self.returned(run)
 
     def run_in_thread(
@@ -448,14 +479,6 @@ class Runner:
     def patience(self, spec: Consumer | None) -> float:
         """Seconds after which a run is stuck: its lease has ended long ago."""
         return self.time_limit(spec).total_seconds() + self._settings.grace + self._settings.lease
-
-
-def _cut_early(timer: asyncio.Timeout) -> bool:
-    """Whether this task is being cancelled before its time: Dramatiq's limit counts the wait for the claim, too."""
-    task, ends_at = asyncio.current_task(), timer.when()
-    assert task is not None
-    assert ends_at is not None
-    return task.cancelling() > 0 and asyncio.get_running_loop().time() < ends_at
 
 
 @contextmanager

@@ -10,9 +10,11 @@ import inspect
 import json
 import logging
 import threading
+from queue import Empty, PriorityQueue
 from typing import TYPE_CHECKING, Any
 
 import dramatiq
+import dramatiq.worker
 import pytest
 import redis
 from dramatiq.asyncio import EventLoopThread, get_event_loop_thread, set_event_loop_thread
@@ -298,3 +300,71 @@ def test_rabbitmqs_queues_are_declared_from_one_set_of_arguments() -> None:
     }
     assert isinstance(inspect.getattr_static(broker, "channel"), property)
     assert inspect.getattr_static(broker, "connection").fdel is not None
+
+
+class Bench(dramatiq.worker.WorkerThread):
+    """Takes its place among a worker's threads, and what goes past their queue."""
+
+    def __init__(self, worker: dramatiq.Worker) -> None:
+        super().__init__(
+            broker=worker.broker, consumers=worker.consumers, work_queue=worker.work_queue, worker_timeout=1
+        )
+        self.heard: list[str] = []
+        self.items: list[Any] = []
+
+    def run(self) -> None:
+        until_sync(lambda: "stop" in self.heard)
+        until_sync(lambda: len(self.items) == 2)
+        self.heard.append("over")
+
+    def stop(self) -> None:
+        self.heard.append("stop")
+
+
+def test_a_worker_can_be_given_another_queue_and_one_more_thread() -> None:
+    """It is stopped and waited for like the others; then the queue is emptied by `get_nowait`, and that given back."""
+    broker = ScriptedBroker([message(), message()])
+    declare(broker, lambda: None)
+    bench: list[Bench] = []
+
+    class Past(PriorityQueue[Any]):
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            bench[0].items.append(item)
+
+        def get_nowait(self) -> Any:
+            assert bench[0].heard == ["stop", "over"]
+            if not bench[0].items:
+                raise Empty
+            item = bench[0].items.pop()
+            assert (item.priority, item.message.queue_name) == (0, QUEUE)
+            return item
+
+    class Booting(Middleware):
+        def before_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+            worker.work_queue = Past()
+            bench.append(Bench(worker))
+            bench[0].start()
+
+        def after_worker_boot(self, broker: Broker, worker: dramatiq.Worker) -> None:
+            worker.workers.append(bench[0])
+
+    broker.add_middleware(Booting())
+    work(broker, lambda _: len(bench[0].items) == 2)
+    assert "requeue 2" in broker.asked
+
+
+def test_a_threads_work_is_told_to_the_consumer_by_post_process_message() -> None:
+    broker = ScriptedBroker([])
+    declare(broker, lambda: None)
+
+    def settled(worker: dramatiq.Worker) -> bool:
+        done, refused = MessageProxy(message()), MessageProxy(message())
+        refused.fail()
+        if worker.consumers[QUEUE].consumer is None:
+            return False
+        for each in (done, refused):
+            worker.consumers[QUEUE].post_process_message(each)
+        return True
+
+    work(broker, settled)
+    assert broker.asked[:2] == ["ack", "nack"]

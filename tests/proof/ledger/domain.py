@@ -186,6 +186,15 @@ def crunch(event: Crunched, delivery: Delivery) -> None:
     until.with_name(delivery.idempotency_key).touch()
 
 
+class Jotted(Event, type="ledger.jotted"):
+    subject_id: UUID
+
+
+@consumer(Jotted, queue="other", name="ledger.jot")
+def jot(_event: Jotted, _delivery: Delivery) -> None:
+    """A `def` consumer with nothing to do, in a queue apart from the heavy ones."""
+
+
 class Misread(Event, type="ledger.misread"):
     """Its consumer publishes where nothing is committed."""
 
@@ -257,6 +266,19 @@ async def insist(_event: Stubborn, delivery: Delivery) -> None:
             while not gate.opened.is_set():
                 with suppress(asyncio.CancelledError):
                     await gate.opened.wait()
+
+
+class Endless(Event, type="ledger.endless"):
+    """Its consumer goes on for ever, whatever is done about it."""
+
+    subject_id: UUID
+
+
+@consumer(Endless, queue="ledger", name="ledger.go_on", max_retries=0)
+async def go_on(_event: Endless, _delivery: Delivery) -> None:
+    while True:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
 
 
 class Endured(Event, type="ledger.endured"):

@@ -90,11 +90,11 @@ async def test_queues_have_worker_pools_of_their_own(
 async def test_in_a_pool_for_all_queues_they_wait_for_each_other(
     ledger: Ledger, processes: Processes, tmp_path: Path
 ) -> None:
-    """What the pools of the test before are good for."""
+    """As many `def` consumers as there are threads; which is what the pools of the test before are good for."""
     await asyncio.gather(processes.relay(), processes.worker(_LEDGER, "-p", "1", "-t", "1"))
     (heavy,) = await ledger.publish(domain.Crunched(subject_id=uuid4(), until=str(tmp_path / "enough")))
     await until(lambda: is_state(ledger, heavy, "running"))
-    (light,) = await ledger.publish()
+    (light,) = await ledger.publish(domain.Jotted(subject_id=uuid4()))
     await until(lambda: handed_over_again(ledger, light))
     (tmp_path / "enough").touch()
     await until(lambda: all_completed(ledger))

@@ -32,13 +32,13 @@ pytestmark = pytest.mark.slow
 async def test_a_full_broker_that_takes_nothing_back(
     ledger: Ledger, own_broker: Valkey, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
-    environment["OUTBOX__SHUTDOWN_GRACE"] = "0.5"
+    environment |= {"OUTBOX__SHUTDOWN_GRACE": "0.5", "OUTBOX__CONCURRENCY": "1"}
     async with working(environment, settings, tmp_path, "-p", "1", "-t", "1") as worker:
         ids = [(await ledger.publish(domain.Happened(subject_id=uuid4(), how="hang")))[0] for _ in range(3)]
         await until(lambda: is_state(ledger, ids[0], "running"))
         with redis.Redis.from_url(own_broker.url) as client:
             acks = next(client.scan_iter(match="*__acks__*.ledger"))
-            await until(lambda: client.scard(acks) == 2, what="one that runs and one that waits for the thread")
+            await until(lambda: client.scard(acks) == 3, what="one that runs and two that wait")
             client.config_set("maxmemory", 1)
         assert await worker.stop() == 0
         assert worker.says("Worker has been shut down.")

@@ -314,7 +314,7 @@ async def test_a_worker_that_cannot_report_its_last_runs_says_so(
 async def test_a_delivery_that_waits_in_vain_for_a_connection_is_counted(ledger: Ledger, settings: Settings) -> None:
     settings.database.pool_size, settings.database.pool_timeout = 1, 0.1
     async with reporting(settings) as runner:
-        async with runner._sessions() as session:
+        async with runner.connections.sessions() as session:
             await session.execute(text("SELECT 1"))
             await runner.deliver(message_id := await ledger.happen())
         await until(lambda: pool_timeouts_told(ledger))

@@ -286,10 +286,11 @@ async def test_options_in_a_body_reach_no_delivery(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path, suffix: str
 ) -> None:
     """Dramatiq would keep the last in memory until 5138, fetch nothing more, and end the run of the first."""
+    environment["OUTBOX__CONCURRENCY"] = "1"
     ids = [await ledger.happen("slower") for _ in FOREIGN_OPTIONS]
     for message_id, options in zip(ids, FOREIGN_OPTIONS, strict=True):
         await push(settings, f"ledger{suffix}", {"args": [str(message_id)], "options": options})
-    worker = start_worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "3")
+    worker = start_worker(environment, tmp_path / "worker.log", "-p", "1", "-t", "2")
     try:
         await until(lambda: all_completed(ledger))
     finally:
@@ -321,7 +322,10 @@ async def test_messages_with_odd_arguments_are_dropped(
 async def test_the_doorbell_rings_for_an_idle_worker(
     ledger: Ledger, environment: dict[str, str], settings: Settings, own_valkey: Valkey, tmp_path: Path
 ) -> None:
-    """A worker whose own next look is an hour away asks the broker for nothing until something is there."""
+    """A worker whose own next look is an hour away asks the broker for nothing until something is there.
+
+    And acknowledges at once.
+    """
     (tmp_path / "sitecustomize.py").write_text(
         "import service.worker.doorbell as d\n"
         "consume = d.DoorbellRedisBroker.consume\n"
@@ -336,9 +340,16 @@ async def test_the_doorbell_rings_for_an_idle_worker(
             (message_id,) = await ledger.publish()
             await until(lambda each=message_id: is_state(ledger, each, "completed"))  # type: ignore[misc]
             assert await calls(settings) > looks
+            await until(lambda: all_acknowledged(settings))
         for each in worker.children():
             each.kill()  # its consumers would listen for an hour
         worker.process.kill()
+
+
+async def all_acknowledged(settings: Settings) -> bool:
+    """Whether the broker counts nothing as fetched and not done."""
+    async with redis.asyncio.Redis.from_url(settings.broker.redis_url) as client:
+        return not [key async for key in client.scan_iter(match=f"{settings.broker.namespace}:__acks__.*")]
 
 
 async def calls(settings: Settings) -> int:

@@ -295,14 +295,20 @@ FOREIGN_OPTIONS: tuple[dict[str, Any], ...] = (
     {"time_limit": 1},
     {"max_age": 1},
     {"on_success": "ledger.react", "pipe_target": {"queue_name": "ledger"}},
-    *({"eta": 99_999_999_999_999} for _ in range(8)),
+    *({"eta": 99_999_999_999_999} for _ in range(10)),
 )
 """More `eta` than the worker prefetches."""
 
 
+@pytest.fixture
+def one_at_a_time(environment: dict[str, str]) -> None:
+    """Taken before the worker: it gets the environment."""
+    environment["OUTBOX__CONCURRENCY"] = "1"
+
+
 @pytest.mark.parametrize("suffix", ["", ".DQ"])
 async def test_options_in_a_body_reach_no_delivery(
-    ledger: Ledger, worker: Started, amqp: aiormq.Channel, suffix: str
+    one_at_a_time: None, ledger: Ledger, worker: Started, amqp: aiormq.Channel, suffix: str
 ) -> None:
     ids = [await ledger.happen("slower") for _ in FOREIGN_OPTIONS]
     queue = f"ledger{suffix}"

@@ -16,6 +16,8 @@ from tests.proof.rabbitmq.server import Rabbitmq
 
 _AS_SHIPPED = Plan(settings={}, processes=1, forked=False)
 _ON_RABBITMQ = replace(_AS_SHIPPED, rabbitmq=True)
+_FEW = {"OUTBOX__CONCURRENCY": "4"}
+"""Or there would be room for all, and nothing that waits for it."""
 _RUNNING = "SELECT count(*) FROM outbox_message WHERE state = 'running' AND consumer = 'chaos.book'"
 _COMPLETED = "SELECT count(*) FROM outbox_message WHERE state = 'completed'"
 _WAITING = "SELECT count(*) FROM outbox_message WHERE state = 'dispatched'"
@@ -69,9 +71,9 @@ async def slow_running_work(world: World) -> None:
     await _running(world)
 
 
-@scenario(_AS_SHIPPED, rate=0, within=75, slow=True)
+@scenario(replace(_AS_SHIPPED, settings=_FEW), rate=0, within=75, slow=True)
 async def slow_prefetched_work(world: World) -> None:
-    """Workers are killed while they hold messages that no thread has begun."""
+    """Workers are killed while they hold messages that nobody has begun."""
     await _prefetched(world)
 
 
@@ -87,9 +89,9 @@ async def slow_running_work_rabbitmq(world: World) -> None:
     await _running(world)
 
 
-@scenario(_ON_RABBITMQ, rate=0, within=75, slow=True, needs=installed)
+@scenario(replace(_ON_RABBITMQ, settings=_FEW), rate=0, within=75, slow=True, needs=installed)
 async def slow_prefetched_work_rabbitmq(world: World) -> None:
-    """Workers are killed while they hold messages that no thread has begun."""
+    """Workers are killed while they hold messages that nobody has begun."""
     await _prefetched(world)
 
 
