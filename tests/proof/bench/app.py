@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID
@@ -89,6 +90,20 @@ class OrderedForFour(Event, type="bench.ordered_for_four"):
 async def effect(event: Ordered, delivery: Delivery) -> None:
     """One row; it says when this began."""
     started = time.time()
+    async with delivery.begin() as session:
+        await session.execute(text(EFFECT), {"id": event.order_id, "started": started})
+
+
+class Waited(Event, type="bench.waited"):
+    order_id: UUID
+    customer: str
+
+
+@consumer(Waited, queue="bench", name="bench.wait")
+async def wait(event: Waited, delivery: Delivery) -> None:
+    """As `effect`, after 100 ms of waiting for somebody else's server."""
+    started = time.time()
+    await asyncio.sleep(0.1)
     async with delivery.begin() as session:
         await session.execute(text(EFFECT), {"id": event.order_id, "started": started})
 

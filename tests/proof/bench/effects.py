@@ -10,7 +10,7 @@ import dramatiq
 
 from tests.proof.bench.drain import once
 from tests.proof.bench.plain import plain_broker
-from tests.proof.bench.stage import INSERT
+from tests.proof.bench.stage import INSERT, WAITING
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -26,10 +26,16 @@ _DISTINCT = "SELECT count(DISTINCT order_id) FROM bench_effect"
 async def _rate(connection: Connection, expected: int) -> float:
     """Effects per second, from the first to the last."""
     await until(lambda: _at_least(connection, expected), timeout=600, every=0.2)
+    await until(lambda: _all_there(connection, expected))  # the one with the last number need not be the last to commit
     row = await connection.fetchrow(_SPAN)
     assert row is not None
     assert row["count"] == expected == await connection.fetchval(_DISTINCT)
     return float(row["count"] / row["seconds"])
+
+
+async def _all_there(connection: Connection, expected: int) -> bool:
+    count: int = await connection.fetchval("SELECT count(*) FROM bench_effect")
+    return count >= expected
 
 
 async def _at_least(connection: Connection, expected: int) -> bool:
@@ -37,7 +43,9 @@ async def _at_least(connection: Connection, expected: int) -> bool:
     return newest >= expected
 
 
-async def ledger(stage: Stage, count: int, threads: int, *, relaying: bool) -> float:
+async def ledger(
+    stage: Stage, count: int, threads: int, *, relaying: bool, kind: str = "effect", **settings: str
+) -> float:
     """Effects per second of the service's worker.
 
     Args:
@@ -45,21 +53,24 @@ async def ledger(stage: Stage, count: int, threads: int, *, relaying: bool) -> f
         count: Events, all written before the worker starts.
         threads: Worker threads.
         relaying: Whether the relay works beside it, or has put all in the broker before the worker starts.
+        kind: What the consumer does: `effect`, or `wait` and then the effect.
+        settings: The worker's.
     """
+    insert = INSERT if kind == "effect" else WAITING
     async with stage.database() as database:
         connection = await asyncpg.connect(database)
         try:
             if relaying:
                 async with (
                     stage.relay(database, OUTBOX__HIGH_WATER_MARK="5000"),
-                    stage.worker(database, threads=threads),
+                    stage.worker(database, threads=threads, **settings),
                 ):
-                    await connection.execute(INSERT, count)
+                    await connection.execute(insert, count)
                     return await _rate(connection, count)
             async with stage.relay(database, OUTBOX__REDISPATCH_AFTER="600"):
-                await connection.execute(INSERT, count)
+                await connection.execute(insert, count)
                 await until(lambda: stage.waiting() >= count, timeout=60)
-            async with stage.worker(database, threads=threads):
+            async with stage.worker(database, threads=threads, **settings):
                 return await _rate(connection, count)
         finally:
             await connection.close()

@@ -180,9 +180,20 @@ async def worker(stage: Stage, result: Result, *, quick: bool) -> None:
     result.add(Figure(name, "effects/s", values["ledger"], "same actor, no ledger", values["plain"], at_least=0.75))
     whole = Figure("effects with the relay at work beside it", "effects/s", values["whole path"])
     result.add(whole)
+    await _waiting(stage, result, count // 4, 1 if quick else 3)
     found = await latency.under_load(stage, whole.value * 0.6, 4 if quick else 10)
     result.add(Figure("commit to start at 60 % of that, p99", "ms", [found.p99], at_most=100),
                Figure("commit to start at 60 % of that, p50", "ms", [found.p50]))  # fmt: skip
+
+
+async def _waiting(stage: Stage, result: Result, count: int, rounds: int) -> None:
+    def wait(concurrency: int) -> Awaitable[float]:
+        settings = {"OUTBOX__CONCURRENCY": str(concurrency)}
+        return effects.ledger(stage, count, 8, relaying=False, kind="wait", **settings)
+
+    waits = await _in_turns({"many": lambda: wait(100), "few": lambda: wait(8)}, rounds)
+    name = "effects of consumers that wait 100 ms, one process"
+    result.add(Figure(name, "effects/s", waits["many"], "8 at a time", waits["few"], at_least=8))
 
 
 async def queue_peers(stage: Stage, result: Result, *, quick: bool) -> None:

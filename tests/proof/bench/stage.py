@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-__all__ = ["INSERT", "Running", "Stage", "open_stage"]
+__all__ = ["INSERT", "WAITING", "Running", "Stage", "open_stage"]
 
 # PostgreSQL as it is installed, durable, with memory and room for the log that suit the machine; the same for all.
 _POSTGRES = {
@@ -54,6 +54,9 @@ FROM (
 ) AS events
 """
 """Adds so many rows, shaped as `publish` writes them."""
+
+WAITING = INSERT.replace("'bench.ordered'", "'bench.waited'").replace("'bench.effect'", "'bench.wait'")
+"""The same for the consumer that waits before its effect."""
 
 
 @dataclass
