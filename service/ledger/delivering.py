@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from service.ledger.ids import delivery_id, new_event_id
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
     from uuid import UUID
 
     import asyncpg
@@ -26,6 +29,12 @@ ERRORS_KEPT = 10
 
 DUE_AFTER = "due_after"
 """The header of a delivery that was delayed or replayed: seconds after its event was there at which it came due."""
+
+DIED = "delivery.died"
+"""The type of the event that a delivery has been given up, for the one consumer that takes it over."""
+
+DEAD_LETTER = "dead_letter"
+"""The header of such a delivery: the dead letter's number."""
 
 FORGIVEN_LOSSES = 3
 """How often a row may lose its database in mid-effect before that uses up attempts.
@@ -74,7 +83,7 @@ SET state = 'running',
 
 _TAKEN = f"""
 message.id, claim_token, event_id, event_type, version, consumer, queue, payload, headers, attempts,
-message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale,
+created_at, message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale,
 extract(epoch FROM started_at - created_at)::float8 AS age,
 coalesce(message.errors -> -1 ->> 'type' = '{WORKER_LOST}', false) AS suspect
 """
@@ -160,18 +169,32 @@ WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
 RETURNING outbox_wake(), (errors -> -1 ->> 'at')::timestamptz < clock_timestamp() - $5::interval AS overdue
 """  # noqa: S608
 
-_DIE = f"""
+_BURY = f"""
 WITH dead AS (
     DELETE FROM outbox_message AS message
     WHERE id = $1 AND claim_token = $2 AND {_STATE} = ANY($5)
     RETURNING message.*
+), letter AS (
+    INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
+                             dispatches, created_at, errors, reason)
+    SELECT id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches, created_at,
+           {_ERRORS}, $4
+    FROM dead
+    RETURNING id
 )
-INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
-                         dispatches, created_at, errors, reason)
-SELECT id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches, created_at,
-       {_ERRORS}, $4
-FROM dead
-RETURNING id
+"""  # noqa: S608
+_DIE = f"{_BURY} SELECT id FROM letter"  # noqa: S608
+
+# One statement: nobody may be told of a dead letter that is not there, nor of one twice.
+_DIE_AND_TELL = f"""
+{_BURY}, told AS (
+    INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
+    SELECT $6, $7, '{DIED}', version, $8, queue, payload,
+           headers - '{DUE_AFTER}'
+           || jsonb_build_object('{DEAD_LETTER}', letter.id::text, 'causation_id', dead.id::text)
+    FROM dead CROSS JOIN letter
+)
+SELECT id FROM letter
 """  # noqa: S608
 
 # SKIP LOCKED: rows locked by a complete would otherwise be waited for in another order than the completes lock them.
@@ -209,10 +232,13 @@ class Claim:
     dispatches: int
     waited: float
     """Seconds from when it was due first until now, by PostgreSQL's clock."""
+    published_at: datetime
     deferred: bool = False
     """It came due later than its event, for it was delayed or replayed."""
     suspect: bool = False
     """Its last worker was lost, and not the first: it may have killed them."""
+    dead_letter: int | None = None
+    """What it is told of, if it is for an `on_dead`."""
     began: float = field(default_factory=time.perf_counter, compare=False)
     """By this process's clock, for its log alone."""
 
@@ -239,7 +265,8 @@ async def claim_free(connection: Connection, asked: Sequence[tuple[UUID, UUID]],
 
 def _claim(row: asyncpg.Record) -> Claim:
     headers = json.loads(row["headers"])
-    due_after = headers.pop(DUE_AFTER, None)  # of this delivery alone, and not of what it publishes
+    # Of this delivery alone, and not of what it publishes.
+    due_after, letter = headers.pop(DUE_AFTER, None), headers.pop(DEAD_LETTER, None)
     return Claim(
         id=row["id"],
         token=row["claim_token"],
@@ -253,8 +280,10 @@ def _claim(row: asyncpg.Record) -> Claim:
         attempts=row["attempts"],
         dispatches=row["dispatches"],
         waited=max(row["age"] - float(due_after or 0), 0.0),
+        published_at=row["created_at"],
         deferred=due_after is not None,
         suspect=row["suspect"],
+        dead_letter=None if letter is None else int(letter),
     )
 
 
@@ -299,10 +328,26 @@ async def postpone(
 
 
 async def die(
-    connection: Connection, mine: Claim, error: dict[str, str], reason: str, *, states: tuple[str, ...] = ("running",)
+    connection: Connection,
+    mine: Claim,
+    error: dict[str, str],
+    reason: str,
+    *,
+    states: tuple[str, ...] = ("running",),
+    tell: str | None = None,
 ) -> int | None:
-    """Move the row to the dead letters; the dead letter's id, or `None` if the row was not mine any more."""
-    number: int | None = await connection.fetchval(_DIE, mine.id, mine.token, json.dumps(error), reason, list(states))
+    """Move the row to the dead letters, and let the consumer `tell` know, in the same queue.
+
+    Returns:
+        The dead letter's id, or `None` if the row was not mine any more.
+    """
+    values = (mine.id, mine.token, json.dumps(error), reason, list(states))
+    number: int | None
+    if tell is None:
+        number = await connection.fetchval(_DIE, *values)
+    else:
+        event_id = new_event_id()
+        number = await connection.fetchval(_DIE_AND_TELL, *values, delivery_id(event_id, 1), event_id, tell)
     return number
 
 

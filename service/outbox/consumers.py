@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from service.errors import ConsumerDefinitionError
+from service.ledger.delivering import DIED
 from service.ledger.ids import MAX_CONSUMERS
 from service.ledger.message import is_queue_name
 
@@ -64,10 +65,19 @@ class Consumer:
     throws: tuple[type[BaseException], ...]
     priority: int
     formerly: tuple[str, ...]
+    on_dead: Consumer | None = None
+    """Takes over what this one has given up; `publish` knows nothing of it."""
+    of_dead: bool = False
+    """It is such a one."""
+
+    @property
+    def event_type(self) -> str:
+        """As it stands in its deliveries."""
+        return DIED if self.of_dead else self.event.event_type
 
     def knows(self, event_type: str, version: int) -> bool:
         """Whether this code can read such an event."""
-        return event_type == self.event.event_type and version <= self.event.event_version
+        return event_type == self.event_type and version <= self.event.event_version
 
     @property
     def is_async(self) -> bool:
@@ -86,6 +96,7 @@ def consumer(
     throws: type[BaseException] | tuple[type[BaseException], ...] = (),
     priority: int = 0,
     formerly: Sequence[str] = (),
+    on_dead: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a consumer of `event`; the function itself is returned unchanged.
 
@@ -95,14 +106,20 @@ def consumer(
     An `async def` runs on the worker's event loop. A plain `def` runs in a thread, for CPU work or blocking
     libraries, and cannot call `delivery.begin()`.
 
+    `on_dead` is a function like a consumer, for a delivery that is given up. The dead letter and a delivery of its own,
+    to `<name>.on_dead` in the same queue, are written by one statement: so it runs once for each dead letter, with
+    retries like any other, whatever the first one died of, a lost worker too. Only where this code does not know the
+    consumer or the event it is not run.
+
     Raises:
         ConsumerDefinitionError: for a name that is taken or malformed, or a signature that cannot be called.
     """
 
     def register(fn: F) -> F:
         _check_signature(fn)
+        stored = name or f"{_domain_of(fn)}.{fn.__name__}"
         spec = Consumer(
-            name=name or f"{_domain_of(fn)}.{fn.__name__}",
+            name=stored,
             event=event,
             fn=fn,
             queue=queue,
@@ -113,11 +130,31 @@ def consumer(
             throws=throws if isinstance(throws, tuple) else (throws,),
             priority=priority,
             formerly=tuple(formerly),
+            on_dead=None if on_dead is None else _for_the_dead(on_dead, event, queue, [stored, *formerly]),
         )
         _register(spec)
         return fn
 
     return register
+
+
+def _for_the_dead(fn: Callable[..., Any], event: type[Event], queue: str, names: list[str]) -> Consumer:
+    _check_signature(fn)
+    name, *formerly = [f"{each}.on_dead" for each in names]
+    return Consumer(
+        name=name,
+        event=event,
+        fn=fn,
+        queue=queue,
+        max_retries=None,
+        min_backoff=None,
+        max_backoff=None,
+        time_limit=None,
+        throws=(),
+        priority=0,
+        formerly=tuple(formerly),
+        of_dead=True,
+    )
 
 
 def _domain_of(fn: Callable[..., Any]) -> str:
@@ -143,6 +180,19 @@ def _check_signature(fn: Callable[..., Any]) -> None:
 def _register(spec: Consumer) -> None:
     if not is_queue_name(spec.queue):
         raise ConsumerDefinitionError(f"{spec.queue!r} is no queue name: letters, digits, _ and -, at most 100")
+    siblings = [each for each in _BY_EVENT.get(spec.event.event_type, []) if each.name != spec.name]
+    if len(siblings) >= MAX_CONSUMERS:
+        raise ConsumerDefinitionError(f"{spec.event.event_type!r} has {MAX_CONSUMERS} consumers already")
+    added = [spec] if spec.on_dead is None else [spec, spec.on_dead]
+    for each in added:
+        _refuse_taken_names(each)
+    for each in added:
+        for name in (each.name, *each.formerly):
+            _BY_NAME[name] = each
+    _BY_EVENT[spec.event.event_type] = [*siblings, spec]
+
+
+def _refuse_taken_names(spec: Consumer) -> None:
     for name in (spec.name, *spec.formerly):
         if not _NAME.fullmatch(name) or len(name) > 128:
             raise ConsumerDefinitionError(f"{name!r} is no consumer name: expected '<domain>.<verb>'")
@@ -152,12 +202,6 @@ def _register(spec: Consumer) -> None:
                 f"{name!r} is already the name of {taken.fn.__module__}.{taken.fn.__qualname__} (line {_line(taken)}), "
                 f"a consumer of {taken.event.event_type!r}: give each consumer a name of its own"
             )
-    siblings = [each for each in _BY_EVENT.get(spec.event.event_type, []) if each.name != spec.name]
-    if len(siblings) >= MAX_CONSUMERS:
-        raise ConsumerDefinitionError(f"{spec.event.event_type!r} has {MAX_CONSUMERS} consumers already")
-    for name in (spec.name, *spec.formerly):
-        _BY_NAME[name] = spec
-    _BY_EVENT[spec.event.event_type] = [*siblings, spec]
 
 
 def _definition(spec: Consumer) -> tuple[object, ...]:

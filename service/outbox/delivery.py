@@ -62,6 +62,9 @@ class Delivery:
         event_id: Shared by all deliveries of the event.
         consumer: Name under which the row is stored.
         attempt: From 1; a fresh count after a replay.
+        last_attempt: Whether a failure of this attempt makes it a dead letter, for no retry is left.
+        published_at: When the event was written, by the database's clock; a replay does not change it.
+        dead_letter: For an `on_dead`, the number of the dead letter; else `None`.
         correlation_id: Of the request that caused the event.
     """
 
@@ -73,11 +76,15 @@ class Delivery:
         *,
         is_async: bool,
         timeout_ms: int,
+        last_attempt: bool,
     ) -> None:
         self.idempotency_key = str(claim.id)
         self.event_id: UUID = claim.event_id
         self.consumer = claim.consumer
         self.attempt = claim.attempts
+        self.last_attempt = last_attempt
+        self.published_at = claim.published_at
+        self.dead_letter = claim.dead_letter
         self.correlation_id = claim.headers.get("correlation_id")
         self._claim = claim
         self._sessions = sessions

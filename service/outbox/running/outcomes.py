@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from service.ledger import delivering
-from service.outbox.consumers import Fail, Retry
+from service.outbox.consumers import Fail, Retry, consumer_named
 from service.outbox.running.failures import describe, said, trace
 from service.telemetry.logs import get_logger
 from service.text import storable
@@ -166,7 +166,9 @@ async def _write_failure(connection: Connection, claim: Claim, failure: Failed |
             return "failed"
         return log_lost(claim)
     reason = storable(failure.reason, _REASON_LENGTH)
-    if number := await delivering.die(connection, claim, document, reason):
+    spec = consumer_named(claim.consumer)
+    told = None if spec is None or spec.on_dead is None else spec.on_dead.name
+    if number := await delivering.die(connection, claim, document, reason, tell=told):
         _log.error("outbox.dead_lettered", dead_letter=number, reason=reason, **shown)
         return "dead"
     return log_lost(claim)

@@ -220,12 +220,15 @@ class Runner:
             self._heartbeat.watch(claim.id, claim.token, longest + timedelta(seconds=seconds))
 
         clock = Clock(limit.total_seconds(), grace, extend)
-        sessions, progress, timeout_ms = (
+        progress = Progress()
+        delivery = Delivery(
+            claim,
             Lender(self.connections, clock),
-            Progress(),
-            int(longest.total_seconds() * 1000),
+            progress,
+            is_async=spec.is_async,
+            timeout_ms=int(longest.total_seconds() * 1000),
+            last_attempt=claim.attempts >= self.max_attempts(spec),
         )
-        delivery = Delivery(claim, sessions, progress, is_async=spec.is_async, timeout_ms=timeout_ms)
         return Run(claim, spec, delivery, progress, clock)
 
     async def _claim(self, delivery_id: UUID) -> Claim | None:
@@ -387,12 +390,12 @@ class Runner:
     def _unknown(self, claim: Claim, spec: Consumer | None) -> Unknown:
         if spec is None:
             error = _UnknownConsumerError(f"no consumer named {claim.consumer} is deployed")
-        elif claim.event_type != spec.event.event_type:
+        elif claim.event_type != spec.event_type:
             error = _UnknownConsumerError(
-                f"{claim.consumer} consumes {spec.event.event_type} in this worker, not {claim.event_type}"
+                f"{claim.consumer} consumes {spec.event_type} in this worker, not {claim.event_type}"
             )
         else:
-            known = f"{spec.event.event_type} version {spec.event.event_version}"
+            known = f"{spec.event_type} version {spec.event.event_version}"
             error = _UnknownConsumerError(f"version {claim.version} of the event is newer than this worker's {known}")
         return Unknown(error, backoff(min(claim.dispatches, 7), 2_000, 120_000))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID, uuid4
 
@@ -39,6 +39,7 @@ pytestmark = pytest.mark.slow
 
 T = TypeVar("T")
 MINUTE = timedelta(seconds=60)
+_NEVER = datetime.min.replace(tzinfo=UTC)
 PAUSES = Pauses(MINUTE, MINUTE, MINUTE)
 ERROR = {"type": "Error", "message": "", "traceback": ""}
 UNKNOWN = {"type": "Unknown", "message": "", "traceback": ""}
@@ -103,7 +104,7 @@ class Machine(RuleBasedStateMachine):
         return list(self.rows.items())[number]
 
     def claim_of(self, delivery_id: UUID, token: UUID) -> delivering.Claim:
-        return delivering.Claim(delivery_id, token, delivery_id, "", 1, "", "", "{}", {}, 1, 1, 0.0)
+        return delivering.Claim(delivery_id, token, delivery_id, "", 1, "", "", "{}", {}, 1, 1, 0.0, _NEVER)
 
     def a_token(self, data: st.DataObject, row: Row) -> UUID:
         """The latest claim's, or that of a zombie."""

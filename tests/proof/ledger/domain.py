@@ -20,6 +20,8 @@ from service.outbox import Delivery, Event, Fail, Retry, consumer, publish
 from service.telemetry.logs import current_headers
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 # No constraint on message_id: an effect that happens twice must show as two rows.
@@ -193,6 +195,38 @@ class Jotted(Event, type="ledger.jotted"):
 @consumer(Jotted, queue="other", name="ledger.jot")
 def jot(_event: Jotted, _delivery: Delivery) -> None:
     """A `def` consumer with nothing to do, in a queue apart from the heavy ones."""
+
+
+class Abandoned(Event, type="ledger.abandoned"):
+    """Its consumer gives up as `how` says, and what is told of that does as `then` says."""
+
+    subject_id: UUID
+    how: str = "die"
+    then: str = ""
+
+
+async def console(event: Abandoned, delivery: Delivery) -> None:
+    """What is done about an event that was given up."""
+    if event.then == "fail":
+        raise RuntimeError("no consolation")
+    async with delivery.begin() as session:
+        await write_effect(session, delivery, f"{event.subject_id} {delivery.dead_letter}")
+
+
+@consumer(Abandoned, queue="ledger", name="ledger.abandon", max_retries=1, formerly=["ledger.leave"], on_dead=console)
+async def abandon(event: Abandoned, delivery: Delivery) -> None:
+    """It notes which attempts it took for the last."""
+    seen.append((delivery.attempt, delivery.last_attempt, delivery.published_at))
+    if event.how == "die":
+        raise Fail("no hope")
+    if event.how == "commit":
+        async with delivery.begin() as session:
+            await session.commit()
+    raise RuntimeError("failed")
+
+
+seen: list[tuple[int, bool, datetime]] = []
+"""What `abandon` knew: the attempt, whether it is the last, and when the event was published."""
 
 
 class Misread(Event, type="ledger.misread"):

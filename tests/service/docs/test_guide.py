@@ -168,7 +168,7 @@ def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
         elif "tests/" not in block.title:
             clone.write(block)
     names = clone.run(sys.executable, "-c", _CONSUMERS).split()
-    expected = ["screen", "thank_author", "find_language", "render_card", "praise"]
+    expected = ["screen", "thank_author", "find_language", "render_card", "ask_moderator.on_dead", "praise"]
     assert {f"reviews.{name}" for name in expected} | {
         "moved.alert_moderators",
         "moved.resize",
