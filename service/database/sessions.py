@@ -190,12 +190,11 @@ async def commit(session: AsyncSession) -> None:
         return
     if not isinstance(sync, FlushingSession) or sync.has_to_flush:
         await session.flush()
-    driver = sync.driver if isinstance(sync, LentSession) else None
-    if driver is None:
+    if not isinstance(sync, LentSession) or sync.driver is None:  # or it has begun, and nothing has been sent in it
         await session.execute(text("SELECT 1"))
-    else:
-        driver.may_commit = True  # it sends a statement before it
     if isinstance(sync, LentSession):
+        if sync.driver is not None:
+            sync.driver.may_commit = True  # it sends a statement before it
         sync.lent = False
     await session.commit()
 

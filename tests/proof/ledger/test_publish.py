@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from service.database.engine import create_engine
-from service.database.sessions import session_factory, transaction
+from service.database.sessions import OneTransaction, session_factory, transaction
 from service.errors import ConsumerDefinitionError, EventDefinitionError, PublishError
 from service.outbox import Event, accept, consumer, publish
 from service.outbox.consumers import consumers_of
@@ -62,6 +62,14 @@ async def test_an_event_goes_with_its_rolled_back_savepoint(ledger: Ledger, sess
                 publish(session, event())
                 raise RuntimeError
     assert await count(ledger) == 1
+
+
+async def test_a_request_that_publishes_what_nobody_consumes_commits(settings: Settings) -> None:
+    """Its transaction has begun, and no statement has been sent in it."""
+    engine = create_engine(settings.database, application_name="tests")
+    async with transaction(session_factory(engine, OneTransaction)) as session:
+        publish(session, domain.Ignored(subject_id=uuid4()))
+    await engine.dispose()
 
 
 async def test_the_boundary_notices_a_swallowed_database_error(ledger: Ledger, sessions: SessionFactory) -> None:
