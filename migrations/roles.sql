@@ -82,7 +82,8 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         outbox_process, outbox_erasure, alembic_version FROM :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
-    GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors) ON outbox_message TO :"app";
+    GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position)
+        ON outbox_message TO :"app";
     GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
     GRANT SELECT, INSERT, UPDATE ON outbox_minute TO :"app";
     GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"app";
@@ -91,7 +92,8 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT SELECT ON alembic_version TO :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"relay";
-    GRANT UPDATE (state, due_at, dispatches, dispatched_at, errors) ON outbox_message TO :"relay";
+    GRANT UPDATE (state, due_at, dispatches, dispatched_at, errors, position) ON outbox_message TO :"relay";
+    GRANT USAGE ON SEQUENCE outbox_position TO :"relay";
     -- Of those that are open: a trigger keeps the resolved ones as they are.
     GRANT SELECT, UPDATE (resolution, resolved_at, resolved_by, resolved_why) ON dead_letter TO :"relay";
     GRANT SELECT, INSERT, DELETE ON paused_queue TO :"relay";

@@ -115,6 +115,9 @@ UPDATE outbox_message AS message SET state = 'completed', completed_at = clock_t
 WHERE id = $1 AND claim_token = $2 AND {_STATE} IN ('running', 'dispatched')
 """  # noqa: S608
 
+# The row's lane moves on with the commit. It is locked together with those that the consumer has published to.
+_COMPLETED = "RETURNING true, CASE WHEN lane IS NOT NULL THEN outbox_lock_all_lanes(lane) END"
+
 # The mark of the session's transaction is the claim's token. It tells whether the effect is still whole: it is gone
 # when a consumer has committed or rolled back behind the session's back.
 _UNBROKEN = "coalesce(current_setting('outbox.transaction', true), '') = $2::uuid::text"
@@ -176,9 +179,9 @@ WITH dead AS (
     RETURNING message.*
 ), letter AS (
     INSERT INTO dead_letter (message_id, event_id, event_type, version, consumer, queue, payload, headers, attempts,
-                             dispatches, created_at, errors, reason)
+                             dispatches, created_at, errors, reason, lane, position, blocks)
     SELECT id, event_id, event_type, version, consumer, queue, payload, headers, attempts, dispatches, created_at,
-           {_ERRORS}, $4
+           {_ERRORS}, $4, lane, position, lane IS NOT NULL AND NOT $6
     FROM dead
     RETURNING id
 )
@@ -189,7 +192,7 @@ _DIE = f"{_BURY} SELECT id FROM letter"  # noqa: S608
 _DIE_AND_TELL = f"""
 {_BURY}, told AS (
     INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
-    SELECT $6, $7, '{DIED}', version, $8, queue, payload,
+    SELECT $7, $8, '{DIED}', version, $9, queue, payload,
            headers - '{DUE_AFTER}'
            || jsonb_build_object('{DEAD_LETTER}', letter.id::text, 'causation_id', dead.id::text)
     FROM dead CROSS JOIN letter
@@ -289,7 +292,7 @@ def _claim(row: asyncpg.Record) -> Claim:
 
 async def complete_in_transaction(connection: Connection, mine: Claim) -> tuple[bool, bool]:
     """Tick the row off inside the effect's transaction: (it is still that transaction, the row was still mine)."""
-    if await connection.fetchval(f"{_COMPLETE} AND {_UNBROKEN} RETURNING true", mine.id, mine.token):
+    if await connection.fetchval(f"{_COMPLETE} AND {_UNBROKEN} {_COMPLETED}", mine.id, mine.token):
         return True, True
     unbroken = await connection.fetchval(f"SELECT $1::uuid IS NOT NULL AND {_UNBROKEN}", mine.id, mine.token)
     return bool(unbroken), False
@@ -297,7 +300,7 @@ async def complete_in_transaction(connection: Connection, mine: Claim) -> tuple[
 
 async def complete(connection: Connection, mine: Claim) -> bool:
     """Tick the row off after an effect outside the database; whether it was still mine."""
-    return bool(await connection.fetchval(f"{_COMPLETE} RETURNING true", mine.id, mine.token))
+    return bool(await connection.fetchval(f"{_COMPLETE} {_COMPLETED}", mine.id, mine.token))
 
 
 async def fail(connection: Connection, mine: Claim, error: dict[str, str], backoff: timedelta) -> bool:
@@ -334,14 +337,20 @@ async def die(
     reason: str,
     *,
     states: tuple[str, ...] = ("running",),
+    skip: bool = False,
     tell: str | None = None,
 ) -> int | None:
-    """Move the row to the dead letters, and let the consumer `tell` know, in the same queue.
+    """Move the row to the dead letters.
+
+    Args:
+        states: Those it may come from.
+        skip: Whether its lane, if it has one, goes on without it.
+        tell: The consumer that is let know of it, in the same queue.
 
     Returns:
         The dead letter's id, or `None` if the row was not mine any more.
     """
-    values = (mine.id, mine.token, json.dumps(error), reason, list(states))
+    values = (mine.id, mine.token, json.dumps(error), reason, list(states), skip)
     number: int | None
     if tell is None:
         number = await connection.fetchval(_DIE, *values)

@@ -32,7 +32,7 @@ FROM (SELECT) AS one LEFT JOIN pg_stat_ssl AS ssl ON ssl.pid = pg_backend_pid() 
 RIGHTS = {
     "API and workers": (
         ("outbox_message", "SELECT INSERT DELETE", "*"),
-        ("outbox_message", "UPDATE", "state due_at claim_token attempts started_at completed_at errors"),
+        ("outbox_message", "UPDATE", "state due_at claim_token attempts started_at completed_at errors position"),
         ("dead_letter", "SELECT INSERT", "*"),
         ("accepted_event", "SELECT INSERT", "*"),
         ("idempotency_key", "SELECT INSERT", "*"),
@@ -43,7 +43,7 @@ RIGHTS = {
     ),
     "relay and commands": (
         ("outbox_message", "SELECT INSERT DELETE", "*"),
-        ("outbox_message", "UPDATE", "state due_at dispatches dispatched_at errors"),
+        ("outbox_message", "UPDATE", "state due_at dispatches dispatched_at errors position"),
         ("dead_letter", "SELECT", "*"),
         ("dead_letter", "UPDATE", "resolution resolved_at resolved_by resolved_why"),
         ("paused_queue", "SELECT INSERT DELETE", "*"),

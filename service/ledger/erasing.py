@@ -67,7 +67,7 @@ WITH page AS MATERIALIZED (
     SELECT message.id FROM outbox_message AS message JOIN page ON page.id = message.id
     WHERE page.found AND page.closed AND $4 ORDER BY message.id FOR UPDATE OF message
 ), erased AS (
-    UPDATE outbox_message SET payload = {_NOTHING}, errors = {_ERRORS}
+    UPDATE outbox_message SET payload = {_NOTHING}, errors = {_ERRORS}, lane = NULL, position = NULL
     FROM chosen WHERE outbox_message.id = chosen.id RETURNING 1
 )
 SELECT (SELECT id FROM page ORDER BY id DESC LIMIT 1) AS last, (SELECT count(*) FROM erased) AS erased,
@@ -80,14 +80,16 @@ WITH page AS MATERIALIZED (
     SELECT id, {_IN_PAYLOAD} OR {_IN_TEXT.format(text="concat_ws(' ', errors::text, reason, resolved_why)")} AS found
     FROM dead_letter WHERE id > $2 ORDER BY id LIMIT $3
 ), chosen AS (
-    SELECT dead_letter.id FROM dead_letter JOIN page ON page.id = dead_letter.id
+    SELECT dead_letter.id, dead_letter.lane FROM dead_letter JOIN page ON page.id = dead_letter.id
     WHERE page.found AND $4 ORDER BY dead_letter.id FOR UPDATE OF dead_letter
 ), erased AS (
     UPDATE dead_letter SET payload = {_NOTHING}, errors = {_ERRORS}, reason = {_REPLACED.format(text="reason")},
+        lane = NULL, position = NULL, blocks = false,
         resolution = coalesce(resolution, 'discarded'), resolved_at = coalesce(resolved_at, clock_timestamp()),
         resolved_by = CASE WHEN resolution IS NULL THEN $5 ELSE resolved_by END,
         resolved_why = CASE WHEN resolution IS NULL THEN $6 ELSE {_REPLACED.format(text="resolved_why")} END
-    FROM chosen WHERE dead_letter.id = chosen.id RETURNING 1
+    FROM chosen WHERE dead_letter.id = chosen.id
+    RETURNING outbox_lock_lanes(ARRAY(SELECT lane FROM chosen WHERE lane IS NOT NULL))
 )
 SELECT (SELECT id FROM page ORDER BY id DESC LIMIT 1) AS last, (SELECT count(*) FROM erased) AS erased,
        (SELECT count(*) FROM page WHERE found) AS found

@@ -21,7 +21,10 @@ WHERE state = 'pending' AND due_at <= clock_timestamp() AND (:only = '' OR consu
   AND NOT id = ANY(CAST(:ran AS uuid[]))
 ORDER BY due_at, id LIMIT 1
 """
-_MAKE_DUE = "UPDATE outbox_message SET due_at = clock_timestamp() WHERE state = 'pending' AND due_at > now()"
+_MAKE_DUE = """
+UPDATE outbox_message SET due_at = clock_timestamp()
+WHERE state = 'pending' AND due_at > now() AND due_at < outbox_parked()
+"""
 _UNFINISHED = """
 SELECT state, coalesce(concat_ws(': ', errors -> -1 ->> 'type', errors -> -1 ->> 'message'), '') AS why
 FROM outbox_message WHERE id = :id AND state <> 'completed'

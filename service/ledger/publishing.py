@@ -25,22 +25,31 @@ ROWS = 1_000
 
 # By columns and not by rows: PostgreSQL plans it once, and the driver sends ten values instead of thousands.
 _INSERT_MANY = """
-INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, due_at)
-SELECT id, event_id, event_type, version, consumer, queue, payload::jsonb, headers::jsonb, clock_timestamp() + $9
-FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[], $8::text[])
-     AS row (id, event_id, event_type, version, consumer, queue, payload, headers)
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, due_at,
+                            lane)
+SELECT id, event_id, event_type, version, consumer, queue, payload::jsonb, headers::jsonb,
+       CASE WHEN lane IS NULL THEN clock_timestamp() + $10 ELSE outbox_parked() END, lane
+FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[])
+     AS row (id, event_id, event_type, version, consumer, queue, payload, headers, lane)
 """
+_COLUMNS = ("id", "event_id", "event_type", "version", "consumer", "queue", "payload", "headers", "lane")
 
 
 def insert_deliveries(connection: Connection, rows: list[dict[str, Any]], delay: timedelta | None) -> None:
     """Write deliveries that are due after `delay`, by the database's clock; at once if it is `None`."""
-    connection.execute(_INSERT.values(_due(delay)) if delay else _INSERT, rows)
+    in_order = [row for row in rows if "lane" in row]
+    free = [row for row in rows if "lane" not in row] if in_order else rows
+    if free:
+        connection.execute(_INSERT.values(_due(delay)) if delay else _INSERT, free)
+    if in_order:
+        connection.execute(_INSERT, in_order)
 
 
 def insert_many(connection: Connection, rows: list[dict[str, Any]], delay: timedelta | None) -> None:
     """The same for any number of them, `ROWS` at a time."""
     for start in range(0, len(rows), ROWS):
-        columns: dict[str, list[Any]] = {name: [row[name] for row in rows[start : start + ROWS]] for name in rows[0]}
+        some = rows[start : start + ROWS]
+        columns: dict[str, list[Any]] = {name: [row.get(name) for row in some] for name in _COLUMNS}
         columns["payload"] = [json.dumps(each) for each in columns["payload"]]
         columns["headers"] = [json.dumps(each) for each in columns["headers"]]
         connection.exec_driver_sql(_INSERT_MANY, (*columns.values(), delay or timedelta()))

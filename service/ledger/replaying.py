@@ -3,7 +3,8 @@
 What must stay true: a dead letter is resolved exactly once, and never without its effect. So a replay writes the row
 back, under its old id and with a fresh budget, in the statement that marks the dead letter, and that statement takes
 only open dead letters: of two replays at once one wins, and one that is interrupted loses nothing. The dead letter
-stays as the record of who did it, when and why.
+stays as the record of who did it, when and why. One that blocks its lane goes back to its old place there, any other
+to the end; the lanes are locked all at once.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ WITH locked AS (
 ), chosen AS (
     SELECT DISTINCT ON (message_id) * FROM locked ORDER BY message_id, id DESC
 ), inserted AS (
-    INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, created_at)
+    INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, created_at,
+                                lane, position, due_at)
     SELECT message_id, event_id, event_type, version, consumer, queue, payload,
            headers || jsonb_build_object('due_after', extract(epoch FROM clock_timestamp() - created_at)::text),
-           created_at
+           created_at, lane, CASE WHEN blocks THEN position END,
+           CASE WHEN lane IS NULL THEN clock_timestamp() ELSE outbox_parked() END
     FROM chosen ORDER BY id
     ON CONFLICT (id) DO NOTHING
     RETURNING id
@@ -46,16 +49,16 @@ UPDATE dead_letter
 SET resolution = 'replayed', resolved_at = clock_timestamp(), resolved_by = $2, resolved_why = $3
 FROM chosen JOIN inserted ON inserted.id = chosen.message_id
 WHERE dead_letter.id = chosen.id
-RETURNING dead_letter.id
+RETURNING dead_letter.id, outbox_lock_lanes(ARRAY(SELECT lane FROM locked WHERE lane IS NOT NULL))
 """
 _DISCARD = """
 WITH locked AS (
-    SELECT id FROM dead_letter WHERE id = ANY($1) AND resolution IS NULL ORDER BY id FOR UPDATE
+    SELECT id, lane FROM dead_letter WHERE id = ANY($1) AND resolution IS NULL ORDER BY id FOR UPDATE
 )
 UPDATE dead_letter
 SET resolution = 'discarded', resolved_at = clock_timestamp(), resolved_by = $2, resolved_why = $3
 FROM locked WHERE dead_letter.id = locked.id
-RETURNING dead_letter.id
+RETURNING dead_letter.id, outbox_lock_lanes(ARRAY(SELECT lane FROM locked WHERE lane IS NOT NULL))
 """
 
 _REFUSED = """

@@ -39,7 +39,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Double, Identity, Index, Integer, Text, func, text
+from sqlalchemy import BigInteger, CheckConstraint, Double, Identity, Index, Integer, Text, false, func, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -72,12 +72,22 @@ class OutboxMessage(Base):
     started_at: Mapped[datetime | None] = mapped_column(Timestamp)
     completed_at: Mapped[datetime | None] = mapped_column(Timestamp)
     errors: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
+    # Of what has an order; see `lanes.py`.
+    lane: Mapped[str | None] = mapped_column(Text)
+    position: Mapped[int | None] = mapped_column(BigInteger)
 
     __table_args__ = (
         CheckConstraint("state IN ('pending', 'dispatched', 'running', 'completed')", name="state"),
-        # Every change of state writes a new entry into every index, so there is no third one. The deliveries of an
-        # event are a range of the primary key (see `ids.delivery_id`), and so are the oldest rows for the purge.
+        # Every change of state writes a new entry into every index, so there is no third one for all rows. The
+        # deliveries of an event are a range of the primary key (see `ids.delivery_id`), and so are the oldest rows for
+        # the purge.
         Index("ix_outbox_message_due", "queue", "due_at", "id", postgresql_where=text("state <> 'completed'")),
+        Index("ix_outbox_message_lane", "lane", "position", unique=True, postgresql_where=text("position IS NOT NULL")),
+        Index(
+            "ix_outbox_message_entering",
+            "created_at",
+            postgresql_where=text("lane IS NOT NULL AND position IS NULL AND state = 'pending'"),
+        ),
     )
     # publish() needs none of the server's defaults back, and an INSERT without RETURNING can be batched.
     __mapper_args__ = {"eager_defaults": False}  # noqa: RUF012
@@ -109,12 +119,16 @@ class DeadLetter(Base):
     resolved_why: Mapped[str | None] = mapped_column(Text)
     # Who it was in the database, by the trigger `dead_letter_history`; `resolved_by` is what the command line says.
     resolved_role: Mapped[str | None] = mapped_column(Text)
+    lane: Mapped[str | None] = mapped_column(Text)
+    position: Mapped[int | None] = mapped_column(BigInteger)
+    blocks: Mapped[bool] = mapped_column(server_default=false())
 
     __table_args__ = (
         CheckConstraint("resolution IN ('replayed', 'discarded')", name="resolution"),
         CheckConstraint("(resolution IS NULL) = (resolved_at IS NULL)", name="resolved"),
         Index("ix_dead_letter_message_id", "message_id"),
         Index("ix_dead_letter_open", "died_at", "id", postgresql_where=text("resolution IS NULL")),
+        Index("ix_dead_letter_lane", "lane", postgresql_where=text("blocks")),
     )
 
 

@@ -19,11 +19,13 @@ from service.errors import ConsumerDefinitionError
 from service.ledger.delivering import DIED
 from service.ledger.ids import MAX_CONSUMERS
 from service.ledger.message import is_queue_name
+from service.outbox.ordering import in_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from service.outbox.events import Event
+    from service.outbox.ordering import InOrder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,7 +53,8 @@ class Consumer:
     """One consumer. `None` for an option means the setting of the same name under `OUTBOX__`.
 
     `max_retries` counts retries after the first attempt; `min_backoff`, `max_backoff` and `time_limit` are
-    milliseconds; `throws` are exceptions that mean "never retry"; a lower `priority` runs first.
+    milliseconds; `throws` are exceptions that mean "never retry"; a lower `priority` runs first. `order` is `None`
+    where deliveries run in any order.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Consumer:
     throws: tuple[type[BaseException], ...]
     priority: int
     formerly: tuple[str, ...]
+    order: InOrder | None = None
     on_dead: Consumer | None = None
     """Takes over what this one has given up; `publish` knows nothing of it."""
     of_dead: bool = False
@@ -97,6 +101,9 @@ def consumer(
     priority: int = 0,
     formerly: Sequence[str] = (),
     on_dead: Callable[..., Any] | None = None,
+    order_by: str | None = None,
+    lane: str | None = None,
+    skip_dead: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as a consumer of `event`; the function itself is returned unchanged.
 
@@ -111,8 +118,13 @@ def consumer(
     retries like any other, whatever the first one died of, a lost worker too. Only where this code does not know the
     consumer or the event it is not run.
 
+    With `order_by`, deliveries of events that have the same value in that field run one at a time, in the order in
+    which their publishers committed. Consumers with the same `lane` share one order. When a delivery is given up, all
+    behind it wait for whoever replays or discards the dead letter; with `skip_dead` they go on without it.
+
     Raises:
-        ConsumerDefinitionError: for a name that is taken or malformed, or a signature that cannot be called.
+        ConsumerDefinitionError: for a name that is taken or malformed, a signature that cannot be called, or an order
+            that makes no sense.
     """
 
     def register(fn: F) -> F:
@@ -131,6 +143,7 @@ def consumer(
             priority=priority,
             formerly=tuple(formerly),
             on_dead=None if on_dead is None else _for_the_dead(on_dead, event, queue, [stored, *formerly]),
+            order=in_order(stored, event, order_by=order_by, lane=lane, skip_dead=skip_dead, renamed=bool(formerly)),
         )
         _register(spec)
         return fn

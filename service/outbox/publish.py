@@ -18,6 +18,7 @@ from service.database.sessions import FlushingSession, confirm
 from service.errors import PublishError
 from service.ledger.delivering import DUE_AFTER
 from service.ledger.ids import delivery_id, new_event_id
+from service.ledger.lanes import parked
 from service.ledger.publishing import as_objects, insert_deliveries, insert_many, take_key
 from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
@@ -58,7 +59,7 @@ def publish(session: AsyncSession, event: Event, *, delay: timedelta | None = No
     """
     payload = _payload(event)
     _check_session(session)
-    _check_delay(delay)
+    _check_delay(delay, type(event))
     event_id = new_event_id()
     _write(session, _rows(event_id, event, payload, delay), delay)
     return event_id
@@ -79,10 +80,10 @@ def publish_all(session: AsyncSession, events: Iterable[Event], *, delay: timede
         PublishError: as for `publish`, for the first event that cannot be published; none of them is.
     """
     _check_session(session)
-    _check_delay(delay)
     ids: list[UUID] = []
     rows: list[dict[str, Any]] = []
     for event in events:
+        _check_delay(delay, type(event))
         ids.append(event_id := new_event_id())
         rows += _rows(event_id, event, _payload(event), delay)
     _write(session, rows, delay, insert_many)
@@ -129,6 +130,7 @@ def _rows(event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelt
             "queue": consumer.queue,
             "payload": payload,
             "headers": headers,
+            **({} if consumer.order is None else parked(consumer.order.lane_of(payload))),
         }
         for number, consumer in enumerate(consumers_of(type(event)), start=1)
     ]
@@ -165,12 +167,21 @@ def _payload(event: Event) -> dict[str, Any]:
                 f"{type(event).__name__}.{name} is None: make ids when the object is constructed (id=new_id()), "
                 "so that they exist before the row is flushed"
             )
-    return payload_of(event)
+    payload = payload_of(event)
+    for consumer in consumers_of(type(event)):
+        if consumer.order is not None:
+            consumer.order.lane_of(payload)  # refused before anything is written
+    return payload
 
 
-def _check_delay(delay: timedelta | None) -> None:
+def _check_delay(delay: timedelta | None, event: type[Event]) -> None:
     if delay is not None and not timedelta() <= delay <= MAX_DELAY:
         raise PublishError(f"delay must be from 0 to {MAX_DELAY.days} days, not {delay}")
+    if delay and any(consumer.order for consumer in consumers_of(event)):
+        raise PublishError(
+            f"{event.event_type!r} has a consumer that runs in order, and all behind it would wait for the delay: "
+            "publish it without one"
+        )
 
 
 def _check_session(session: AsyncSession) -> None:

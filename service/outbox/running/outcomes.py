@@ -149,7 +149,7 @@ async def write(connection: Connection, claim: Claim, outcome: Unwritten, patien
             if not overdue:
                 return "unknown"
             reason = storable(said(error), _REASON_LENGTH)
-            died = await delivering.die(connection, claim, document, reason, states=("pending",))
+            died = await delivering.die(connection, claim, document, reason, states=("pending",), skip=_skips(claim))
             return "dead" if died else "lost"
 
 
@@ -168,10 +168,16 @@ async def _write_failure(connection: Connection, claim: Claim, failure: Failed |
     reason = storable(failure.reason, _REASON_LENGTH)
     spec = consumer_named(claim.consumer)
     told = None if spec is None or spec.on_dead is None else spec.on_dead.name
-    if number := await delivering.die(connection, claim, document, reason, tell=told):
+    if number := await delivering.die(connection, claim, document, reason, skip=_skips(claim), tell=told):
         _log.error("outbox.dead_lettered", dead_letter=number, reason=reason, **shown)
         return "dead"
     return log_lost(claim)
+
+
+def _skips(claim: Claim) -> bool:
+    """Whether its lane goes on without it. Where this code does not know the consumer, the lane stands."""
+    spec = consumer_named(claim.consumer)
+    return spec is not None and spec.order is not None and spec.order.skips
 
 
 def log_completed(claim: Claim) -> str:

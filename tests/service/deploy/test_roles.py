@@ -137,6 +137,28 @@ def test_nobody_but_the_tables_owner_erases(roles: Roles, environment: dict[str,
     assert psql(roles.relay, "SELECT resolution, resolved_role FROM dead_letter") == f"discarded|{migrator}"
 
 
+def test_lanes_take_no_other_rights(roles: Roles) -> None:
+    """Each role moves them on by whatever it writes: what waits comes due."""
+    columns = "event_id, event_type, version, consumer, queue, payload, headers, lane"
+    values = "gen_random_uuid(), gen_random_uuid(), 'a', 1, 'a', 'q', '{}', '{}', 'l'"
+    row = f"INSERT INTO outbox_message (id, {columns}, due_at) VALUES ({values}, outbox_parked())"
+    due = "SELECT count(*) FROM outbox_message WHERE state = 'pending' AND due_at < now()"
+    for role in (roles.app, roles.relay):
+        for _ in range(2):
+            psql(role, row)
+        assert _said(roles, due) == "1"
+        psql(role, "UPDATE outbox_message SET state = 'completed' WHERE due_at < now()")
+        assert _said(roles, due) == "1"
+        psql(role, "DELETE FROM outbox_message")
+    more = "attempts, dispatches, created_at, errors, reason, position, blocks"
+    dead = f"INSERT INTO dead_letter (message_id, {columns}, {more}) VALUES ({values}, 1, 1, now(), '[]', '', 1, true)"
+    psql(roles.app, dead)
+    psql(roles.app, row)
+    assert _said(roles, due) == "0"
+    psql(roles.relay, "UPDATE dead_letter SET resolution = 'discarded'")
+    assert _said(roles, due) == "1"
+
+
 async def test_the_relay_may_collect_every_part_of_its_metrics(roles: Roles, settings: Settings) -> None:
     parts = {"ledger", "counts", "broker"}
     async with watched(limited := _settings(settings, roles.relay)):

@@ -43,10 +43,11 @@ DOCS = ROOT / "docs"
 DELIVERY, DEVELOPING, RUNNING, DEPLOYS, BACKUPS, SETTINGS = (
     DOCS / f"{name}.md" for name in ("delivery", "developing", "running", "deploys", "backups", "settings")
 )
-FIRST_FEATURE, CONSUMERS, RECIPES, HANDLERS, CALLERS, CHANGING, LATER_VERSIONS, MOVING, EXISTING_SERVICE = (
+FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, CHANGING, LATER_VERSIONS, MOVING, EXISTING_SERVICE = (
     DOCS / f"{name}.md"
     for name in (
-        "first-feature", "consumers", "recipes", "handlers", "who-is-calling", "changing", "later-versions", "moving",
+        "first-feature", "consumers", "recipes", "in-order", "handlers", "who-is-calling", "changing", "later-versions",
+        "moving",
         "existing-service",
     )
 )  # fmt: skip
@@ -55,7 +56,8 @@ ALERTS = DOCS / "alerts.md"
 TRACES = DOCS / "traces.md"
 
 GUIDE = (
-    FIRST_FEATURE, CONSUMERS, RECIPES, HANDLERS, CALLERS, CHANGING, SETTINGS, LATER_VERSIONS, MOVING, EXISTING_SERVICE,
+    FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, CHANGING, SETTINGS, LATER_VERSIONS, MOVING,
+    EXISTING_SERVICE,
 )  # fmt: skip
 """What a developer reads, in the order in which its code goes together."""
 

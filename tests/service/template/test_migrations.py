@@ -32,7 +32,7 @@ SELECT ({TABLES}), (SELECT string_agg(version_num, ' ' ORDER BY version_num) FRO
 """
 CONSTRAINTS = """
 SELECT conrelid::regclass, conname FROM pg_constraint JOIN pg_class ON pg_class.oid = conrelid
-WHERE relnamespace = 'public'::regnamespace AND contype <> 'n'
+WHERE relnamespace = 'public'::regnamespace AND contype NOT IN ('n', 't')
 """
 RENAMED = """
 ALTER TABLE dead_letter RENAME CONSTRAINT ck_dead_letter_ck_dead_letter_resolved TO ck_dead_letter_resolved
