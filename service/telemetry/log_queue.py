@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import threading
+import time
 from multiprocessing.util import Finalize
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TextIO
@@ -35,6 +36,9 @@ _LONGEST = 16_384
 
 _PIECE = 2_048
 """Characters from which on a write is full: a pipe takes 4 KiB in one piece, with nothing of others in between."""
+
+_TOGETHER = 0.01
+"""Seconds after a write until the next: to be woken for every line would cost whoever logs more than the line does."""
 
 _PATIENCE = 1.0
 """Seconds that the end of a process waits for its last lines to be read."""
@@ -93,6 +97,8 @@ class QueuedHandler(logging.Handler):
                     self._tell_dropped()
             for each in flushes:
                 each.set()
+            if lines.empty():
+                time.sleep(_TOGETHER)
 
     def _tell_dropped(self) -> None:
         with self._counting():
