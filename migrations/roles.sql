@@ -79,7 +79,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         GRANT USAGE ON SEQUENCES TO :"app";
 
     REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, idempotency_key, outbox_minute,
-        outbox_process, outbox_erasure, alembic_version FROM :"app", :"relay";
+        outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position)
@@ -97,6 +97,10 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     -- Of those that are open: a trigger keeps the resolved ones as they are.
     GRANT SELECT, UPDATE (resolution, resolved_at, resolved_by, resolved_why) ON dead_letter TO :"relay";
     GRANT SELECT, INSERT, DELETE ON paused_queue TO :"relay";
+    -- Who asked for something, when and for what is written once. A trigger keeps what is finished, and lets only go
+    -- what never began.
+    GRANT SELECT, DELETE, INSERT (kind, about, asked_by, why, state, ids, total, rate, ended_at),
+        UPDATE (state, done, refused, refused_ids, rate, runner, seen_at, ended_at) ON outbox_operation TO :"relay";
     GRANT SELECT, DELETE ON outbox_minute TO :"relay";
     GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"relay";
     -- It purges stored responses without being able to read them; locking a row takes the right to update a column.

@@ -51,7 +51,7 @@ def erase(
     found = ask(lambda connection: _find(connection, values))
     if dry_run:
         return _report(found, as_json=as_json, done=False)
-    if not found.deliveries + found.dead_letters + found.responses:
+    if not _number(found):
         return _report(found, as_json=as_json, done=True)
     if not yes and not _confirmed(found):
         note("Nothing was done.")
@@ -80,7 +80,7 @@ def _confirmed(found: Erased) -> bool:
 
 def _report(counts: Erased, *, as_json: bool, done: bool, left: Erased | None = None) -> int:
     remaining = left or counts
-    still = remaining.open + (left.deliveries + left.dead_letters + left.responses if left else 0)
+    still = remaining.open + (_number(left) if left else 0)
     if as_json:
         print_json({"dry_run": not done} | asdict(counts) | {"open": remaining.open, "left": still})
     else:
@@ -90,5 +90,10 @@ def _report(counts: Erased, *, as_json: bool, done: bool, left: Erased | None = 
     return Exit.FAILED if done and still else Exit.OK
 
 
+def _number(counts: Erased) -> int:
+    return counts.deliveries + counts.dead_letters + counts.responses + counts.operations
+
+
 def _counted(counts: Erased) -> str:
-    return f"{counts.deliveries:,} deliveries, {counts.dead_letters:,} dead letters, {counts.responses:,} responses"
+    text = f"{counts.deliveries:,} deliveries, {counts.dead_letters:,} dead letters, {counts.responses:,} responses"
+    return text + (f", {counts.operations:,} operations" if counts.operations else "")

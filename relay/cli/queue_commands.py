@@ -81,10 +81,12 @@ def pause(
 
 
 @app.command()
-def resume(queue: _Queue = None, everything: _Everything = False, as_json: Json = False) -> int:
+def resume(
+    queue: _Queue = None, everything: _Everything = False, why: Why = None, by: By = None, as_json: Json = False
+) -> int:
     """Resume a queue. `--all` undoes `pause --all`; queues paused by name stay paused."""
     name = _name(queue, everything)
-    changed, left = ask(lambda connection: _end_pause(connection, name))
+    changed, left = ask(lambda connection: _end_pause(connection, name, by or whoami(), why))
     if as_json:
         print_json({"queue": name, "paused": name in left or EVERY_QUEUE in left, "changed": changed})
     elif changed:
@@ -98,9 +100,9 @@ def resume(queue: _Queue = None, everything: _Everything = False, as_json: Json 
     return Exit.OK
 
 
-async def _end_pause(connection: Connection, name: str) -> tuple[bool, list[str]]:
+async def _end_pause(connection: Connection, name: str, by: str, why: str | None) -> tuple[bool, list[str]]:
     """Whether it was paused, and what still is."""
-    changed = await pausing.resume(connection, name)
+    changed = await pausing.resume(connection, name, by=by, why=why)
     return changed, [each.queue for each in await pausing.paused_queues(connection)]
 
 

@@ -6,7 +6,7 @@ A worker decides what dies: `outbox/running/runner.py`. A dead letter here is a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -25,6 +25,7 @@ _WHERE = {
     "open": "WHERE resolution IS NULL",
     "replayed": "WHERE resolution = 'replayed'",
     "discarded": "WHERE resolution = 'discarded'",
+    "edited": "WHERE resolution = 'edited'",
     "any": "WHERE true",
 }
 STATES = tuple(_WHERE)
@@ -40,7 +41,7 @@ _FILTER = """
         SELECT FROM jsonb_array_elements(errors) AS error
         WHERE strpos(lower(concat_ws(': ', error ->> 'type', error ->> 'message')), lower($6)) > 0))
 """
-_IDS = "SELECT id FROM dead_letter {where} {filter} ORDER BY id"
+_IDS = "SELECT id FROM dead_letter {where} {filter} ORDER BY id LIMIT $7"
 _LATEST = "SELECT id FROM dead_letter {where} {filter} ORDER BY died_at DESC, id DESC LIMIT $7"
 _ROWS = """
 SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE id = ANY($1) ORDER BY died_at DESC, id DESC
@@ -71,6 +72,11 @@ class LetterFilter:
     error: str | None = None
     state: str = "open"
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What narrows it, by name: for the record of what was done with it."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "state"}
+
 
 async def find(connection: Connection, wanted: LetterFilter, limit: int) -> tuple[int, list[int]]:
     """How many dead letters there are, and the ids of the latest `limit` of them."""
@@ -90,9 +96,9 @@ async def load(connection: Connection, ids: Sequence[int]) -> AsyncIterator[dict
             yield dict(row)
 
 
-async def find_ids(connection: Connection, wanted: LetterFilter) -> list[int]:
-    """The ids of all of them, oldest first."""
-    rows = await connection.fetch(_sql(_IDS, wanted), *_arguments(wanted))
+async def find_ids(connection: Connection, wanted: LetterFilter, limit: int) -> list[int]:
+    """The ids of the oldest `limit` of them, oldest first."""
+    rows = await connection.fetch(_sql(_IDS, wanted), *_arguments(wanted), limit)
     return [row["id"] for row in rows]
 
 

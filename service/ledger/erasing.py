@@ -1,8 +1,8 @@
 """Erasing what is stored of somebody, who is known by values: an id, an e-mail address.
 
 The rows stay, with their ids, times and states, so that every story can still be told; what they say goes. A value is
-found in a payload where it is all of a string or a number there, at any depth, and in an error, a reason or a stored
-response wherever it stands. Upper and lower case are one, in a response those of ASCII.
+found in a payload where it is all of a string or a number there, at any depth, and in an error, a reason, the filter of
+an operation or a stored response wherever it stands. Upper and lower case are one, in a response those of ASCII.
 
 What must stay true: a delivery that is open is left alone, since its consumer could not run without its payload; a dead
 letter that is open is closed, since a replay of it could not either. All tables are walked along their keys, a page and
@@ -45,7 +45,7 @@ _IN_PAYLOAD = """
 EXISTS (SELECT FROM jsonb_path_query(payload, '$.**') AS part
         WHERE jsonb_typeof(part) IN ('string', 'number') AND lower(part #>> '{}') = ANY ($1))
 """
-_IN_TEXT = "EXISTS (SELECT FROM unnest($1::text[]) AS value WHERE strpos(lower({text}), value) > 0)"
+_IN_TEXT = "EXISTS (SELECT FROM unnest($1::text[]) AS sought WHERE strpos(lower({text}), sought) > 0)"
 # $7: the values as they were given, since bytes have no case but that of ASCII.
 _IN_BYTES = """
 EXISTS (SELECT FROM unnest($7::text[]) AS value
@@ -94,6 +94,20 @@ WITH page AS MATERIALIZED (
 SELECT (SELECT id FROM page ORDER BY id DESC LIMIT 1) AS last, (SELECT count(*) FROM erased) AS erased,
        (SELECT count(*) FROM page WHERE found) AS found
 """  # noqa: S608
+_OPERATIONS = f"""
+WITH page AS MATERIALIZED (
+    SELECT id, {_IN_TEXT.format(text="concat_ws(' ', about::text, why)")} AS found
+    FROM outbox_operation WHERE id > $2 ORDER BY id LIMIT $3
+), erased AS (
+    UPDATE outbox_operation SET why = {_REPLACED.format(text="why")}, about = (
+        SELECT coalesce(jsonb_object_agg(key, CASE WHEN {_IN_TEXT.format(text="value::text")}
+                                              THEN to_jsonb('erased'::text) ELSE value END), '{{}}')
+        FROM jsonb_each(about) AS part (key, value))
+    FROM page WHERE outbox_operation.id = page.id AND page.found AND $4 RETURNING 1
+)
+SELECT (SELECT id FROM page ORDER BY id DESC LIMIT 1) AS last, (SELECT count(*) FROM erased) AS erased,
+       (SELECT count(*) FROM page WHERE found) AS found
+"""  # noqa: S608
 _RESPONSES = f"""
 WITH page AS MATERIALIZED (
     SELECT scope, key, body <> $5 AND ({_IN_BYTES}
@@ -118,6 +132,7 @@ class Erased:
     deliveries: int = 0
     dead_letters: int = 0
     responses: int = 0
+    operations: int = 0
     open: int = 0
 
 
@@ -156,6 +171,7 @@ async def _each(connection: Connection, given: Sequence[str], record: int | None
     walks = [
         _Walk("deliveries", _MESSAGES, UUID(int=0)),
         _Walk("dead_letters", _DEAD_LETTERS, 0, (by, why)),
+        _Walk("operations", _OPERATIONS, 0),
     ]
     if await connection.fetchval("SELECT to_regclass('idempotency_key')") is not None:
         walks.append(_Walk("responses", _RESPONSES, ["", ""], (_GONE, _GONE_HEADERS, values)))

@@ -1,10 +1,14 @@
-"""Pausing queues: a row in `paused_queue`, which every relay honours within a second."""
+"""Pausing queues: a row in `paused_queue`, which every relay honours within a second.
+
+Each change is recorded in the same transaction (`operations.py`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.ledger import operations
 from service.text import storable
 
 if TYPE_CHECKING:
@@ -39,12 +43,20 @@ class Pause:
 async def pause(connection: Connection, queue: str, *, by: str, why: str | None) -> bool:
     """Pause a queue; whether it was not paused before."""
     words = storable(by), None if why is None else storable(why)
-    return await connection.fetchrow(_PAUSE, queue, *words) is not None
+    async with connection.transaction():
+        changed = await connection.fetchrow(_PAUSE, queue, *words) is not None
+        if changed:
+            await operations.record(connection, "pause", {"queue": queue}, by=by, why=why)
+    return changed
 
 
-async def resume(connection: Connection, queue: str) -> bool:
+async def resume(connection: Connection, queue: str, *, by: str, why: str | None) -> bool:
     """Undo a pause under this very name; whether there was one."""
-    return await connection.fetchrow(_RESUME, queue) is not None
+    async with connection.transaction():
+        changed = await connection.fetchrow(_RESUME, queue) is not None
+        if changed:
+            await operations.record(connection, "resume", {"queue": queue}, by=by, why=why)
+    return changed
 
 
 async def paused_queues(connection: Connection) -> list[Pause]:

@@ -5,27 +5,36 @@ back, under its old id and with a fresh budget, in the statement that marks the 
 only open dead letters: of two replays at once one wins, and one that is interrupted loses nothing. The dead letter
 stays as the record of who did it, when and why. One that blocks its lane goes back to its old place there, any other
 to the end; the lanes are locked all at once.
+
+However many there are, they are an operation (`operations.py`): each step resolves a batch of its dead letters and
+counts them in one transaction, so an operation that died with its process says what was done, and goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from service.text import storable
+from service.ledger import operations
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
     from service.database.driver import Connection
 
+T = TypeVar("T")
+
 Action = Literal["replay", "discard"]
 
 BATCH = 200
 """Dead letters resolved in one transaction."""
+
+REST = 2.0
+"""Seconds between two looks of an operation that waits for its rate: it shows that it is there, or was stopped."""
 
 # Rows are locked in one order, so that two commands at once wait for each other instead of deadlocking; who waited
 # sees the other's resolution and takes what is left. The insert's trigger wakes a sleeping relay.
@@ -68,11 +77,14 @@ SELECT id, message_id, event_id, resolution, resolved_by, resolved_at FROM dead_
 
 @dataclass(slots=True)
 class Headway:
-    """How far a command came."""
+    """How far an operation came, in the hands of one process."""
 
+    operation: int
     done: list[int] = field(default_factory=list)
     refused: list[int] = field(default_factory=list)
     interrupted: bool = False
+    stopped: bool = False
+    """By somebody else, or another process has taken it."""
 
 
 async def resolve(
@@ -82,45 +94,113 @@ async def resolve(
     *,
     by: str,
     why: str | None,
+    about: Mapping[str, Any] = MappingProxyType({}),
     rate: float | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Headway:
-    """Replay or discard, in short transactions. Cancelled, it finishes the one it is in and says how far it came.
+    """Replay or discard them: an operation that is planned, and carried out at once.
 
     Args:
         connection: Outside a transaction.
         action: What to do with them.
-        ids: Which ones; those that are not open any more are left alone.
+        ids: Which ones, `operations.MOST` at most; those that are not open any more are left alone.
         by: Who does it, for the record.
         why: And why.
+        about: The filter that found them.
         rate: How many per second at most.
-        progress: Called with the number dealt with so far.
+        progress: As for `carry_out`.
     """
-    headway = Headway()
-    size = BATCH if rate is None else max(1, min(BATCH, int(rate / 4)))
-    by, why = storable(by), None if why is None else storable(why)
+    number = await operations.plan(connection, action, ids, about=about, by=by, why=why, rate=rate)
+    runner = await operations.take(connection, number, by=by)
+    assert runner is not None
+    return await carry_out(connection, number, runner, progress=progress)
+
+
+async def carry_out(
+    connection: Connection, number: int, runner: UUID, *, progress: Callable[[int], None] = lambda _: None
+) -> Headway:
+    """Go on with an operation, in short transactions, until all of it is done or somebody stops it.
+
+    Cancelled, it finishes the transaction it is in, leaves the operation stopped, and says how far it came.
+
+    Args:
+        connection: Outside a transaction.
+        number: Of the operation.
+        runner: What `operations.take` gave for it.
+        progress: Called with the number dealt with so far, by whomever.
+    """
+    headway = Headway(number)
     clock = asyncio.get_running_loop().time
-    started = clock()
-    for begin in range(0, len(ids), size):
-        batch = list(ids[begin : begin + size])
-        statement = asyncio.ensure_future(connection.fetch(_REPLAY if action == "replay" else _DISCARD, batch, by, why))
-        try:
-            rows = await asyncio.shield(statement)
-        except asyncio.CancelledError:
-            rows = await statement
-            headway.interrupted = True
-        done = {row["id"] for row in rows}
-        headway.done += sorted(done)
-        headway.refused += [each for each in batch if each not in done]
-        progress(begin + len(batch))
-        if rate is not None and begin + len(batch) < len(ids) and not headway.interrupted:
-            try:
-                await asyncio.sleep(started + (begin + len(batch)) / rate - clock())
-            except asyncio.CancelledError:
-                headway.interrupted = True
+    started, dealt = clock(), 0
+    while True:
+        step, headway.interrupted = await _to_its_end(_step(connection, number, runner))
+        if step is None:
+            headway.stopped = not headway.interrupted
+            break
+        headway.done += step.done
+        headway.refused += step.refused
+        progress(step.dealt)
+        dealt += len(step.done) + len(step.refused)
+        if step.dealt >= step.total:
+            headway.interrupted = False
+            break
+        if step.rate is not None and not headway.interrupted:
+            rest = _rest(connection, number, runner, started + dealt / step.rate)
+            headway.interrupted = await _is_cancelled(rest)
         if headway.interrupted:
+            await operations.halt(connection, number, runner)
             break
     return headway
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What became of a batch; `dealt` of `total` are behind it."""
+
+    done: Sequence[int]
+    refused: Sequence[int]
+    dealt: int
+    total: int
+    rate: float | None
+
+
+async def _step(connection: Connection, number: int, runner: UUID) -> _Step | None:
+    async with connection.transaction():
+        portion = await operations.next_portion(connection, number, runner, BATCH)
+        if portion is None:
+            return None
+        statement = _REPLAY if portion.kind == "replay" else _DISCARD
+        done = {row["id"] for row in await connection.fetch(statement, portion.ids, portion.by, portion.why)}
+        refused = [each for each in portion.ids if each not in done]
+        await operations.count(connection, number, runner, len(done), refused)
+    return _Step(sorted(done), refused, portion.dealt + len(portion.ids), portion.total, portion.rate)
+
+
+async def _rest(connection: Connection, number: int, runner: UUID, until: float) -> None:
+    """Wait until then, by the loop's clock, and show meanwhile that somebody does."""
+    clock = asyncio.get_running_loop().time
+    while (left := until - clock()) > REST:
+        await asyncio.sleep(REST)
+        if not await operations.touch(connection, number, runner):
+            return
+    await asyncio.sleep(left)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> tuple[T, bool]:
+    """What it returns, and whether somebody wanted to cancel it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task), False
+    except asyncio.CancelledError:
+        return await task, True
+
+
+async def _is_cancelled(wait: Coroutine[Any, Any, None]) -> bool:
+    try:
+        await wait
+    except asyncio.CancelledError:
+        return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@
                      └────────────────── complete ────────────────────────┘
 
     pending, running ── die ─► dead_letter ── replay ─► pending (same id, a fresh budget)
+                                          ├── edit ──► closed; pending, under an id of its own
                                           └── discard ─► closed
 
     publish     `publishing.insert_deliveries` and `as_objects`
@@ -21,7 +22,8 @@
     put back    `delivering.fail`, `release`, `forgive` and `postpone`
     complete    `delivering.complete_in_transaction` and `complete`
     die         `delivering.die`; of what is pending only right after `postpone`
-    replay      `replaying.resolve`, as is discard; `erasing.erase` discards too
+    replay      `replaying.carry_out`, as is discard; `erasing.erase` discards too
+    edit        `editing.edit`
     purge       `purging.purge_step_by_step`
 
 `due_at` says when the relay must act on a row next, in every state but `completed`; so the relay's whole job is to
@@ -124,7 +126,7 @@ class DeadLetter(Base):
     blocks: Mapped[bool] = mapped_column(server_default=false())
 
     __table_args__ = (
-        CheckConstraint("resolution IN ('replayed', 'discarded')", name="resolution"),
+        CheckConstraint("resolution IN ('replayed', 'discarded', 'edited')", name="resolution"),
         CheckConstraint("(resolution IS NULL) = (resolved_at IS NULL)", name="resolved"),
         Index("ix_dead_letter_message_id", "message_id"),
         Index("ix_dead_letter_open", "died_at", "id", postgresql_where=text("resolution IS NULL")),
@@ -205,3 +207,30 @@ class OutboxErasure(Base):
     deliveries: Mapped[int] = mapped_column(BigInteger, server_default="0")
     dead_letters: Mapped[int] = mapped_column(BigInteger, server_default="0")
     responses: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    operations: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class OutboxOperation(Base):
+    """Something that a person did to the ledger, or does. It never holds a payload. See `operations.py`."""
+
+    __tablename__ = "outbox_operation"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    kind: Mapped[str] = mapped_column(Text)
+    about: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=text("'{}'"))
+    asked_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    asked_by: Mapped[str] = mapped_column(Text)
+    asked_role: Mapped[str] = mapped_column(Text, server_default=text("session_user"))
+    why: Mapped[str | None] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(Text, server_default="finished")
+    ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger), server_default="{}")  # of dead letters
+    total: Mapped[int] = mapped_column(Integer, server_default="0")
+    done: Mapped[int] = mapped_column(Integer, server_default="0")
+    refused: Mapped[int] = mapped_column(Integer, server_default="0")
+    refused_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger), server_default="{}")  # the first of them
+    rate: Mapped[float | None] = mapped_column(Double)
+    runner: Mapped[UUID | None]
+    seen_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+    __table_args__ = (CheckConstraint("state IN ('planned', 'running', 'stopped', 'finished')", name="state"),)

@@ -89,7 +89,7 @@ def test_it_erases_all_of_one_and_nothing_of_another(outbox: Outbox, stored: Row
     assert stored.sql(record) == "dpo|postgres|request 17|2|2|1"
     again = outbox("erase", "ann@example.com", *_WHY, "--yes", "--json")
     assert again.json == {
-        "dry_run": False, "deliveries": 0, "dead_letters": 0, "responses": 0, "open": 0, "left": 0
+        "dry_run": False, "deliveries": 0, "dead_letters": 0, "responses": 0, "operations": 0, "open": 0, "left": 0
     }  # fmt: skip
 
 
@@ -120,6 +120,17 @@ def test_what_is_open_is_left_alone_and_said(outbox: Outbox, rows: Rows) -> None
     rows.sql("UPDATE outbox_message SET state = 'completed', completed_at = now()")
     assert outbox("erase", customer, *_WHY, "--yes").code == 0
     assert _traces(rows, customer) == "0"
+
+
+def test_what_was_done_stays_without_the_value(outbox: Outbox, rows: Rows) -> None:
+    rows.dead_letter(1, errors="'[]'", reason=f"'no mailbox {_WHO}'")
+    which = ("--error", f"mailbox {_WHO}", "--queue", "email")
+    outbox("dead-letters", "discard", *which, "--by", "eve", "--why", f"{_WHO} left")
+    ran = outbox("erase", _WHO, *_WHY, "--yes")
+    assert (ran.code, ran.out) == (0, "Erased: 0 deliveries, 1 dead letters, 0 responses, 1 operations.\n")
+    record = "SELECT kind, asked_by, why, about ->> 'queue', about ->> 'error', done FROM outbox_operation"
+    assert rows.sql(record) == "discard|eve|erased|email|erased|1"
+    assert rows.sql("SELECT operations FROM outbox_erasure") == "1"
 
 
 def test_a_value_is_all_of_a_string_in_a_payload(outbox: Outbox, rows: Rows) -> None:

@@ -12,9 +12,17 @@ import pytest
 
 import relay
 import service
-from service.ledger.tables import AcceptedEvent, DeadLetter, OutboxMessage, OutboxMinute, OutboxProcess, PausedQueue
+from service.ledger.tables import (
+    AcceptedEvent,
+    DeadLetter,
+    OutboxMessage,
+    OutboxMinute,
+    OutboxOperation,
+    OutboxProcess,
+    PausedQueue,
+)
 
-_LEDGER = (AcceptedEvent, DeadLetter, OutboxMessage, OutboxMinute, OutboxProcess, PausedQueue)
+_LEDGER = (AcceptedEvent, DeadLetter, OutboxMessage, OutboxMinute, OutboxOperation, OutboxProcess, PausedQueue)
 _TABLES = "|".join(each.__tablename__ for each in _LEDGER)
 _STATEMENT = re.compile(
     rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|USING|ONLY)\s+({_TABLES})\b|'({_TABLES})'::regclass", re.IGNORECASE

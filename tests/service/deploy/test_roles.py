@@ -116,6 +116,8 @@ def _operate(environment: Mapping[str, str], roles: Roles) -> None:
     _outbox(environment, roles, "queues", "resume", "--all")
     _outbox(environment, roles, "dead-letters", "discard", "1", "--why", "a test")
     _outbox(environment, roles, "dead-letters", "replay", "2", "3", "4", "--yes", "--why", "a test")
+    assert "a test" in _outbox(environment, roles, "audit")
+    assert "finished" in _outbox(environment, roles, "operations", "list")
     psql(roles.migrator, "UPDATE idempotency_key SET created_at = created_at - interval '1 year'")
     purged = _outbox(environment, roles, "purge", "--older-than", "0s")
     assert purged.split() == ["Removed", "2", "completed", "deliveries", "and", "3", "HTTP", "idempotency", "keys."]
@@ -182,6 +184,7 @@ REFUSED = [
     ("app", "UPDATE outbox_process SET kind = 'relay'"),
     ("app", "UPDATE alembic_version SET version_num = ''"),
     ("app", "SELECT FROM outbox_erasure"),
+    ("app", "SELECT FROM outbox_operation"),
     ("relay", "CREATE TABLE mine ()"),
     ("relay", "SELECT FROM effect"),
     ("relay", "SELECT body FROM idempotency_key"),
@@ -196,6 +199,11 @@ REFUSED = [
     ("relay", "UPDATE outbox_minute SET count = 0"),
     ("relay", "INSERT INTO outbox_erasure (erased_by, why) VALUES ('', '')"),
     ("relay", "DELETE FROM outbox_erasure"),
+    ("relay", "INSERT INTO outbox_operation (kind, asked_by, asked_role) VALUES ('pause', 'ann', 'bob')"),
+    ("relay", "INSERT INTO outbox_operation (kind, asked_by, asked_at) VALUES ('pause', 'ann', now())"),
+    ("relay", "UPDATE outbox_operation SET asked_by = 'bob'"),
+    ("relay", "UPDATE outbox_operation SET why = 'so'"),
+    ("relay", "UPDATE outbox_operation SET ids = '{}'"),
 ]
 
 
@@ -234,6 +242,25 @@ def test_a_resolved_dead_letter_stays_as_it_is(roles: Roles) -> None:
     assert psql(roles.relay, record) == f"ann|{relay}|t"
     psql(roles.migrator, "DELETE FROM dead_letter")
     psql(roles.migrator, _RESOLVED)
+
+
+def test_what_somebody_did_stays_on_record(roles: Roles) -> None:
+    act = "INSERT INTO outbox_operation (kind, asked_by, state) VALUES ('replay', 'ann', '{}')"
+    for state in ("planned", "running", "stopped", "finished"):
+        psql(roles.relay, act.format(state))
+    for statement in (
+        "UPDATE outbox_operation SET done = 7 WHERE state = 'finished'",
+        "UPDATE outbox_operation SET state = 'planned' WHERE state = 'finished'",
+        *(f"DELETE FROM outbox_operation WHERE state = '{each}'" for each in ("running", "stopped", "finished")),
+    ):
+        with pytest.raises(ServerError, match="permission denied"):
+            psql(roles.relay, statement)
+            pytest.fail(f"the relay may {statement}")
+    psql(roles.relay, "UPDATE outbox_operation SET done = 7 WHERE state = 'stopped'")
+    psql(roles.relay, "DELETE FROM outbox_operation WHERE state = 'planned'")
+    assert psql(roles.relay, "SELECT DISTINCT asked_role FROM outbox_operation") == psql(
+        roles.relay, "SELECT session_user"
+    )
 
 
 def test_nobody_may_anything_until_the_second_run(empty_database: Roles) -> None:
