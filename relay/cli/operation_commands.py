@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from service.ledger.operations import Operation
     from service.ledger.replaying import Headway, Refusal
 
-app = typer.Typer(
-    help="See replays and discards of many, go on with them or stop them.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="See, stop and resume replays and discards.", no_args_is_help=True, rich_markup_mode=None)
 
 _Number = Annotated[int, typer.Argument(metavar="ID", min=1, help="Its number.")]
 _Limit = Annotated[int, typer.Option(min=1, max=10_000, help="At most this many, the latest first.")]
@@ -57,7 +55,7 @@ async def _show(connection: Connection, number: int) -> tuple[Operation, dict[in
 
 async def _existing(connection: Connection, number: int) -> Operation:
     operation = await operations.load(connection, number)
-    if operation is None or not operation.total:
+    if operation is None:
         raise CommandError(f"there is no operation {number}: see `outbox operations list`", Exit.NOT_FOUND)
     return operation
 

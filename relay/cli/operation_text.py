@@ -29,11 +29,6 @@ def counted(number: int) -> str:
     return f"{number:,} dead letter{'' if number == 1 else 's'}"
 
 
-def _counted_all(counts: Mapping[str, int]) -> str:
-    """What there is of each, without what there is none of."""
-    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()) if number)
-
-
 def progress(action: str, total: int) -> Callable[[int], None]:
     """Reports on stderr: in place on a terminal, a line a second elsewhere; nothing for what is over at once."""
     began = last = time.monotonic()
@@ -125,14 +120,15 @@ def summary(operations: Sequence[Operation]) -> str:
 
 def description(operation: Operation, refused: Mapping[int, Refusal]) -> Iterator[str]:
     """Everything that is known of one, and what can be done about it."""
-    yield plain(f"Operation {operation.id}: {_what(operation)}, {operation.state}")
+    what = f"{_counted(operation)}, {operation.state}" if operation.total else _at_once(operation)
+    yield plain(f"Operation {operation.id}: {what}")
     yield ""
     fields = {
         "asked for": f"{timestamp(operation.asked_at)} by {operation.asked_by} (database role {operation.asked_role})",
         "why": operation.why or "-",
-        "of": narrowed(operation.about) or "-",
+        **({"of": narrowed(operation.about)} if operation.total and operation.about else {}),
         **({"rate": f"{operation.rate:g} per second at most"} if operation.rate else {}),
-        **({"ended": timestamp(operation.ended_at)} if operation.ended_at else {}),
+        **({"ended": timestamp(operation.ended_at)} if operation.total and operation.ended_at else {}),
     }
     for name, value in fields.items():
         yield f"  {name:9}  {plain(value)}"
@@ -158,22 +154,25 @@ def audit_table(acts: Sequence[Act]) -> str:
 
 def did(act: Act) -> str:
     """What somebody did, in a few words."""
-    about = dict(act.about)
-    match act.kind:
-        case "erase":
-            return "erased " + (_counted_all(about) or "nothing")
-        case "pause" | "resume" if "queue" in about:
-            queue = about["queue"]
-            return f"{PAST[act.kind]} " + ("all queues" if queue == EVERY_QUEUE else f"queue {queue}")
-        case _ if act.total:
-            of = narrowed(about)
-            return f"{_what(act)} (operation {act.operation}, {act.state})" + (f": {of}" if of else "")
-    return f"{PAST.get(act.kind, act.kind)} {narrowed(about)}"
+    if not act.total:
+        return _at_once(act)
+    of = narrowed(act.about)
+    return f"{_counted(act)} (operation {act.operation}, {act.state})" + (f": {of}" if of else "")
 
 
-def _what(act: Act | Operation) -> str:
+def _counted(act: Act | Operation) -> str:
     done = f"{act.done:,} of {counted(act.total)}" if act.done < act.total else counted(act.total)
     return f"{PAST.get(act.kind, act.kind)} {done}"
+
+
+def _at_once(act: Act | Operation) -> str:
+    past = PAST.get(act.kind, act.kind)
+    if act.kind == "erase":
+        counts = [f"{number:,} {name.replace('_', ' ')}" for name, number in sorted(act.about.items()) if number]
+        return f"{past} {', '.join(counts) or 'nothing'}"
+    if act.about.get("queue") == EVERY_QUEUE:
+        return f"{past} all queues"
+    return f"{past} {narrowed(act.about)}"
 
 
 def narrowed(about: Mapping[str, Any]) -> str:

@@ -204,6 +204,7 @@ def test_the_audit_says_who_did_what_and_why(outbox: Outbox, rows: Rows) -> None
     assert [each["kind"] for each in outbox("audit", "--by", "AN", "--json").json["acts"]] == ["pause"]
     assert [each["by"] for each in outbox("audit", "--kind", "erase", "--json").json["acts"]] == ["eve"]
     assert outbox("audit", "--until", "1h").out == "Nobody did anything.\n"
+    assert "Operation 1: paused queue email\n" in outbox("operations", "show", "1").out
     ran = outbox("audit", "--limit", "1")
     assert (len(ran.out.splitlines()), "The latest 1" in ran.err) == (2, True)
     assert max(map(len, outbox("audit").out.splitlines())) <= 80
