@@ -77,7 +77,7 @@ SELECT id, message_id, event_id, resolution, resolved_by, resolved_at FROM dead_
 
 @dataclass(slots=True)
 class Headway:
-    """How far an operation came, in the hands of one process."""
+    """How far an operation came, in the hands of one process; it has the number 0 where there was nothing to do."""
 
     operation: int
     done: list[int] = field(default_factory=list)
@@ -110,6 +110,8 @@ async def resolve(
         rate: How many per second at most.
         progress: As for `carry_out`.
     """
+    if not ids:
+        return Headway(0)
     number = await operations.plan(connection, action, ids, about=about, by=by, why=why, rate=rate)
     runner = await operations.take(connection, number, by=by)
     assert runner is not None
