@@ -1,7 +1,7 @@
 """Create the table of what people did to the ledger, and let a dead letter be edited.
 
 Revision: ledger_operations
-Revises: ledger_erasures
+Revises: ledger_lanes
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from alembic import op
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 revision = "ledger_operations"
-down_revision = "ledger_erasures"
+down_revision = "ledger_lanes"
 branch_labels = None
 depends_on = None
 

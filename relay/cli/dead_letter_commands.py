@@ -1,4 +1,4 @@
-"""`outbox dead-letters list | show | replay | discard`."""
+"""`outbox dead-letters list | show | replay | discard | edit`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from relay.cli.command import By, CommandError, Json, Why, ask, connect, parse_span, whoami
 from relay.cli.dead_letter_text import cells, description, summary
+from relay.cli.edit_command import edit
 from relay.cli.output import line, note, print_json, print_json_list
 from relay.cli.resolution import Order, carry_out, look_up
 from service.ledger import dead_letters
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from service.ledger.replaying import Action
 
 app = typer.Typer(
-    help="See, replay or discard what failed.",
+    help="See, replay, edit or discard what failed.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -45,7 +46,7 @@ def list_(
     since: _Since = None,
     until: _Until = None,
     error: _Error = None,
-    state: Annotated[str, typer.Option(help="open, replayed, discarded or any.")] = "open",
+    state: Annotated[str, typer.Option(help="open, replayed, discarded, edited or any.")] = "open",
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most this many, the latest first.")] = 50,
     as_json: Json = False,
 ) -> None:
@@ -129,3 +130,4 @@ _resolving(
     Takes ids or filters. The dead letter stays as the record of who discarded it, when and why.
     """,
 )
+app.command()(edit)

@@ -107,6 +107,7 @@ _STEPS = {
     "died": "It became dead letter {step.number}: {step.why}.",
     "replayed": "{step.by} replayed it{because}.",
     "discarded": "{step.by} discarded it{because}.",
+    "edited": "{step.by} replayed it with another payload, as a delivery of its own{because}.",
 }
 
 _NEXT = {
@@ -117,6 +118,7 @@ _NEXT = {
     "completed": "Nothing. The delivery is kept until {next.kept_until:%Y-%m-%d %H:%M}Z.",
     "dead": "Nothing, until a person decides: `outbox dead-letters replay {next.number}`, or `discard`.",
     "discarded": "Nothing. It was discarded, its effect did not happen.",
+    "edited": "Nothing. What was corrected goes its own way.",
     "purged": "Nothing. It was replayed and completed, and has been purged since.",
 }
 

@@ -53,13 +53,13 @@ def progress(action: str, total: int) -> Callable[[int], None]:
 
 def report(action: str, headway: Headway, refused: Mapping[int, Refusal], *, as_json: bool) -> None:
     """How it went, in the hands of this command."""
-    reasons = {number: _reason(number, refusal) for number, refusal in refused.items()}
+    reasons = {number: reason(number, refusal) for number, refusal in refused.items()}
     if as_json:
         print_json({"action": action, "dry_run": False, "operation": headway.operation or None, "done": headway.done,
                     "refused": reasons, "interrupted": headway.interrupted or headway.stopped})  # fmt: skip
         return
-    for reason in list(reasons.values())[:_SHOWN]:
-        note(plain(reason))
+    for text in list(reasons.values())[:_SHOWN]:
+        note(plain(text))
     if len(refused) > _SHOWN:
         note(f"and {len(refused) - _SHOWN:,} more were left alone")
     if headway.interrupted or headway.stopped:
@@ -70,7 +70,8 @@ def report(action: str, headway: Headway, refused: Mapping[int, Refusal], *, as_
     line(f"{PAST[action].capitalize()} {which}." if headway.operation else "No open dead letter matches.")
 
 
-def _reason(number: int, refusal: Refusal) -> str:
+def reason(number: int, refusal: Refusal) -> str:
+    """Why it was left alone."""
     match refusal:
         case Resolved():
             return f"dead letter {number} was {refusal.resolution} by {refusal.by} at {timestamp(refusal.at)}"
@@ -135,7 +136,7 @@ def description(operation: Operation, refused: Mapping[int, Refusal]) -> Iterato
     if refused:
         yield ""
         yield f"{operation.refused:,} were left alone" + (", the first of them:" if operation.refused > 1 else ":")
-        yield from (f"  {plain(_reason(number, refusal))}" for number, refusal in list(refused.items())[:_SHOWN])
+        yield from (f"  {plain(reason(number, refusal))}" for number, refusal in list(refused.items())[:_SHOWN])
     if operation.can_resume:
         yield ""
         yield "To go on with it:"
@@ -170,6 +171,8 @@ def _at_once(act: Act | Operation) -> str:
     if act.kind == "erase":
         counts = [f"{number:,} {name.replace('_', ' ')}" for name, number in sorted(act.about.items()) if number]
         return f"{past} {', '.join(counts) or 'nothing'}"
+    if act.kind == "edit":
+        return f"{past} dead letter {act.about['dead_letter']}: {', '.join(act.about['fields'])}"
     if act.about.get("queue") == EVERY_QUEUE:
         return f"{past} all queues"
     return f"{past} {narrowed(act.about)}"
@@ -177,7 +180,4 @@ def _at_once(act: Act | Operation) -> str:
 
 def narrowed(about: Mapping[str, Any]) -> str:
     """A filter, or whatever else it was about: `consumer orders.send_confirmation, error 451`."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {', '.join(value) if isinstance(value, list) else value}"
-        for name, value in about.items()
-    )
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())

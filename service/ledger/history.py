@@ -34,12 +34,12 @@ class Step:
 
     Attributes:
         number: Which hand-over or attempt it was (from 1), or which dead letter.
-        by: Who replayed or discarded it.
-        why: What an attempt failed with, why it died, or why it was replayed or discarded.
+        by: Who replayed, discarded or edited it.
+        why: What an attempt failed with, why it died, or why somebody did that.
     """
 
     at: datetime
-    kind: Literal["published", "handed_over", "begun", "failed", "completed", "died", "replayed", "discarded"]
+    kind: Literal["published", "handed_over", "begun", "failed", "completed", "died", "replayed", "discarded", "edited"]
     number: int = 0
     by: str | None = None
     why: str | None = None
@@ -51,14 +51,15 @@ class Next:
 
     Attributes:
         kind: It is `delayed`; it waits to be handed over (`due`) or in the broker (`dispatched`), or it is `running`;
-            it was `completed`, `discarded`, or replayed, completed and `purged`; or it is `dead`.
+            it was `completed`, `discarded`, `edited` (what was corrected is another delivery), or replayed, completed
+            and `purged`; or it is `dead`.
         number: The attempt that is running or comes next, or the dead letter.
         wait: Until it is due, is handed over again, or its lease ends; negative when that is past.
         kept_until: When what is completed may be purged.
         pause: What keeps it from being handed over.
     """
 
-    kind: Literal["delayed", "due", "dispatched", "running", "completed", "dead", "discarded", "purged"]
+    kind: Literal["delayed", "due", "dispatched", "running", "completed", "dead", "discarded", "edited", "purged"]
     number: int = 0
     wait: timedelta = timedelta()
     kept_until: datetime | None = None
@@ -184,6 +185,6 @@ def _after_death(letter: dict[str, Any]) -> Next:
     match letter["resolution"]:
         case None:
             return Next("dead", letter["id"])
-        case "discarded":
-            return Next("discarded")
+        case "discarded" | "edited" as ended:
+            return Next(ended)
     return Next("purged")

@@ -31,6 +31,12 @@ def payload_of(event: Event) -> dict[str, Any]:
         PublishError: when they are too large, or when a consumer would not be handed an equal event.
     """
     name = type(event).__name__
+    for field, value in event.__dict__.items():
+        if value is None and (field == "id" or field.endswith("_id")):
+            raise PublishError(
+                f"{name}.{field} is None: make ids when the object is constructed (id=new_id()), so that they exist "
+                "before the row is flushed"
+            )
     try:
         payload: dict[str, Any] = event.model_dump(mode="json", warnings=False)
         document = _to_json(payload)
@@ -44,7 +50,7 @@ def payload_of(event: Event) -> dict[str, Any]:
     try:
         stored = type(event).model_validate_json(document)
     except ValidationError as error:
-        raise PublishError(f"a consumer could not read this {name} from JSON: {_summary(error)}") from None
+        raise PublishError(f"a consumer could not read this {name} from JSON: {summary(error)}") from None
     if stored.__dict__ != event.__dict__:
         _refuse_difference(event, stored)
     if "\\u0000" in document and any(isinstance(value, str) and "\x00" in value for value in payload.values()):
@@ -52,7 +58,7 @@ def payload_of(event: Event) -> dict[str, Any]:
     return payload
 
 
-def _summary(error: ValidationError) -> str:
+def summary(error: ValidationError) -> str:
     """Which fields are wrong and how, without their values."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     return "; ".join(": ".join((*map(str, each["loc"]), each["msg"])) for each in problems)[:300]

@@ -161,12 +161,6 @@ def _payload(event: Event) -> dict[str, Any]:
             f"nobody consumes {event.event_type!r}: add a @consumer for it, check that its module is imported, or "
             f"declare it: class {type(event).__name__}(Event, type={event.event_type!r}, unconsumed=True)"
         )
-    for name, value in event.__dict__.items():
-        if value is None and (name == "id" or name.endswith("_id")):
-            raise PublishError(
-                f"{type(event).__name__}.{name} is None: make ids when the object is constructed (id=new_id()), "
-                "so that they exist before the row is flushed"
-            )
     payload = payload_of(event)
     for consumer in consumers_of(type(event)):
         if consumer.order is not None:

@@ -19,7 +19,7 @@ from service.ledger.counting import count, count_queues
 from service.ledger.erasing import erase
 from service.ledger.purging import purge_step_by_step
 from service.ledger.replaying import resolve
-from service.outbox import accept, publish
+from service.outbox import accept, corrections, publish
 from service.outbox.testing import inline_worker
 from tests.proof.lanes.domain import Changed, Pinged, Removed, Seen, Skipped, changes
 from tests.proof.ledger.looks import blocked
@@ -128,6 +128,20 @@ async def test_a_dead_letter_blocks_its_lane_and_a_replay_has_its_old_place(lane
     assert (await lanes.delivery("2"))["position"] == letter["position"]
     await lanes.run()
     assert await lanes.steps("a") == "1234"
+
+
+async def test_a_correction_has_the_place_of_what_it_corrects(lanes: Lanes) -> None:
+    await lanes.publish_all([*changes("a", "1", how="die"), *changes("a", "2")])
+    await lanes.run()
+    letter = await lanes.letter()
+    await read_json(lanes.connection)
+    payload = {"thing": "a", "note": "1", "how": ""}
+    with pytest.raises(PublishError, match="thing says in which lane it stands"):
+        await corrections.edit(lanes.connection, letter["id"], payload | {"thing": "b"}, by="ada", why=None)
+    await corrections.edit(lanes.connection, letter["id"], payload, by="ada", why=None)
+    assert await lanes.unparked() == ["1"]
+    await lanes.run()
+    assert await lanes.steps("a") == "12"
 
 
 async def test_a_replay_may_die_again_at_the_same_place(lanes: Lanes) -> None:

@@ -67,11 +67,11 @@ def _commands() -> list[str]:
 
 @pytest.fixture
 def dead_letters(database_url: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Three dead letters, numbered from 1, and the environment of the command; the id of the first one's event."""
+    """Four dead letters, numbered from 1, and the environment of the command; the id of the first one's event."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    events = [new_event_id() for _ in range(3)]
-    for event_id, message in zip(events, ("451 later", "550 no such user", "451 later"), strict=True):
+    events = [new_event_id() for _ in range(4)]
+    for event_id, message in zip(events, ("451 later", "550 no such user", "451 later", "no order"), strict=True):
         letter = _DEAD_LETTER.format(id=delivery_id(event_id, 1), event_id=event_id, message=message)
         psql(database_url, letter)
     return str(events[0])
@@ -105,7 +105,7 @@ def test_old_records_can_be_deleted(dead_letters: str, database_url: str) -> Non
     psql(database_url, "UPDATE dead_letter SET resolved_at = '2020-01-01' WHERE id = 1")
     psql(database_url, "ALTER TABLE dead_letter ENABLE TRIGGER ALL")
     psql(database_url, statement)
-    assert psql(database_url, "SELECT id FROM dead_letter ORDER BY id").split() == ["2", "3"]
+    assert psql(database_url, "SELECT id FROM dead_letter ORDER BY id").split() == ["2", "3", "4"]
 
 
 def test_who_runs_and_what_ran_is_shown(database_url: str) -> None:

@@ -1,0 +1,100 @@
+"""Replaying a dead letter with a payload that a person has corrected.
+
+What must stay true: the consumer reads what was meant. So the correction is checked as `publish` checks an event,
+against the class that the consumer takes; and a field that the class does not have is refused. A consumer passes over
+what it does not know, so a misspelt one would let it run with a default, and nobody would notice.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from service.errors import PublishError
+from service.ledger import dead_letters, editing
+from service.outbox.consumers import consumer_named
+from service.outbox.payloads import payload_of, summary
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from service.database.driver import Connection
+    from service.ledger.editing import Edited
+    from service.ledger.replaying import Refusal
+
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A payload as it would be stored, and the names of the fields that a person has changed."""
+
+    payload: dict[str, Any]
+    version: int
+    fields: list[str]
+
+
+async def edit(
+    connection: Connection, number: int, payload: Mapping[str, Any], *, by: str, why: str | None
+) -> Edited | Refusal:
+    """Publish a dead letter's event anew with this payload, for its consumer alone, and close the dead letter.
+
+    Args:
+        connection: One that reads JSON (`driver.read_json`).
+        number: Of the dead letter.
+        payload: All of it, as JSON has it.
+        by: Who does it, for the record.
+        why: And why.
+
+    Returns:
+        What was done, or why the dead letter was left alone.
+
+    Raises:
+        PublishError: its consumer could not read this payload, or it is that of the dead letter.
+        OutboxError: the event has no number left for another delivery.
+    """
+    letter = await dead_letters.look_up(connection, number)
+    if letter is None:
+        return None
+    correction = correct(letter, payload)
+    return await editing.replace(
+        connection, number, correction.payload, correction.version, fields=correction.fields, by=by, why=why
+    )
+
+
+def correct(letter: Mapping[str, Any], payload: Mapping[str, Any]) -> Correction:
+    """What would be stored in place of this dead letter's payload; the domains have been discovered.
+
+    Raises:
+        PublishError: its consumer could not read it, or nothing differs.
+    """
+    before: Mapping[str, Any] = letter["payload"]
+    names = before.keys() | payload.keys()
+    fields = sorted(each for each in names if before.get(each, _ABSENT) != payload.get(each, _ABSENT))
+    if not fields:
+        raise PublishError("nothing differs from what died: replay it as it is")
+    spec = consumer_named(letter["consumer"])
+    if spec is None or not spec.knows(letter["event_type"], letter["version"]):
+        raise PublishError(
+            f"this code has no consumer {letter['consumer']!r} for {letter['event_type']!r}, version "
+            f"{letter['version']}: edit with the code that has it"
+        )
+    # What was stored under a name that the class has dropped since is passed over, as ever.
+    if unknown := (payload.keys() - spec.event.model_fields.keys()).intersection(fields):
+        raise PublishError(
+            f"{spec.event.__name__} has no field {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(spec.event.model_fields) or 'none'}"
+        )
+    if spec.order is not None and spec.order.field in fields:
+        raise PublishError(
+            f"{spec.order.field} says in which lane it stands: discard the dead letter, and publish what was meant"
+        )
+    try:
+        event = spec.event.model_validate_json(json.dumps(payload))
+    except ValidationError as error:
+        raise PublishError(f"{letter['consumer']} could not read this: {summary(error)}") from None
+    return Correction(payload_of(event), spec.event.event_version, fields)
