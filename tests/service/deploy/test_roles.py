@@ -15,13 +15,15 @@ from fastapi import APIRouter
 from pydantic import SecretStr
 
 from service.api import create_app
+from service.database.driver import read_json
 from service.dev.places import ROOT, ServerError
 from service.dev.postgres import psql
 from service.http.callers import PUBLIC
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
-from service.ledger import statistics
+from service.ledger import audit, editing, operations, statistics
 from service.ledger.presence import Presence
+from service.ledger.replaying import carry_out
 from service.outbox import accept, publish
 from service.settings import DatabaseSettings, Settings
 from service.telemetry.loop_lag import LoopLag
@@ -242,6 +244,25 @@ def test_a_resolved_dead_letter_stays_as_it_is(roles: Roles) -> None:
     assert psql(roles.relay, record) == f"ann|{relay}|t"
     psql(roles.migrator, "DELETE FROM dead_letter")
     psql(roles.migrator, _RESOLVED)
+
+
+async def test_the_relays_role_edits_stops_and_goes_on(roles: Roles) -> None:
+    psql(roles.app, _OPEN)
+    psql(roles.app, _OPEN)
+    connection = await asyncpg.connect(roles.relay)
+    await read_json(connection)
+    edited = await editing.replace(connection, 1, {"a": 1}, 1, fields=["a"], by="ann", why="a test")
+    assert isinstance(edited, editing.Edited)
+    await operations.record(connection, "reveal", {"dead_letter": 1}, by="ann", why="a test")
+    number = await operations.plan(connection, "replay", [2], about={}, by="ann", why=None)
+    assert await operations.take(connection, number, by="ann")
+    assert await operations.stop(connection, number, by="bob")
+    runner = await operations.take(connection, number, by="bob", rate=5)
+    assert runner is not None
+    assert (await carry_out(connection, number, runner)).done == [2]
+    kinds = [each.kind for each in await audit.acts(connection, audit.AuditFilter(), 10)]
+    assert kinds == ["resume", "stop", "replay", "reveal", "edit"]
+    await connection.close()
 
 
 def test_what_somebody_did_stays_on_record(roles: Roles) -> None:
