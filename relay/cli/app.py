@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 from typer.exceptions import TyperException
 
-from relay.cli import dead_letter_commands, event_commands, operation_commands, queue_commands
+from relay.cli import dead_letter_commands, event_commands, lane_commands, operation_commands, queue_commands
 from relay.cli.command import CommandError, Exit
 from relay.cli.doctor.doctor_command import doctor
 from relay.cli.erase_command import erase
@@ -37,7 +37,7 @@ app = typer.Typer(
       1    refused or declined; --fail-if is true; the doctor found a problem
       2    wrong usage, or a setting is missing or wrong
       3    PostgreSQL or the broker is down, or the database is not migrated
-      4    no such event, dead letter, operation or pause; or it was dealt with
+      4    no such event, dead letter, operation, lane or pause; or it was dealt with
       130  interrupted
     """,
 )
@@ -57,6 +57,7 @@ app.add_typer(dead_letter_commands.app, name="dead-letters")
 app.add_typer(operation_commands.app, name="operations")
 app.add_typer(event_commands.app, name="events")
 app.add_typer(queue_commands.app, name="queues")
+app.add_typer(lane_commands.app, name="lanes")
 app.command("audit")(operation_commands.show_audit)
 app.command()(purge)
 app.command()(erase)

@@ -56,6 +56,7 @@ def description(row: dict[str, Any]) -> Iterator[str]:
         "published": timestamp(row["created_at"]),
         "died": f"{timestamp(row['died_at'])} ({age(row['age'])} ago)",
         "tried": f"{row['attempts']} attempts, handed to the broker {row['dispatches']} times",
+        **({"lane": _lane(row)} if row["lane"] else {}),
         "payload": json.dumps(row["payload"], ensure_ascii=False),
         **{key.replace("_", " "): value for key, value in sorted(row["headers"].items())},
     }
@@ -66,6 +67,12 @@ def description(row: dict[str, Any]) -> Iterator[str]:
     yield from _errors(row["errors"])
     yield ""
     yield from _resolution(row)
+
+
+def _lane(row: dict[str, Any]) -> str:
+    if not row["blocks"] or row["resolution"] is not None:
+        return str(row["lane"])
+    return f"{row['lane']} stands, and {row['held']:,} wait in it until this is replayed or discarded"
 
 
 def _errors(errors: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -112,6 +112,7 @@ _STEPS = {
 
 _NEXT = {
     "delayed": "It is delayed; its {nth} attempt is due in {span}.",
+    "parked": "It waits for its turn in lane {next.lane}: `outbox lanes list`.",
     "due": "It waits for its {nth} attempt, due {since} {span}.",
     "dispatched": "It waits in the broker for a worker to take it. Otherwise the relay hands it over again in {left}.",
     "running": "A worker is at its {nth} attempt; the lease {ends} without a heartbeat.",
@@ -139,7 +140,8 @@ def _expected(delivery: DeliveryStory) -> str:
         left=span if later else "0 s",
         ends=f"ends in {span}" if later else f"ended {span} ago",
     )
-    return sentence + _halt(delivery)
+    held = f" Until then lane {following.lane} stands." if following.kind == "dead" and following.lane else ""
+    return sentence + held + _halt(delivery)
 
 
 def _halt(delivery: DeliveryStory) -> str:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from relay.cli.status import Status
     from service.ledger.counting import Counts
 
-METRICS = ("pending", "dispatched", "running", "failed", "unclaimed", "dead", "oldest", "relays", "paused")
+METRICS = (
+    "pending", "parked", "dispatched", "running", "failed", "unclaimed", "dead", "oldest", "relays", "paused",
+    "blocked", "stranded",
+)  # fmt: skip
 """What a condition can be about."""
 
 _STATES = {
@@ -90,6 +93,10 @@ def _hints(status: Status) -> Iterator[str]:
         if counts.unclaimed:
             waiting = f"{counts.unclaimed:,} handed over repeatedly and not taken"
             yield plain(f"{consumer}: {waiting}; is a worker on {queue}?")
+    if status.ledger.stranded:
+        yield f"{status.ledger.stranded:,} lanes are stranded: outbox lanes repair"
+    if status.ledger.blocked:
+        yield f"{status.ledger.blocked:,} lanes stand for a dead letter: outbox lanes list"
     if dead := status.ledger.total("dead"):
         yield f"{dead:,} dead: outbox dead-letters list"
 
@@ -119,6 +126,10 @@ def _metric(status: Status, name: str) -> float:
             return status.ledger.relays
         case "paused":
             return len(status.ledger.paused)
+        case "blocked":
+            return status.ledger.blocked
+        case "stranded":
+            return status.ledger.stranded
     return status.ledger.total(name)
 
 

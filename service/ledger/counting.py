@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from service.ledger.lanes import standing
 from service.ledger.pausing import paused_queues
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ UNCLAIMED_AFTER = 3
 _OPEN = f"""
 SELECT queue, consumer,
        count(*) FILTER (WHERE state = 'pending') AS pending,
+       count(*) FILTER (WHERE state = 'pending' AND due_at = outbox_parked()) AS parked,
        count(*) FILTER (WHERE state = 'dispatched') AS dispatched,
        count(*) FILTER (WHERE state = 'running') AS running,
        count(*) FILTER (WHERE state = 'pending' AND errors <> '[]') AS failed,
@@ -32,6 +34,7 @@ SELECT queue, consumer,
        extract(epoch FROM clock_timestamp() - min(due_at) FILTER (WHERE due_at <= now()))::float8 AS oldest
 FROM outbox_message WHERE state <> 'completed' GROUP BY queue, consumer
 """  # noqa: S608
+_BLOCKED = "SELECT count(*) FROM dead_letter WHERE blocks AND coalesce(resolution, '') = ''"
 _DEAD = "SELECT queue, consumer, count(*) AS dead FROM dead_letter WHERE resolution IS NULL GROUP BY queue, consumer"
 _COMPLETED = """
 SELECT queue, consumer, count(*) AS completed FROM outbox_message WHERE state = 'completed' GROUP BY queue, consumer
@@ -51,9 +54,13 @@ WHERE datname = current_database() AND split_part(application_name, ' ', 1) = 'o
 
 @dataclass(slots=True)
 class Counts:
-    """Deliveries of one consumer. `failed` are those of `pending` that wait for a retry; `oldest` is in seconds."""
+    """Deliveries of one consumer; `oldest` is in seconds.
+
+    Of `pending`, `parked` wait for their turn in a lane, and `failed` for a retry.
+    """
 
     pending: int = 0
+    parked: int = 0
     dispatched: int = 0
     running: int = 0
     failed: int = 0
@@ -88,9 +95,14 @@ class CompletedCount:
 
 @dataclass(slots=True)
 class LedgerCounts:
-    """All of it, of one moment; `consumers` by queue and consumer."""
+    """All of it, of one moment; `consumers` by queue and consumer.
+
+    `blocked` lanes wait for somebody to deal with a dead letter, `stranded` ones for a repair.
+    """
 
     relays: int = 0
+    blocked: int = 0
+    stranded: int = 0
     consumers: dict[tuple[str, str], Counts] = field(default_factory=dict)
     completed: CompletedCount = CompletedCount(None, True)
     paused: list[Pause] = field(default_factory=list)
@@ -120,6 +132,9 @@ async def count(connection: Connection, *, exact: bool = False) -> LedgerCounts:
         await _add(found, connection, _DEAD)
         found.paused = await paused_queues(connection)
         found.relays = await connection.fetchval(_RELAYS)
+        found.blocked = await connection.fetchval(_BLOCKED)
+        if found.total("parked"):
+            found.stranded, _ = await standing(connection, 1, only_stranded=True)
     if counted:
         for each in found.consumers.values():
             each.completed = each.completed or 0

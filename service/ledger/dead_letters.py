@@ -53,9 +53,17 @@ FROM dead_letter WHERE id = ANY($1)
 GROUP BY consumer, event_type, reason, error ORDER BY count(*) DESC, consumer, reason
 """
 
-_BY_NUMBER = "SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE id = $1"
-_BY_DELIVERY = """
-SELECT *, clock_timestamp() - died_at AS age FROM dead_letter WHERE message_id = $1
+# `held`: how many wait in the lane that it blocks.
+_ONE = """
+SELECT *, clock_timestamp() - died_at AS age,
+       (SELECT count(*) FROM outbox_message AS held
+        WHERE held.lane = dead_letter.lane AND held.position > dead_letter.position AND blocks
+          AND resolution IS NULL AND held.state <> 'completed') AS held
+FROM dead_letter
+"""
+_BY_NUMBER = f"{_ONE} WHERE id = $1"
+_BY_DELIVERY = f"""
+{_ONE} WHERE message_id = $1
 ORDER BY resolution IS NULL DESC, id DESC
 """
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from service.ledger.pausing import Pause
 
 _ROWS = """
-SELECT *, due_at - clock_timestamp() AS due_in FROM outbox_message WHERE id > $1 AND id <= $2 ORDER BY id
+SELECT *, due_at - clock_timestamp() AS due_in, state = 'pending' AND due_at = outbox_parked() AS parked
+FROM outbox_message WHERE id > $1 AND id <= $2 ORDER BY id
 """
 _DEAD = "SELECT * FROM dead_letter WHERE message_id > $1 AND message_id <= $2 ORDER BY id"
 _EVENT_ID = """
@@ -50,20 +51,24 @@ class Next:
     """What happens next, unless something comes between.
 
     Attributes:
-        kind: It is `delayed`; it waits to be handed over (`due`) or in the broker (`dispatched`), or it is `running`;
-            it was `completed`, `discarded`, `edited` (what was corrected is another delivery), or replayed, completed
-            and `purged`; or it is `dead`.
+        kind: It is `delayed`; it is `parked` in its lane; it waits to be handed over (`due`) or in the broker
+            (`dispatched`), or it is `running`; it was `completed`, `discarded`, `edited` (what was corrected is another
+            delivery), or replayed, completed and `purged`; or it is `dead`.
         number: The attempt that is running or comes next, or the dead letter.
         wait: Until it is due, is handed over again, or its lease ends; negative when that is past.
         kept_until: When what is completed may be purged.
         pause: What keeps it from being handed over.
+        lane: Where it runs in order; of a dead letter, only if that blocks it.
     """
 
-    kind: Literal["delayed", "due", "dispatched", "running", "completed", "dead", "discarded", "edited", "purged"]
+    kind: Literal[
+        "delayed", "parked", "due", "dispatched", "running", "completed", "dead", "discarded", "edited", "purged"
+    ]
     number: int = 0
     wait: timedelta = timedelta()
     kept_until: datetime | None = None
     pause: Pause | None = None
+    lane: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +180,8 @@ def _next(row: dict[str, Any], paused: dict[str, Pause], keep: timedelta) -> Nex
     pause = paused.get(row["queue"]) or paused.get(EVERY_QUEUE)
     if state == "completed":
         return Next("completed", kept_until=row["completed_at"] + keep)
+    if row["parked"]:
+        return Next("parked", pause=pause, lane=row["lane"])
     if state != "pending":
         return Next(state, row["attempts"], wait, pause=pause)
     fresh = row["attempts"] == 0 and not row["errors"]
@@ -184,7 +191,7 @@ def _next(row: dict[str, Any], paused: dict[str, Pause], keep: timedelta) -> Nex
 def _after_death(letter: dict[str, Any]) -> Next:
     match letter["resolution"]:
         case None:
-            return Next("dead", letter["id"])
+            return Next("dead", letter["id"], lane=letter["lane"] if letter["blocks"] else None)
         case "discarded" | "edited" as ended:
             return Next(ended)
     return Next("purged")

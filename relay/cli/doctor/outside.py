@@ -50,6 +50,7 @@ async def check_broker_and_queues(settings: Settings) -> list[Finding]:
             Finding("broker", Level.PROBLEM, status.broker_problem),
             *_processes(status, alive),
             *_queues(status, idle),
+            *_lanes(status),
         ]
     try:
         async with asyncio.timeout(_PATIENCE):
@@ -63,7 +64,7 @@ async def check_broker_and_queues(settings: Settings) -> list[Finding]:
     except (AMQPError, RedisError, OSError) as error:
         seen = f"not checked: {str(error)[:200] or type(error).__name__}"
         broker = [Finding("broker", Level.PROBLEM, seen, "look into its log, and try again")]
-    return [*broker, *_processes(status, alive), *_queues(status, idle)]
+    return [*broker, *_processes(status, alive), *_queues(status, idle), *_lanes(status)]
 
 
 async def _reporting(settings: DatabaseSettings) -> list[SeenProcess]:
@@ -124,6 +125,16 @@ def _queues(status: Status, idle: set[str]) -> list[Finding]:
         *((True, Level.PROBLEM, f"no worker takes what is in {name}", _WORKER.format(name)) for name in sorted(idle)),
         *((True, Level.PROBLEM, f"the broker refuses {name}: {why}", anew) for name, why in refused),
     ])  # fmt: skip
+
+
+def _lanes(status: Status) -> list[Finding]:
+    if status.database_problem:
+        return []
+    blocked, stranded = status.ledger.blocked, status.ledger.stranded
+    return found("lanes", "none stands", (
+        (stranded, Level.PROBLEM, f"stranded: {stranded}, where something waits for nothing", "outbox lanes repair"),
+        (blocked, Level.ADVICE, f"standing for a dead letter: {blocked}", "replay or discard it: outbox lanes list"),
+    ))  # fmt: skip
 
 
 async def _redis(settings: BrokerSettings) -> list[Finding]:

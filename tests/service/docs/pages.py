@@ -23,6 +23,7 @@ __all__ = [
     "EXISTING_SERVICE",
     "FIRST_FEATURE",
     "GUIDE",
+    "IN_ORDER",
     "LATER_VERSIONS",
     "METRICS",
     "MOVING",
