@@ -47,7 +47,7 @@ def test_the_list_says_how_many_wait_and_for_what(outbox: Outbox, rows: Rows) ->
     head = "WHERE due_at < outbox_parked() AND lane"
     rows.sql(f"UPDATE outbox_message SET state = 'running', attempts = 2 {head} = 'search:8'")
     rows.sql(f"UPDATE outbox_message SET state = 'dispatched' {head} = 'search:9'")
-    failed = f"attempts = 1, errors = {json_literal([error('MailError', 'no')])}, due_at = now() + interval '100 min'"
+    failed = f"attempts = 1, errors = {json_literal([error('MailError', 'no')])}, due_at = now() + interval '605 min'"
     rows.sql(f"UPDATE outbox_message SET {failed} {head} = 'search:10'")
     rows.sql("INSERT INTO paused_queue (queue, paused_by) VALUES ('other', 'ada')")
     rows.sql("UPDATE outbox_message SET queue = 'other' WHERE lane = 'search:11'")
@@ -57,7 +57,7 @@ def test_the_list_says_how_many_wait_and_for_what(outbox: Outbox, rows: Rows) ->
         "LANE WAITING FOR",
         "search:12 2 nothing: outbox lanes repair",
         "search:7 2 dead letter 1, 3h ago: failed 3 times",
-        "search:10 1 attempt 2 in 1h, after MailError",
+        "search:10 1 attempt 2 in 10h, after MailError",
         "search:11 1 queue other is paused",
         "search:8 1 a worker is at attempt 2",
         "search:9 1 waits in the broker for a worker",
