@@ -3,8 +3,8 @@
 Ids are in the order of time, and those of an event's deliveries follow its own: so both tables are walked backwards
 along their ids, a page at a time, until enough was found.
 
-What must stay true: however much the ledger holds and however rare what is looked for, no more than `BOUND` deliveries
-are looked at, and whoever asked is told when that was not everything.
+What must stay true: however much the ledger holds and however rare what is looked for, no more than a bounded number of
+deliveries are looked at, and whoever asked is told when that was not everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATES = ("pending", "dispatched", "running", "completed", "dead")
 """States a delivery can be listed by; one that was replayed or discarded is no longer dead."""
 
 BOUND = 100_000
-"""Deliveries looked at for one question."""
+"""Deliveries looked at for one question, unless it says otherwise."""
 
 PAGE = 2_000
 """Deliveries looked at in one statement."""
@@ -109,17 +109,18 @@ class ListedEvent:
     deliveries: list[Delivered] = field(default_factory=list)
 
 
-async def find(connection: Connection, wanted: EventFilter, limit: int) -> Found:
-    """The newest `limit` events that match, among the newest `BOUND` deliveries of that time."""
+async def find(connection: Connection, wanted: EventFilter, limit: int, bound: int | None = None) -> Found:
+    """The newest `limit` events that match, among the newest `bound` (`BOUND`) deliveries of that time."""
     first = first_id_after(wanted.since) if wanted.since else UUID(int=0)
     cursor = first_id_after(wanted.until) if wanted.until else UUID(int=2**128 - 1)
     # What is stored was cleaned, so what is looked for is cleaned alike.
     texts = (wanted.event_type, wanted.consumer, wanted.correlation_id)
     cleaned = [None if each is None else storable(each) for each in texts]
+    bound = BOUND if bound is None else bound
     found: dict[UUID, None] = {}
     looked, ended = 0, False
-    while not ended and len(found) < limit and looked < BOUND:
-        size = min(PAGE, BOUND - looked)
+    while not ended and len(found) < limit and looked < bound:
+        size = min(PAGE, bound - looked)
         page = await connection.fetchrow(_PAGE, first, cursor, size, *cleaned, wanted.states)
         assert page is not None
         found |= dict.fromkeys(page["events"])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
+from service.ledger import dead_letters
 from service.ledger.ids import event_of, last_delivery_of
 from service.ledger.pausing import EVERY_QUEUE, paused_queues
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
     from service.ledger.pausing import Pause
 
 _ROWS = """
-SELECT *, due_at - clock_timestamp() AS due_in, state = 'pending' AND due_at = outbox_parked() AS parked
+SELECT {columns}, due_at - clock_timestamp() AS due_in, state = 'pending' AND due_at = outbox_parked() AS parked
 FROM outbox_message WHERE id > $1 AND id <= $2 ORDER BY id
 """
-_DEAD = "SELECT * FROM dead_letter WHERE message_id > $1 AND message_id <= $2 ORDER BY id"
+_DEAD = "SELECT {columns} FROM dead_letter WHERE message_id > $1 AND message_id <= $2 ORDER BY id"
+_MASKED = """
+id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches, created_at,
+dispatched_at, started_at, completed_at, errors, lane, position
+"""
 _EVENT_ID = """
 SELECT event_id FROM outbox_message WHERE id = $1 UNION SELECT event_id FROM dead_letter WHERE message_id = $1 LIMIT 1
 """
@@ -91,24 +96,27 @@ class Story:
     event_type: str
     version: int
     published_at: datetime
-    payload: dict[str, Any]
+    payload: dict[str, Any] | None
     headers: dict[str, str]
     deliveries: list[DeliveryStory]
 
 
-async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story | None:
+async def tell(connection: Connection, given: UUID, keep: timedelta, *, masked: bool = False) -> Story | None:
     """The story of the event with this id, or of the delivery's event; `None` when nothing is known of it.
 
     Args:
         connection: One that reads JSON (`driver.read_json`).
         given: The id of an event or of a delivery.
         keep: How long completed deliveries are kept.
+        masked: Whether the payload is left where it is, and `None` in the story.
     """
     event_id = await connection.fetchval(_EVENT_ID, given) or event_of(given)
     reach = event_id, last_delivery_of(event_id)
-    rows = {row["id"]: dict(row) for row in await connection.fetch(_ROWS, *reach)}
+    find_rows = _ROWS.format(columns=_MASKED if masked else "*")
+    find_dead = _DEAD.format(columns=dead_letters.MASKED if masked else "*")
+    rows = {row["id"]: dict(row) for row in await connection.fetch(find_rows, *reach)}
     dead: dict[UUID, list[dict[str, Any]]] = {}
-    for letter in await connection.fetch(_DEAD, *reach):
+    for letter in await connection.fetch(find_dead, *reach):
         dead.setdefault(letter["message_id"], []).append(dict(letter))
     paused = {each.queue: each for each in await paused_queues(connection)}
     ids = sorted(rows.keys() | dead.keys())
@@ -120,7 +128,7 @@ async def tell(connection: Connection, given: UUID, keep: timedelta) -> Story | 
         event_type=first["event_type"],
         version=first["version"],
         published_at=first["created_at"],
-        payload=first["payload"],
+        payload=None if masked else first["payload"],
         headers=first["headers"],
         deliveries=[_delivery(each, rows.get(each), dead.get(each, []), paused, keep) for each in ids],
     )

@@ -87,7 +87,8 @@ RETURNING {_AT_EASE}
 _LEAVE = f"DELETE FROM outbox_process WHERE id = $1 RETURNING {_AT_EASE}"  # noqa: S608
 
 _PROCESSES = """
-SELECT id, kind, host, pid, queues, threads, version, started_at, seen_at, running, loop_lag, pool_timeouts
+SELECT id, kind, host, pid, queues, threads, version, started_at, seen_at, running, loop_lag, pool_timeouts,
+       clock_timestamp() - seen_at AS unseen_for
 FROM outbox_process
 WHERE seen_at > clock_timestamp() - $1::interval ORDER BY kind, host, pid, id
 """
@@ -120,6 +121,18 @@ class Histogram:
     def merge(self, other: Histogram) -> None:
         self.seconds += other.seconds
         self.buckets = [mine + more for mine, more in zip(self.buckets, other.buckets, strict=True)]
+
+    def quantile(self, share: float) -> float | None:
+        """Seconds that this share of them did not exceed, between the bounds of a bucket in proportion; the last bound
+        for what is beyond it, and `None` of nothing."""
+        rank, below, lower = share * sum(self.buckets), 0, 0.0
+        if not rank:
+            return None
+        for bound, count in zip(BOUNDS, self.buckets, strict=False):
+            if below + count >= rank:
+                return lower + (bound - lower) * (rank - below) / count
+            below, lower = below + count, bound
+        return lower
 
 
 @dataclass(slots=True)
@@ -179,6 +192,7 @@ class SeenProcess(ProcessIdentity):
     running: int
     loop_lag: float
     pool_timeouts: int
+    unseen_for: timedelta
 
 
 async def add(connection: Connection, counted: Mapping[Key, Runs]) -> None:
