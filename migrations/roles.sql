@@ -1,4 +1,4 @@
--- Three database roles with no more rights than their processes need, instead of one that may do everything.
+-- Four database roles with no more rights than their processes need, instead of one that may do everything.
 --
 --     psql "postgresql://admin@host/database" -f migrations/roles.sql
 --
@@ -9,6 +9,7 @@
 --     <database>_migrator   alembic upgrade heads: owns the tables
 --     <database>_app        API and workers: the domains' tables, and what publishing and delivering take
 --     <database>_relay      `outbox relay` and every other `outbox` command; it never sees the domains' tables
+--     <database>_viewer     looks at the ledger and changes nothing, and sees no payload: the console's pages
 --
 -- It sets no passwords: ALTER ROLE <database>_app PASSWORD '...', or however your server authenticates.
 
@@ -17,12 +18,13 @@
 SELECT current_database() AS database,
        current_database() || '_migrator' AS migrator,
        current_database() || '_app' AS app,
-       current_database() || '_relay' AS relay
+       current_database() || '_relay' AS relay,
+       current_database() || '_viewer' AS viewer
 \gset
 
 BEGIN;
 
--- PostgreSQL would cut longer names off, and make one role of the three.
+-- PostgreSQL would cut longer names off, and make one role of several.
 DO $$ BEGIN
     IF octet_length(current_database()) > 54 THEN
         RAISE EXCEPTION 'the roles are named after the database, whose name may have 54 bytes at most for that';
@@ -30,7 +32,7 @@ DO $$ BEGIN
 END $$;
 
 SELECT format('CREATE ROLE %I LOGIN', name)
-FROM unnest(ARRAY[:'migrator', :'app', :'relay']) AS name
+FROM unnest(ARRAY[:'migrator', :'app', :'relay', :'viewer']) AS name
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
 \gexec
 
@@ -41,8 +43,8 @@ WHERE NOT pg_has_role(:'migrator', 'USAGE')
 
 REVOKE ALL ON DATABASE :"database" FROM PUBLIC;
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
-GRANT CONNECT ON DATABASE :"database" TO :"migrator", :"app", :"relay";
-GRANT USAGE ON SCHEMA public TO :"migrator", :"app", :"relay";
+GRANT CONNECT ON DATABASE :"database" TO :"migrator", :"app", :"relay", :"viewer";
+GRANT USAGE ON SCHEMA public TO :"migrator", :"app", :"relay", :"viewer";
 GRANT CREATE ON SCHEMA public TO :"migrator";
 
 -- What another role has created so far, other than extensions, becomes the migrator's.
@@ -79,7 +81,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         GRANT USAGE ON SEQUENCES TO :"app";
 
     REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, idempotency_key, outbox_minute,
-        outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay";
+        outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay", :"viewer";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position)
@@ -105,6 +107,15 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"relay";
     -- It purges stored responses without being able to read them; locking a row takes the right to update a column.
     GRANT SELECT (ctid, created_at), UPDATE (created_at), DELETE ON idempotency_key TO :"relay";
+
+    -- All but the payloads. Whatever reads `*` is refused.
+    GRANT SELECT (id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches,
+        created_at, dispatched_at, started_at, completed_at, errors) ON outbox_message TO :"viewer";
+    GRANT SELECT (id, message_id, event_id, event_type, version, consumer, queue, headers, attempts, dispatches,
+        created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role)
+        ON dead_letter TO :"viewer";
+    GRANT SELECT ON paused_queue, outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version
+        TO :"viewer";
 \endif
 
 COMMIT;

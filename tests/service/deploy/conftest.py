@@ -31,6 +31,7 @@ class Roles:
     migrator: str
     app: str
     relay: str
+    viewer: str
 
 
 def apply_roles(url: str) -> None:
@@ -42,7 +43,7 @@ def apply_roles(url: str) -> None:
 
 def _database(servers: Where, options: str, pattern: str = "roles_{}") -> Iterator[Roles]:
     name = pattern.format(f"{os.getpid()}_{uuid4().hex[:8]}")
-    quoted, roles = _quoted(name), {role: f"{name}_{role}" for role in ("admin", "migrator", "app", "relay")}
+    quoted, roles = _quoted(name), {role: f"{name}_{role}" for role in ("admin", "migrator", "app", "relay", "viewer")}
     psql(servers.postgres, f"CREATE ROLE {_quoted(roles['admin'])} LOGIN CREATEROLE")
     psql(servers.postgres, f"CREATE DATABASE {quoted} OWNER {_quoted(roles['admin'])} {options}")
     url = servers.postgres.replace("/postgres?", f"/{quote(name)}?")

@@ -206,6 +206,21 @@ REFUSED = [
     ("relay", "UPDATE outbox_operation SET asked_by = 'bob'"),
     ("relay", "UPDATE outbox_operation SET why = 'so'"),
     ("relay", "UPDATE outbox_operation SET ids = '{}'"),
+    ("viewer", "SELECT payload FROM outbox_message"),
+    ("viewer", "SELECT * FROM outbox_message"),
+    ("viewer", "SELECT message::text FROM outbox_message AS message"),
+    ("viewer", "SELECT FROM outbox_message WHERE payload = '{}'"),
+    ("viewer", "SELECT payload FROM dead_letter"),
+    ("viewer", "SELECT * FROM dead_letter"),
+    ("viewer", "UPDATE dead_letter SET resolution = 'discarded'"),
+    ("viewer", "DELETE FROM outbox_message"),
+    ("viewer", "INSERT INTO paused_queue (queue, paused_by) VALUES ('*', '')"),
+    ("viewer", "DELETE FROM paused_queue"),
+    ("viewer", "UPDATE outbox_operation SET state = 'stopped'"),
+    ("viewer", "SELECT FROM effect"),
+    ("viewer", "SELECT FROM idempotency_key"),
+    ("viewer", "SELECT FROM accepted_event"),
+    ("viewer", "CREATE TABLE mine ()"),
 ]
 
 
