@@ -110,10 +110,10 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
 
     -- All but the payloads. Whatever reads `*` is refused.
     GRANT SELECT (id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches,
-        created_at, dispatched_at, started_at, completed_at, errors) ON outbox_message TO :"viewer";
+        created_at, dispatched_at, started_at, completed_at, errors, lane, position) ON outbox_message TO :"viewer";
     GRANT SELECT (id, message_id, event_id, event_type, version, consumer, queue, headers, attempts, dispatches,
-        created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role)
-        ON dead_letter TO :"viewer";
+        created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role,
+        lane, position, blocks) ON dead_letter TO :"viewer";
     GRANT SELECT ON paused_queue, outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version
         TO :"viewer";
 \endif

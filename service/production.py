@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -20,15 +21,15 @@ from service.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from service.settings import Settings
+    from service.settings import DatabaseSettings, Settings
 
-Part = Literal["api", "worker", "relay"]
+Part = Literal["api", "worker", "relay", "console"]
 
 _log = get_logger(__name__)
 
 NAMES = (
     "password-database", "password-broker", "password-smtp", "tls-database", "tls-broker", "tls-smtp",
-    "hosts", "cors", "proxy", "callers", "docs", "rate-limit",
+    "hosts", "cors", "proxy", "callers", "docs", "rate-limit", "console-users", "console-proxy", "console-payloads",
 )  # fmt: skip
 """Those that there are."""
 
@@ -36,7 +37,7 @@ _WELL_KNOWN = frozenset((
     "", "password", "passwd", "postgres", "postgresql", "guest", "admin", "root", "service", "secret", "changeme",
     "change-me", "example", "test", "redis", "valkey", "rabbitmq", "123456", "12345678",
 ))  # fmt: skip
-_EVERYBODY: tuple[Part, ...] = ("api", "worker", "relay")
+_EVERYBODY: tuple[Part, ...] = ("api", "worker", "relay", "console")
 _WITH_BROKER: tuple[Part, ...] = ("worker", "relay")
 _WITH_MAIL: tuple[Part, ...] = ("api", "worker")
 _RANDOM = "set a random one"
@@ -101,22 +102,28 @@ def risks(settings: Settings, environment: Mapping[str, str] = os.environ) -> li
         raise ConfigurationError(f"ACCEPT_RISKS: {', '.join(sorted(unknown))}: known are {', '.join(NAMES)}")
     if settings.environment != "production":
         return []
-    found = (*_of_database(settings), *_of_broker(settings), *_of_mail(settings), *_of_api(settings, environment))
+    found = (
+        *_of_database(settings.database, _EVERYBODY),
+        *_of_broker(settings),
+        *_of_mail(settings),
+        *_of_api(settings, environment),
+        *_of_console(settings),
+    )
     return [each._replace(accepted=each.name in accepted) for each in found]
 
 
-def _of_database(settings: Settings) -> Iterator[Risk]:
-    address = settings.database.address
+def _of_database(database: DatabaseSettings, parts: tuple[Part, ...]) -> Iterator[Risk]:
+    address = database.address
     given = address.parameters
     near = all(host is None or host.startswith("/") or is_local(host) for host, _ in address.hosts)
     if _is_known(given.get("user"), given.get("password", ""), needed=not near and "sslcert" not in given):
-        yield Risk("password-database", True, _EVERYBODY, "PostgreSQL's password is none or well known", _RANDOM)
+        yield Risk("password-database", True, parts, "PostgreSQL's password is none or well known", _RANDOM)
     mode, verify = given.get("sslmode", "prefer"), "sslmode=verify-full and sslrootcert in DATABASE__URL"
     if near or mode == "verify-full":
         return
     encrypted = mode in ("require", "verify-ca")
     seen = "nothing makes sure which PostgreSQL answers" if encrypted else "the way to PostgreSQL need not be encrypted"
-    yield Risk("tls-database", not encrypted, _EVERYBODY, seen, verify)
+    yield Risk("tls-database", not encrypted, parts, seen, verify)
 
 
 def _of_broker(settings: Settings) -> Iterator[Risk]:
@@ -166,6 +173,24 @@ def _of_api(settings: Settings, environment: Mapping[str, str]) -> Iterator[Risk
     if not settings.api.rate_limit:
         cure = "set API__RATE_LIMIT, or accept it where a proxy limits them"
         yield Risk("rate-limit", False, **api, seen="one client may send any number of requests", cure=cure)
+
+
+def _of_console(settings: Settings) -> Iterator[Risk]:
+    console = settings.console
+    own: tuple[Part, ...] = ("console",)
+    if not (console.users or console.proxy):
+        return  # it does not start
+    if console.users:
+        cure = "set CONSOLE__PROXY to one that asks who is calling"
+        yield Risk("console-users", True, own, "the console asks for passwords itself", cure)
+    if any(ip_network(each).prefixlen == 0 for each in listed(console.proxy)):
+        cure = "name the proxies in CONSOLE__PROXY"
+        yield Risk("console-proxy", True, own, "whoever has its secret may say who is calling the console", cure)
+    if console.viewer_url.get_secret_value():
+        yield from _of_database(console.viewer(settings.database), own)
+    else:
+        seen, cure = "the console's pages are read as a role that sees payloads", "set CONSOLE__VIEWER_URL"
+        yield Risk("console-payloads", False, own, seen, cure)
 
 
 def _is_known(user: str | None, password: str, *, needed: bool) -> bool:

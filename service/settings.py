@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import sys
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, TypeVar
 
@@ -42,6 +43,12 @@ def _checked(check: Callable[[str], object]) -> AfterValidator:
         return value
 
     return AfterValidator(validate)
+
+
+def _checked_if_given(value: SecretStr) -> SecretStr:
+    if value.get_secret_value():
+        read_postgres(value.get_secret_value())
+    return value
 
 
 def _insert_password(given: Any) -> Any:
@@ -272,6 +279,85 @@ class MetricsSettings(BaseModel):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; in a container 0.0.0.0")
 
 
+ConsoleRole = Literal["viewer", "payload", "operator"]
+"""What somebody may do in the console; whoever may see payloads or act may look, too."""
+
+
+class ConsoleUser(BaseModel):
+    """Somebody who logs in to the console with a password, as `python -m service.console user` makes them."""
+
+    name: str = Field(pattern=r"^[\w.-]{1,64}$")
+    scrypt: str = Field(pattern=r"^[0-9a-f]{32}:[0-9a-f]{64}$")
+    roles: frozenset[ConsoleRole] = Field(min_length=1)
+
+
+class ConsoleSettings(BaseModel):
+    """The operators' console: where it listens, who may use it, and as what."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address that the console listens on")
+    port: int = Field(8001, ge=0, le=65_535, description="Port that the console listens on")
+    hosts: str = Field(
+        "localhost,127.0.0.1,[::1]", min_length=1, description="Host names that requests to the console may name"
+    )
+    proxy: str = Field(
+        "", description="Addresses of the proxy that says who is calling the console, by commas; empty for local users"
+    )
+    secret: SecretStr = Field(
+        SecretStr(""),
+        description="What that proxy proves itself with, in X-Console-Secret, 32 characters or more; also signs what "
+        "the console hands out, with a random one if it is empty",
+    )
+    user_header: str = Field(
+        "X-Forwarded-User", pattern="^[A-Za-z0-9-]+$", description="Header in which the proxy says who is calling"
+    )
+    groups_header: str = Field(
+        "X-Forwarded-Groups", pattern="^[A-Za-z0-9-]+$", description="Header in which it says their groups, by commas"
+    )
+    groups: dict[str, frozenset[ConsoleRole]] = Field(
+        {},
+        description='What each group may: {"support": ["viewer"], "on-call": ["operator", "payload"]}; if empty, they '
+        "are called like roles",
+    )
+    users: list[ConsoleUser] = Field(
+        [], description='Local users, for development: [{"name": "ada", "scrypt": "...", "roles": ["operator"]}]'
+    )
+    session: Seconds = Field(28_800, description="Seconds for which a local user stays logged in")
+    viewer_url: Annotated[SecretStr, AfterValidator(_checked_if_given)] = Field(
+        SecretStr(""),
+        description="PostgreSQL as the role that pages are read with, which need not see payloads; DATABASE__URL if "
+        "empty",
+    )
+    viewer_password: SecretStr = Field(SecretStr(""), description="Password of that URL, if it names none")
+    trace_url: str = Field(
+        "",
+        pattern=r"^(https?://.*\{trace\}.*)?$",
+        description="Where a trace is shown, such as http://127.0.0.1:16686/trace/{trace}",
+    )
+
+    def viewer(self, database: DatabaseSettings) -> DatabaseSettings:
+        """How pages are read."""
+        return database.model_copy(update={"url": self.viewer_url}) if self.viewer_url.get_secret_value() else database
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_password(cls, given: Any) -> Any:
+        """As `_insert_password`, for the viewer's."""
+        if not isinstance(given, dict) or not given.get("viewer_url"):
+            return given
+        viewer = _insert_password({"url": given["viewer_url"], "password": given.get("viewer_password")})
+        return given | {"viewer_url": viewer["url"]}
+
+    @model_validator(mode="after")
+    def _hang_together(self) -> Self:
+        if self.proxy and self.users:
+            raise ValueError("PROXY or USERS say who is calling, not both")
+        for each in listed(self.proxy):
+            ip_network(each)
+        if self.proxy and len(self.secret.get_secret_value()) < 32:
+            raise ValueError("SECRET has to have 32 characters or more, so that nobody but the PROXY has it")
+        return self
+
+
 _CONFIG = SettingsConfigDict(env_nested_delimiter="__", extra="ignore", hide_input_in_errors=True)
 
 
@@ -307,6 +393,7 @@ class Settings(_FromFilesToo):
     accept_risks: str = Field("", description="What production refuses or warns of and you mean to have, by commas")
     version: str = Field("", max_length=100, description="What the running code is called, such as its commit")
     metrics: MetricsSettings = MetricsSettings()
+    console: ConsoleSettings = ConsoleSettings()
     probe_folder: str = Field(
         "", description="Folder in which relay and workers show that they live, for a probe; empty for none"
     )

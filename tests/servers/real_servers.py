@@ -26,7 +26,8 @@ TEMPLATE = "service"
 """The migrated database that every test's database is copied from."""
 
 _PREFIXES = (
-    "DATABASE__", "BROKER__", "API__", "IDENTITY__", "OUTBOX__", "SMTP__", "LOG_", "OTEL_", "DRAMATIQ_", "dramatiq_",
+    "DATABASE__", "BROKER__", "API__", "IDENTITY__", "OUTBOX__", "SMTP__", "CONSOLE__", "LOG_", "OTEL_", "DRAMATIQ_",
+    "dramatiq_",
     "SECRETS_DIR", "ENVIRONMENT", "ACCEPT_RISKS", "FORWARDED_ALLOW_IPS",
 )  # fmt: skip
 

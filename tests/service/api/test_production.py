@@ -62,8 +62,16 @@ def test_this_is_safe_too(monkeypatch: pytest.MonkeyPatch, variable: str, value:
     assert risks(load_settings()) == []
 
 
-_PARTS: tuple[Part, ...] = ("api", "worker", "relay")
+_PARTS: tuple[Part, ...] = ("api", "worker", "relay", "console")
 _EVERY: set[Part] = {*_PARTS}
+_CONSOLE: set[Part] = {"console"}
+_SCRYPT = f"{'0' * 32}:{'0' * 64}"
+
+
+def _proxied(**settings: str) -> str:
+    return json.dumps({"proxy": "10.0.0.7", "secret": "s" * 32} | settings)
+
+
 _REFUSED: list[tuple[str, str, str, set[Part]]] = [
     ("DATABASE__URL", "postgresql://app:postgres@db/service?sslmode=verify-full", "password-database", _EVERY),
     ("DATABASE__URL", "postgresql://app:app@localhost/service", "password-database", _EVERY),
@@ -78,6 +86,9 @@ _REFUSED: list[tuple[str, str, str, set[Part]]] = [
     ("API__HOSTS", "", "hosts", {"api"}),
     ("API__CORS_ORIGINS", "*", "cors", {"api"}),
     ("FORWARDED_ALLOW_IPS", "*", "proxy", {"api"}),
+    ("CONSOLE__USERS", f'[{{"name": "ada", "scrypt": "{_SCRYPT}", "roles": ["viewer"]}}]', "console-users", _CONSOLE),
+    ("CONSOLE", _proxied(proxy="10.0.0.7, ::/0"), "console-proxy", _CONSOLE),
+    ("CONSOLE", _proxied(viewer_url="postgresql://v:c0ffee@db/service"), "tls-database", _CONSOLE),
 ]  # fmt: skip
 
 

@@ -119,13 +119,15 @@ _BUILT = tuple(ROOT / "service" / "domains" / name for name in ("reviews", "cust
 
 _OF_THE_EXAMPLE = ("docs/an-order.md", "service/dev/demo", "service/domains/orders", "tests/domains/orders")
 
+_OF_THE_CONSOLE = ("service/console", "tests/service/console", "docs/console.md", "docs/console")
+
 _OF_THE_MONITORING = ("service/dev/board.py", "tests/service/monitoring", "tests/servers/prometheus.py")
 
 
 def _there(path: Path) -> bool:
-    """Whether it exists, or is what a user may have deleted: all of the example, of the proof, or of the monitoring."""
+    """Whether it exists, or is what a user may have deleted: the example, the proof, the monitoring or the console."""
     path = path.resolve()
-    deleted = [ROOT / "tests" / "proof", ROOT / "docs" / "monitoring"]
+    deleted = [ROOT / name for name in ("tests/proof", "docs/monitoring", *_OF_THE_CONSOLE)]
     if not (ROOT / "docs" / "monitoring").exists():
         deleted += [ROOT / name for name in _OF_THE_MONITORING]
     if not (ROOT / "service" / "domains" / "orders").exists():

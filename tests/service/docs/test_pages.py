@@ -41,9 +41,11 @@ _TRIED = {
     "python": (*GUIDE, DOCS / "an-order.md", TRACES),
     "sh": (FIRST_FEATURE, DOCS / "packages.md"),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
-    "ini": (EXISTING_SERVICE, DOCS / "production.md"),
+    "ini": (EXISTING_SERVICE, DOCS / "production.md", DOCS / "console.md"),
     "sql": (CHANGING, RUNNING, BACKUPS, DOCS / "personal-data.md"),
-    "console": (FIRST_FEATURE, CONSUMERS, IN_ORDER, DOCS / "an-order.md", DOCS / "doctor.md", *OPERATIONS),
+    "console": (
+        FIRST_FEATURE, CONSUMERS, IN_ORDER, DOCS / "an-order.md", DOCS / "doctor.md", DOCS / "console.md", *OPERATIONS,
+    ),  # fmt: skip
     "text": (DEVELOPING, TRACES),
     "mermaid": ALL,
     "promql": (METRICS,),
