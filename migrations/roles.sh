@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the three roles of roles.sql in the PostgreSQL of compose.yaml, each with its password, and gives the database to
+# Makes the four roles of roles.sql in the PostgreSQL of compose.yaml, each with its password, and gives the database to
 # the migrator. PostgreSQL's image runs it when it makes the database. In one that is there already, run it by hand:
 #
 #     docker compose exec postgres sh /docker-entrypoint-initdb.d/roles.sh
@@ -14,6 +14,8 @@ ALTER ROLE :"migrator" PASSWORD :'password';
 ALTER ROLE :"app" PASSWORD :'password';
 \set password `cat /run/secrets/relay_password`
 ALTER ROLE :"relay" PASSWORD :'password';
+\set password `cat /run/secrets/viewer_password`
+ALTER ROLE :"viewer" PASSWORD :'password';
 -- So that the migrator may run roles.sql too.
 ALTER DATABASE :"database" OWNER TO :"migrator";
 END

@@ -24,14 +24,15 @@ _HEAD = """\
 _COMPOSE = """
 # Read by compose.yaml alone. `make secrets` writes its passwords.
 
-# What else runs: rabbitmq, monitoring, or both with a comma
+# What else runs: rabbitmq, monitoring, console, or several with commas
 #COMPOSE_PROFILES=rabbitmq
 # Another broker than Valkey, such as amqp://service@rabbitmq:5672/
 #SERVICE_BROKER_URL=
 # Addresses of the proxies whose word for a client's address the API takes
 #FORWARDED_ALLOW_IPS=
-# Loopback ports for the API and for Mailpit's pages
+# Loopback ports for the API, the console and Mailpit's pages
 #API_PORT=8000
+#CONSOLE_PORT=8001
 #MAILPIT_PORT=8025
 # The same for the profile `monitoring`
 #PROMETHEUS_PORT=9090

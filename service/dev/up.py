@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from service.dev import stack
+from service.dev import dev_console, stack
 from service.dev.issuer import DevIssuer, every_scope, is_ours
 from service.dev.places import ROOT, ServerError, clone_data
 from service.dev.postgres import Postgres
@@ -45,7 +45,8 @@ def run() -> int:
 def _environment() -> dict[str, str]:
     given = stack.configured()
     callers = dev_issuer().variables if is_ours(given) else {}
-    return {"LOG_FORMAT": "console"} | callers | given | {"PYTHONUNBUFFERED": "1"}
+    operators = dev_console.variables(clone_data(), given)
+    return {"LOG_FORMAT": "console"} | callers | operators | given | {"PYTHONUNBUFFERED": "1"}
 
 
 def dev_issuer() -> DevIssuer:
@@ -107,7 +108,7 @@ def _give_environment(processes: list[Process]) -> None:
         print(visible(f"-- .env cannot be read: {error} --"), flush=True)
         return
     for process in processes:
-        given = {name: process.environment[name] for name in (*_GIVEN, _METRICS) if name in process.environment}
+        given = {name: process.environment[name] for name in (*_GIVEN, *_PORTS) if name in process.environment}
         process.environment = wanted | given
     given = processes[0].environment
     if moved := [name for name in _GIVEN if wanted.get(name, given[name]) != given[name]]:
@@ -118,11 +119,12 @@ _GIVEN = (*stack.URLS, "SMTP__URL")
 """What servers may have been started for: it stays as it is until the end."""
 
 _METRICS = "METRICS__PORT"
+_PORTS = (_METRICS, dev_console.PORT)
 _MEASURED = ("api", "relay")
 """Each of these processes has another one, since they share the machine."""
 
 _REFUSED = "@nowhere\\.example$\n"
-_STOP_ORDER = ("api", "worker", "relay", "mail")
+_STOP_ORDER = ("api", "console", "worker", "relay", "mail")
 
 
 def _processes(environment: dict[str, str], port: int) -> list[Process]:
@@ -135,6 +137,9 @@ def _processes(environment: dict[str, str], port: int) -> list[Process]:
     commands |= {"api": stack.api_command(port), "relay-1": stack.relay_command(), "relay-2": stack.relay_command()}
     for number in (1, 2):
         commands[f"worker-{number}"] = stack.worker_command(processes=1, threads=8)
+    if dev_console.has_console():
+        environment[dev_console.PORT] = str(_port_near(int(environment.get(dev_console.PORT, "8001"))))
+        commands["console"] = dev_console.COMMAND
     write = to_terminal(commands)
     processes = [Process(name, command, environment, write) for name, command in commands.items()]
     for number, process in enumerate(each for each in processes if each.name.startswith(_MEASURED)):
@@ -172,6 +177,8 @@ def answers(port: int) -> bool:
 def _say_where(port: int, environment: Mapping[str, str], processes: list[Process]) -> None:
     url = f"http://127.0.0.1:{port}"
     lines = ["", f"API        {url}   (try it in a browser: {url}/docs)"]
+    if dev_console.has_console():
+        lines += [f"console    {dev_console.says(clone_data(), environment)}"]
     lines += [f"database   {read_postgres(environment['DATABASE__URL']).where}"]
     lines += [f"broker     {without_secrets(environment['BROKER__URL'])}"]
     lines += [f"mail       {without_secrets(environment['SMTP__URL'])}"]
@@ -188,11 +195,12 @@ def _things_to_try(url: str, *, refuses: bool) -> list[str]:
     if not stack.has_example():
         return []
     token = dev_issuer().token("ada", every_scope()) if is_ours(stack.configured()) else ""
-    lines = ["", "Place an order and watch the log:", "", stack.example().try_it(url, token)]
+    lines = ["", "Place an order and watch the log:", "", stack.example().try_it(url, token, refused=refuses)]
     if refuses:
         lines += [
             "",
-            "With an e-mail @nowhere.example, which the mail server refuses, it ends as a dead letter. Repair it:",
+            "With an e-mail @nowhere.example, which the mail server refuses, it ends as a dead letter, as the first",
+            "order did, which was placed for you. Repair it:",
         ]
         lines += [f"empty {_reject_file()}", ".venv/bin/outbox dead-letters replay --all   (after that `eval`)"]
     return lines

@@ -103,12 +103,21 @@ class Load:
         return answer
 
 
-def try_it(url: str, token: str) -> str:
-    """A curl line that places an order, for a product that is made here if there is none yet."""
+def try_it(url: str, token: str, *, refused: bool = False) -> str:
+    """A curl line that places an order, for a product that is made here if there is none yet.
+
+    Args:
+        url: Where the API is.
+        token: Who places it.
+        refused: Whether to place the first order here, for an address that the mail server refuses.
+    """
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
         products = client.get("/products").raise_for_status().json()["items"]
         if not products:
             products = [client.post("/products", json={"name": "Tea", "stock": 1000}).raise_for_status().json()]
+            if refused:
+                line = {"product_id": products[0]["id"], "quantity": 1}
+                client.post("/orders", json={"email": f"bob{REJECTED}", "lines": [line]}).raise_for_status()
     body = f'{{"email": "ada@example.com", "lines": [{{"product_id": "{products[0]["id"]}", "quantity": 2}}]}}'
     caller = '-H "Authorization: Bearer $(make -s token)"'
     return f"curl {url}/orders {caller} -H 'Content-Type: application/json' -d '{body}'"

@@ -126,14 +126,15 @@ def test_every_variable_is_in_the_example_and_no_password_is_one() -> None:
 
 
 def test_no_process_is_given_more_than_its_own_role(services: dict[str, dict[str, Any]]) -> None:
-    roles = {"api": "app", "relay": "relay", "migrate": "migrator"}
+    roles = {"api": "app", "relay": "relay", "console": "relay", "migrate": "migrator"}
     for name, each in _ours(services).items():
         role = roles.get(name, "app")
         url = each["environment"]["DATABASE__URL"]
         assert url.startswith(f"postgresql://service_{role}@"), f"{name}: {url}"
         secrets = {secret["source"]: secret["target"] for secret in each["secrets"]}
         assert secrets.pop(f"{role}_password") == "database__password"
-        assert secrets == ({} if name in ("api", "migrate") else {"broker_password": "broker__password"}), name
+        others = {"api": {}, "migrate": {}, "console": {"viewer_password": "console__viewer_password"}}
+        assert secrets == others.get(name, {"broker_password": "broker__password"}), name
     for name, each in services.items():
         if name != "postgres":
             assert "superuser_password" not in str(each), name
@@ -200,4 +201,4 @@ def test_the_services_of_ours_share_an_image_and_start_after_the_migration(servi
             assert waits_for == {"postgres": {"condition": "service_healthy"}}
         else:
             assert waits_for["rights"] == {"condition": "service_completed_successfully"}
-            assert ("valkey" in waits_for) == (name != "api")
+            assert ("valkey" in waits_for) == (name not in ("api", "console"))
