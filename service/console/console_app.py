@@ -15,10 +15,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from service.console import dead_letter_pages, event_pages, login_page, overview_page, process_page
+from service.console import (
+    audit_page,
+    dead_letter_pages,
+    event_pages,
+    login_page,
+    operation_pages,
+    overview_page,
+    payload_pages,
+    process_page,
+    queue_pages,
+)
 from service.console.doorkeeper import Doorkeeper
 from service.console.ledger_looks import LedgerLooks
 from service.console.looks import ConsolePool
+from service.console.operation_runner import OperationRunner
 from service.console.operators import Signer, identity_of
 from service.console.rendering import HERE, page
 from service.database.driver import CONTENT_ERRORS, DRIVER_ERRORS
@@ -60,7 +71,11 @@ def create_console(settings: Settings) -> FastAPI:
     app.add_middleware(Deadline, seconds=REQUEST_TIMEOUT)
     app.add_middleware(KnownHosts, hosts={each.lower() for each in listed(settings.console.hosts)})
     app.add_middleware(RequestContext, running={})
-    for each in (overview_page, dead_letter_pages, event_pages, process_page, login_page):
+    # Of two that fit a path the first one serves it.
+    for each in (
+        overview_page, payload_pages, operation_pages, dead_letter_pages, event_pages, process_page, queue_pages,
+        audit_page, login_page,
+    ):  # fmt: skip
         app.include_router(each.router)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
     for kind in (StarletteHTTPException, RequestValidationError, *DRIVER_ERRORS):
@@ -80,7 +95,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     for pool in (pools := (app.state.looking, app.state.acting, counting)):
         await pool.open()
     app.state.looks = LedgerLooks(counting)
+    app.state.runner = OperationRunner(app.state.acting)
     yield
+    await app.state.runner.close()
     for pool in pools:
         pool.close()
 

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/dead-letters")
 
 SHOWN = 50
 
-LetterState = Literal["open", "replayed", "discarded", "any"]
+LetterState = Literal["open", "replayed", "discarded", "edited", "any"]
 
 
 @router.get("")

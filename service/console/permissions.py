@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from service.settings import ConsoleRole
 
 
-def _needs(role: ConsoleRole) -> Callable[[Request], Awaitable[ConsoleCaller]]:
+def _needs(*roles: ConsoleRole) -> Callable[[Request], Awaitable[ConsoleCaller]]:
     async def ask(request: Request) -> ConsoleCaller:
         caller: ConsoleCaller = request.state.caller
-        if not caller.may(role):
-            raise HTTPException(403, f"This takes the role {role}, which you do not have.")
+        if lacking := [role for role in roles if not caller.may(role)]:
+            raise HTTPException(403, f"This takes the role {lacking[0]}, which you do not have.")
         request.state.principal = caller.name
         return caller
 
@@ -28,3 +28,5 @@ def _needs(role: ConsoleRole) -> Callable[[Request], Awaitable[ConsoleCaller]]:
 
 Viewer = Annotated[ConsoleCaller, Depends(_needs("viewer"))]
 Acting = Annotated[ConsoleCaller, Depends(_needs("operator"))]
+Revealing = Annotated[ConsoleCaller, Depends(_needs("payload"))]
+Editing = Annotated[ConsoleCaller, Depends(_needs("operator", "payload"))]

@@ -31,6 +31,8 @@ NAVIGATION = (
     ("/dead-letters", "Dead letters"),
     ("/events", "Events"),
     ("/processes", "Processes"),
+    ("/operations", "Operations"),
+    ("/audit", "Audit"),
 )
 """Where each page leads to, and what that is called."""
 

@@ -29,6 +29,11 @@ _MASKED = """
 id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches, created_at,
 dispatched_at, started_at, completed_at, errors, lane, position
 """
+_PAYLOAD = """
+SELECT payload FROM outbox_message WHERE id > $1 AND id <= $2
+UNION ALL
+SELECT payload FROM dead_letter WHERE message_id > $1 AND message_id <= $2 LIMIT 1
+"""
 _EVENT_ID = """
 SELECT event_id FROM outbox_message WHERE id = $1 UNION SELECT event_id FROM dead_letter WHERE message_id = $1 LIMIT 1
 """
@@ -99,6 +104,13 @@ class Story:
     payload: dict[str, Any] | None
     headers: dict[str, str]
     deliveries: list[DeliveryStory]
+
+
+async def payload_of_event(connection: Connection, given: UUID) -> dict[str, Any] | None:
+    """The payload of the event with this id, or of the delivery's event; `None` when nothing is known of it."""
+    event_id = await connection.fetchval(_EVENT_ID, given) or event_of(given)
+    found: dict[str, Any] | None = await connection.fetchval(_PAYLOAD, event_id, last_delivery_of(event_id))
+    return found
 
 
 async def tell(connection: Connection, given: UUID, keep: timedelta, *, masked: bool = False) -> Story | None:

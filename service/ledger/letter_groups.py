@@ -28,6 +28,7 @@ _NEWEST = {
     "open": "WHERE resolution IS NULL ORDER BY died_at DESC, id DESC",
     "replayed": "WHERE resolution = 'replayed' ORDER BY id DESC",
     "discarded": "WHERE resolution = 'discarded' ORDER BY id DESC",
+    "edited": "WHERE resolution = 'edited' ORDER BY id DESC",
     "any": "ORDER BY id DESC",
 }
 
@@ -57,6 +58,9 @@ _GROUPS = f"""
 )
 SELECT * FROM groups ORDER BY count DESC, last DESC LIMIT {MOST_GROUPS}
 """  # noqa: S608
+
+
+_IDS = f"{_MATCHING} SELECT id FROM matching ORDER BY id"  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,13 @@ async def groups(connection: Connection, wanted: LetterFilter) -> list[LetterGro
     """The largest groups of those wanted, the largest first."""
     statement = _of(_GROUPS, wanted)
     return [LetterGroup(**row) for row in await connection.fetch(statement, *arguments(wanted), None)]
+
+
+async def find_ids(connection: Connection, wanted: LetterFilter, fingerprint: str) -> list[int]:
+    """The ids of those of a group, oldest first."""
+    statement = _of(_IDS, wanted)
+    rows = await connection.fetch(statement, *arguments(wanted), storable(fingerprint))
+    return [row["id"] for row in rows]
 
 
 def _of(statement: str, wanted: LetterFilter) -> str:

@@ -37,11 +37,13 @@ async def test_every_page_is_read_by_a_role_that_may_not_see_payloads(
     app = make_console(viewer_url=SecretStr(viewer_url))
     [delivery] = rows.messages(1)
     rows.dead_letters(1)
+    rows.sql("INSERT INTO outbox_operation (kind, asked_by) VALUES ('pause', 'bob')")
     async with serve(app) as client:
-        client.headers.update(by_proxy("ann", "viewer"))
+        client.headers.update(by_proxy("ann", "operator"))
         for path in (
             "/", "/dead-letters", "/dead-letters/1", "/dead-letters?state=any&error=550", "/events",
-            "/events?state=dead", f"/events/{delivery}", "/processes",
+            "/events?state=dead", f"/events/{delivery}", "/processes", "/operations", "/operations/1", "/audit",
+            "/queues/pause?queue=stock", "/dead-letters/replay/many", "/dead-letters/replay/many?group=0123456789ab",
         ):  # fmt: skip
             answer = await client.get(path)
             assert answer.status_code == 200, path

@@ -1,0 +1,258 @@
+"""What operators do: to queues, to dead letters one by one and in bulk, and with payloads."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from service.console.operators import SECRET_HEADER
+from service.ledger import replaying
+from tests.service.api.serving import serve
+from tests.service.console.ledger_rows import SECRET, literal
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    import httpx
+
+    from tests.service.console.conftest import As, MakeConsole
+    from tests.service.console.ledger_rows import LedgerRows
+
+ACTS = [
+    ("/queues/pause", {"queue": "stock"}),
+    ("/queues/resume", {"queue": "email"}),
+    ("/dead-letters/1/replay", {}),
+    ("/dead-letters/1/discard", {}),
+    ("/dead-letters/replay/many", {"until": "2999-01-01T00:00:00+00:00"}),
+    ("/dead-letters/discard/many", {"until": "2999-01-01T00:00:00+00:00"}),
+    ("/dead-letters/1/payload", {}),
+    ("/dead-letters/1/edit", {"payload": "{}"}),
+    ("/operations/1/stop", {}),
+    ("/operations/1/resume", {}),
+]
+
+
+async def token(client: httpx.AsyncClient) -> str:
+    """That of the client's session."""
+    page = await client.get("/dead-letters/1")
+    found = re.search(r'name="token" value="([0-9a-f]{64})"', page.text)
+    return found[1] if found else ""
+
+
+async def send(client: httpx.AsyncClient, path: str, why: str = "a test", **fields: str) -> httpx.Response:
+    """What a form of a page sends."""
+    return await client.post(path, data={"token": await token(client), "why": why, **fields})
+
+
+def state(rows: LedgerRows) -> str:
+    """Of all that an act could change."""
+    return rows.sql(
+        "SELECT (SELECT string_agg(queue, ',' ORDER BY queue) FROM paused_queue), "
+        "(SELECT count(*) FROM outbox_message), "
+        "(SELECT string_agg(coalesce(resolution, 'open'), ',' ORDER BY id) FROM dead_letter), "
+        "(SELECT count(*) FROM outbox_operation)"
+    )
+
+
+@pytest.mark.parametrize(("path", "fields"), ACTS)
+@pytest.mark.parametrize("wrong", ["a viewer", "no token", "no reason"])
+async def test_nothing_is_done_for_who_may_not_or_does_not_say_why(
+    make_console: MakeConsole, by_proxy: As, rows: LedgerRows, path: str, fields: dict[str, str], wrong: str
+) -> None:
+    rows.dead_letters(2)
+    rows.sql("INSERT INTO paused_queue VALUES ('email', now(), 'ann', 'x')")
+    before = state(rows)
+    groups = ["viewer"] if wrong == "a viewer" else ["operator", "payload"]
+    async with serve(make_console()) as client:
+        client.headers.update(by_proxy("ann", *groups))
+        client.headers["Origin"] = str(client.base_url).rstrip("/")
+        given = {"token": await token(client), "why": "a test", **fields}
+        if wrong == "no token":
+            given["token"] = "0" * 64
+        if wrong == "no reason":
+            given["why"] = "  "
+        answer = await client.post(path, data=given)
+        assert answer.status_code == (422 if wrong == "no reason" else 403), answer.text
+        assert SECRET not in answer.text
+    assert state(rows) == before
+
+
+async def test_a_queue_is_paused_and_resumed_with_a_reason(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    rows.dead_letters()
+    for queue in ("stock", "*"):
+        assert "wait in PostgreSQL" in (await console.get(f"/queues/pause?queue={queue}")).text
+        for _ in range(2):  # somebody may have been faster
+            assert (await send(console, "/queues/pause", queue=queue)).status_code == 303
+        assert rows.sql("SELECT paused_by, why FROM paused_queue") == "ann|a test"
+        assert (await send(console, "/queues/resume", queue=queue)).status_code == 303
+        assert rows.sql("SELECT count(*) FROM paused_queue") == "0"
+    assert (await console.get("/queues/pause?queue=no+name")).status_code == 422
+    assert (await send(console, "/queues/pause", queue="a b")).status_code == 422
+    audit = (await console.get("/audit")).text
+    assert audit.count("<td>pause</td>") == audit.count("<td>resume</td>") == 2
+
+
+async def test_one_dead_letter_is_replayed_and_another_discarded(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    deliveries = rows.dead_letters(2)
+    answer = await send(console, "/dead-letters/1/replay", "mail server repaired")
+    assert answer.headers["location"] == "/dead-letters/1"
+    assert (await send(console, "/dead-letters/2/discard", "account deleted")).status_code == 303
+    assert rows.sql("SELECT resolution, resolved_by, resolved_why FROM dead_letter ORDER BY id").split() == [
+        "replayed|ann|mail", "server", "repaired", "discarded|ann|account", "deleted",
+    ]  # fmt: skip
+    assert rows.sql("SELECT id, state FROM outbox_message") == f"{deliveries[0]}|pending"
+    again = await send(console, "/dead-letters/1/discard")
+    assert again.status_code == 409
+    assert "was replayed by ann" in again.text
+    assert "There is no dead letter 9" in (await send(console, "/dead-letters/9/replay")).text
+
+
+async def test_many_are_replayed_as_they_were_shown(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    rows.dead_letters(3, error="450 later 1")
+    rows.dead_letters(2, error="no route to host")
+    group = re.search(r"group=([0-9a-f]{12})[^>]*>MailError</a> …", (await console.get("/dead-letters")).text)
+    assert group
+    query = f"consumer=orders.send_confirmation&group={group[1]}"
+    preview = (await console.get(f"/dead-letters/replay/many?{query}")).text
+    assert "Replay 3 dead letters?" in preview
+    rows.dead_letters(1, error="450 later 2")  # after it was looked at
+    fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', preview))
+    answer = await send(console, "/dead-letters/replay/many", **{**fields, "why": "repaired"})
+    assert answer.headers["location"] == "/operations/1"
+    await until(lambda: rows.sql("SELECT state, done FROM outbox_operation") == "finished|3", what="the operation")
+    assert rows.sql("SELECT count(*) FROM dead_letter WHERE resolution IS NULL") == "3"
+    page = (await console.get("/operations/1")).text
+    assert "3 of 3 done" in page
+    assert "repaired" in page
+    assert f"group {group[1]}" in page
+    assert (await send(console, "/dead-letters/replay/many", **fields)).status_code == 409
+
+
+async def test_an_operation_is_stopped_and_gone_on_with_at_another_rate(
+    console: httpx.AsyncClient, rows: LedgerRows
+) -> None:
+    rows.dead_letters(60)
+    preview = (await console.get("/dead-letters/discard/many")).text
+    fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', preview))
+    for rate in ("0", "nan", "fast", "1e9"):
+        assert (await send(console, "/dead-letters/discard/many", **fields, rate=rate)).status_code == 422
+    await send(console, "/dead-letters/discard/many", **fields, rate="4")
+    await until(lambda: rows.sql("SELECT done > 0 FROM outbox_operation") == "t")
+    assert "Stop it" in (await console.get("/operations/1")).text
+    assert (await send(console, "/operations/1/resume")).status_code == 409
+    await send(console, "/operations/1/stop", "too fast")
+    assert "Go on with it" in (await console.get("/operations/1")).text
+    assert (await send(console, "/operations/1/resume", "slow enough", rate="1000")).status_code == 303
+    await until(lambda: rows.sql("SELECT state, done FROM outbox_operation WHERE id = 1") == "finished|60")
+    audit = re.sub(r"<[^>]*>", " ", (await console.get("/audit")).text)
+    for why in ("too fast", "slow enough"):
+        assert why in audit
+
+
+async def test_a_console_that_stops_leaves_its_operation_stopped(
+    make_console: MakeConsole, by_proxy: As, rows: LedgerRows
+) -> None:
+    rows.dead_letters(50)
+    async with serve(make_console()) as client:
+        client.headers.update(by_proxy("ann", "operator"))
+        client.headers["Origin"] = str(client.base_url).rstrip("/")
+        await send(client, "/dead-letters/replay/many", until="2999-01-01T00:00:00+00:00", rate="1")
+        await until(lambda: rows.sql("SELECT done FROM outbox_operation") == "1")
+    assert rows.sql("SELECT state FROM outbox_operation") == "stopped"
+
+
+async def test_two_operators_at_once_do_each_thing_once(
+    make_console: MakeConsole, by_proxy: As, rows: LedgerRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replaying, "BATCH", 5)
+    rows.dead_letters(200)
+    async with serve(make_console()) as ann, serve(make_console()) as bob:
+        for client, name in ((ann, "ann"), (bob, "bob")):
+            client.headers.update(by_proxy(name, "operator"))
+            client.headers["Origin"] = str(client.base_url).rstrip("/")
+        for client, act in ((ann, "replay"), (bob, "discard")):
+            await send(client, f"/dead-letters/{act}/many", until="2999-01-01T00:00:00+00:00")
+        await until(lambda: rows.sql("SELECT bool_and(state = 'finished') FROM outbox_operation") == "t")
+    done = rows.sql("SELECT sum(done), sum(done) + sum(refused) >= 200 FROM outbox_operation")
+    assert done == "200|t"
+    assert rows.sql("SELECT count(*) FROM dead_letter WHERE resolution IS NULL") == "0"
+    counted = "SELECT (SELECT count(*) FROM outbox_message) = count(*) FROM dead_letter WHERE resolution = 'replayed'"
+    assert rows.sql(counted) == "t"
+
+
+async def test_a_payload_is_shown_to_who_says_why_and_that_is_on_record(
+    make_console: MakeConsole, by_proxy: As, rows: LedgerRows
+) -> None:
+    rows.dead_letters()
+    [delivery] = rows.messages()
+    async with serve(make_console()) as client:
+        client.headers.update(by_proxy("pat", "payload"))
+        client.headers["Origin"] = str(client.base_url).rstrip("/")
+        for path in ("/dead-letters/1/payload", f"/events/{delivery}/payload"):
+            answer = await send(client, path, "ticket 17")
+            assert answer.status_code == 200
+            assert SECRET in answer.text
+            assert answer.headers["cache-control"] == "no-store"
+            assert "<textarea" not in answer.text
+    record = rows.sql("SELECT kind, about, asked_by, why FROM outbox_operation ORDER BY id").splitlines()
+    assert record == [
+        'reveal|{"dead_letter": 1}|pat|ticket 17', f'reveal|{{"event": "{delivery}"}}|pat|ticket 17',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        ("{", "this is not JSON"),
+        ("[]", "a payload is an object"),
+        ({"order_id": "no uuid"}, "could not read this"),
+        ({"order_id": "0193c3f4-8a51-7c5e-9b1a-4f6f3a2b1c0d", "ordre": 1}, "has no field ordre"),
+        ({}, "could not read this"),
+        ({"order_id": SECRET}, "nothing differs"),
+    ],
+)
+async def test_a_payload_that_the_consumer_could_not_read_is_refused(
+    console: httpx.AsyncClient, rows: LedgerRows, payload: Any, said: str
+) -> None:
+    pytest.importorskip("service.domains.orders")
+    rows.dead_letters(1, event_type="'order.confirmed'")
+    text = payload if isinstance(payload, str) else json.dumps(payload)
+    answer = await send(console, "/dead-letters/1/edit", payload=text)
+    assert answer.status_code == 422
+    assert said in answer.text
+    assert "<textarea" in answer.text  # with what was written, to go on from
+    assert rows.sql("SELECT count(*) FROM outbox_message") == "0"
+
+
+async def test_a_payload_is_put_right_and_the_dead_letter_keeps_the_original(
+    console: httpx.AsyncClient, rows: LedgerRows
+) -> None:
+    pytest.importorskip("service.domains.orders")
+    [delivery] = rows.dead_letters(1, event_type="'order.confirmed'")
+    right = {"order_id": "0193c3f4-8a51-7c5e-9b1a-4f6f3a2b1c0d"}
+    answer = await send(console, "/dead-letters/1/edit", "the order was merged", payload=json.dumps(right))
+    assert answer.status_code == 303
+    new = rows.sql(f"SELECT payload, id <> '{delivery}' FROM outbox_message")
+    assert new == f"{json.dumps(right)}|t"
+    kept = rows.sql("SELECT resolution, resolved_by, payload FROM dead_letter")
+    assert kept == f'edited|ann|{{"order_id": "{SECRET}"}}'
+    story = await console.get(answer.headers["location"])
+    assert "ann edited it: the order was merged" in re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", story.text))
+    assert "edited" in (await console.get("/dead-letters?state=edited")).text
+
+
+async def test_names_and_reasons_reach_pages_as_text(make_console: MakeConsole, by_proxy: As, rows: LedgerRows) -> None:
+    rows.dead_letters(1)
+    hostile = "<img src=x onerror=alert(1)>"
+    async with serve(make_console()) as client:
+        client.headers.update(by_proxy(hostile, "operator"))
+        client.headers["Origin"] = str(client.base_url).rstrip("/")
+        await send(client, "/dead-letters/1/discard", hostile)
+        rows.sql(f"INSERT INTO outbox_operation (kind, about, asked_by) VALUES ('x', {literal({'a': hostile})}, 'b')")
+        for path in ("/audit", "/operations", "/operations/1", "/operations/2", "/dead-letters/1", "/"):
+            answer = await client.get(path)
+            assert answer.status_code == 200
+            assert "<img" not in answer.text
+            assert SECRET_HEADER not in answer.text
