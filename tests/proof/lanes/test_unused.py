@@ -1,4 +1,4 @@
-"""Where nothing runs in order, lanes cost nothing: a delivery writes as much to PostgreSQL's log as it did without them."""
+"""Where nothing runs in order, a delivery writes as much to PostgreSQL's log as it did without lanes."""
 
 from __future__ import annotations
 

@@ -44,8 +44,10 @@ _TRIED = {
     "ini": (EXISTING_SERVICE, DOCS / "production.md", DOCS / "console.md"),
     "sql": (CHANGING, RUNNING, BACKUPS, DOCS / "personal-data.md"),
     "console": (
-        FIRST_FEATURE, CONSUMERS, IN_ORDER, DOCS / "an-order.md", DOCS / "doctor.md", DOCS / "console.md", *OPERATIONS,
-    ),  # fmt: skip
+        *(FIRST_FEATURE, CONSUMERS, IN_ORDER),
+        *(DOCS / f"{name}.md" for name in ("an-order", "doctor", "console")),
+        *OPERATIONS,
+    ),
     "text": (DEVELOPING, TRACES),
     "mermaid": ALL,
     "promql": (METRICS,),
