@@ -80,13 +80,15 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     ALTER DEFAULT PRIVILEGES FOR ROLE :"migrator" IN SCHEMA public
         GRANT USAGE ON SEQUENCES TO :"app";
 
-    REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, idempotency_key, outbox_minute,
-        outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay", :"viewer";
+    REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, limited_queue, idempotency_key,
+        outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay",
+        :"viewer";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position)
         ON outbox_message TO :"app";
     GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
+    GRANT SELECT ON limited_queue TO :"app";
     GRANT SELECT, INSERT, UPDATE ON outbox_minute TO :"app";
     GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"app";
     -- Nobody but the tables' owner erases anything, or changes what says so.
@@ -99,6 +101,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     -- Of those that are open: a trigger keeps the resolved ones as they are.
     GRANT SELECT, UPDATE (resolution, resolved_at, resolved_by, resolved_why) ON dead_letter TO :"relay";
     GRANT SELECT, INSERT, DELETE ON paused_queue TO :"relay";
+    GRANT SELECT, INSERT, UPDATE, DELETE ON limited_queue TO :"relay";
     -- Who asked for something, when and for what is written once. A trigger keeps what is finished, and lets only go
     -- what never began.
     GRANT SELECT, DELETE, INSERT (kind, about, asked_by, why, state, ids, total, rate, ended_at),
@@ -114,7 +117,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT SELECT (id, message_id, event_id, event_type, version, consumer, queue, headers, attempts, dispatches,
         created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role,
         lane, position, blocks) ON dead_letter TO :"viewer";
-    GRANT SELECT ON paused_queue, outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version
+    GRANT SELECT ON paused_queue, limited_queue, outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version
         TO :"viewer";
 \endif
 

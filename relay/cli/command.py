@@ -20,6 +20,7 @@ import typer
 
 from service.database.driver import open_connection, read_json
 from service.errors import ServiceError
+from service.ledger.message import is_queue_name
 from service.settings import load_settings
 
 if TYPE_CHECKING:
@@ -115,6 +116,13 @@ def database_problem(error: BaseException, settings: DatabaseSettings) -> Comman
         case _:
             return CommandError(f"PostgreSQL refused: {str(error).splitlines()[0]}", Exit.FAILED)
     return CommandError(message, Exit.UNREACHABLE)
+
+
+def queue_name(text: str) -> str:
+    """The name of one queue, if it may be one."""
+    if not is_queue_name(text):
+        raise CommandError(f"{text!r} is no queue name: letters, digits, _ and -, at most 100")
+    return text
 
 
 def parse_duration(text: str, option: str) -> timedelta:

@@ -1,4 +1,4 @@
-"""`outbox queues list | pause | resume`."""
+"""`outbox queues list | pause | resume`, and the limits beside them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from relay.cli.command import By, CommandError, Exit, Json, Why, ask, whoami
+from relay.cli import limit_commands
+from relay.cli.command import By, CommandError, Exit, Json, Why, ask, queue_name, whoami
 from relay.cli.output import Column, age, compact, line, note, plain, print_json, table
 from service.ledger import pausing
 from service.ledger.counting import count_queues
-from service.ledger.message import is_queue_name
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from service.database.driver import Connection
     from service.ledger.counting import QueueCounts
-    from service.ledger.pausing import Pause
 
-app = typer.Typer(help="Pause and resume queues.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Pause, resume and limit queues.", no_args_is_help=True, rich_markup_mode=None)
+app.command()(limit_commands.limit)
+app.command()(limit_commands.unlimit)
 
 _Queue = Annotated[str | None, typer.Argument(metavar="QUEUE")]
 _Everything = Annotated[bool, typer.Option("--all", help="All queues at once.")]
@@ -26,7 +29,7 @@ _Everything = Annotated[bool, typer.Option("--all", help="All queues at once.")]
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List the queues. Those with open deliveries, dead letters, or a pause."""
+    """List the queues. Those with open deliveries, dead letters, a limit or a pause."""
     queues = ask(count_queues)
     if as_json:
         print_json({"queues": [_document(name, each) for name, each in queues.items()]})
@@ -39,16 +42,21 @@ def list_(as_json: Json = False) -> None:
         Column("OPEN", right=True),
         Column("DUE", right=True),
         Column("DEAD", right=True),
+        Column("LIMIT", least=12),
         Column("PAUSED", least=20),
     ]
-    line(table(columns, [[_title(name), *_counts(name, each), _pause(each.pause)] for name, each in queues.items()]))
+    line(table(columns, [[_title(name), *_counts(name, each), *_kept_back(each)] for name, each in queues.items()]))
 
 
 def _document(name: str, queue: QueueCounts) -> dict[str, Any]:
     paused = queue.pause and {
         "at": queue.pause.paused_at, "age": queue.pause.age, "by": queue.pause.paused_by, "why": queue.pause.why,
     }  # fmt: skip
-    return {"queue": name, "open": queue.open, "due": queue.due, "dead": queue.dead, "paused": paused}
+    limit = queue.limit and {
+        "concurrency": queue.limit.concurrency, "per_second": queue.limit.per_second, "burst": queue.limit.burst,
+        "at": queue.limit.limited_at, "age": queue.limit.age, "by": queue.limit.limited_by, "why": queue.limit.why,
+    }  # fmt: skip
+    return {"queue": name, "open": queue.open, "due": queue.due, "dead": queue.dead, "limit": limit, "paused": paused}
 
 
 def _title(queue: str) -> str:
@@ -59,10 +67,16 @@ def _counts(name: str, queue: QueueCounts) -> list[str]:
     return ["" if name == EVERY_QUEUE else compact(number) for number in (queue.open, queue.due, queue.dead)]
 
 
-def _pause(paused: Pause | None) -> str:
-    if paused is None:
-        return "-"
-    return f"{age(paused.age)} ago by {paused.paused_by}" + (f": {paused.why}" if paused.why else "")
+def _kept_back(queue: QueueCounts) -> tuple[str, str]:
+    limit, pause = queue.limit, queue.pause
+    return (
+        "-" if limit is None else f"{limit_commands.said(limit)}, {_set(limit.age, limit.limited_by, limit.why)}",
+        "-" if pause is None else _set(pause.age, pause.paused_by, pause.why),
+    )
+
+
+def _set(since: timedelta, by: str, why: str | None) -> str:
+    return f"{age(since)} ago by {by}" + (f": {why}" if why else "")
 
 
 @app.command()
@@ -109,11 +123,7 @@ async def _end_pause(connection: Connection, name: str, by: str, why: str | None
 def _name(queue: str | None, everything: bool) -> str:
     if (queue is None) != everything:
         raise CommandError("which queue? Give one name, or --all")
-    if queue is None:
-        return EVERY_QUEUE
-    if not is_queue_name(queue):
-        raise CommandError(f"{queue!r} is no queue name: letters, digits, _ and -, at most 100")
-    return queue
+    return EVERY_QUEUE if queue is None else queue_name(queue)
 
 
 def _spoken(name: str) -> str:

@@ -31,6 +31,7 @@ from service.backoff import backoff
 from service.database.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
+from service.ledger.limited_dispatching import take_limited
 from service.production import check_production
 from service.telemetry.logs import brief, configure_logging, get_logger
 from service.telemetry.loop_lag import LoopLag
@@ -157,11 +158,13 @@ class Relay:
             if moved or not looked or self._must_look():
                 continue  # what was seen before the last batch or the last wait does not tell what is due now
             if self._due_in() <= 0 or vain > 1:
-                # Due, but locked by somebody or spared; or those who write into a full or paused queue wake this
-                # relay all the time. Look again soon.
+                # Due, but locked by somebody or spared; or those who write into a full, limited or paused queue wake
+                # this relay all the time. Look again soon.
                 vain = 0
-                await self._pause(SHORTEST_SLEEP)
-            elif await wakeup.sleep(lambda: self._look(connection), min(LONGEST_SLEEP, self._outbox.lease / 2)):
+                await self._pause(self._shortest())
+            elif await wakeup.sleep(
+                lambda: self._look(connection), min(LONGEST_SLEEP, self._outbox.lease / 2), self._shortest()
+            ):
                 vain += 1
 
     def _must_look(self) -> bool:
@@ -182,7 +185,8 @@ class Relay:
         self._sparing.heard(self._now())
         self._due = [head.queue for head in self._heads if head.due_in <= 0]
         for head in self._heads:
-            self._queues.setdefault(head.queue, KnownQueue()).floor = NO_FLOOR
+            known = self._queues.setdefault(head.queue, KnownQueue())
+            known.floor, known.limited = NO_FLOOR, head.limited
         self._look_at = self._next(began, _LOOK_EVERY)
         return self._due_in()
 
@@ -203,6 +207,8 @@ class Relay:
             if self._stopping.is_set() or (served and self._must_look()):
                 break
             known = self._queues[name]
+            if known.held_for(self._now()) > 0:
+                continue
             if not known.refused:
                 moved += await self._give(connection, name, known)
                 served = True
@@ -286,6 +292,10 @@ class Relay:
     async def _take(self, connection: Connection, name: str, known: KnownQueue, limit: int) -> Batch | None:
         floors = (known.floor, NO_FLOOR) if known.floor != NO_FLOOR else (NO_FLOOR,)
         expired_leases = not self._sparing.active(self._now())
+        if known.limited:
+            turn = await take_limited(connection, name, known.floor, limit, self._pauses, expired_leases=expired_leases)
+            known.hold(self._now(), turn.wait, handed_over=turn.batch is not None)
+            return turn.batch
         for floor in floors:
             batch = await take_due(connection, name, floor, limit, self._pauses, expired_leases=expired_leases)
             if batch is not None:
@@ -314,11 +324,18 @@ class Relay:
         """Seconds until there is something to do, 0 or less if there is now."""
         return min((max(head.due_in, self._rests_for(head.queue)) for head in self._heads), default=float("inf"))
 
+    def _shortest(self) -> float:
+        """Seconds to sleep at least."""
+        held = (self._queues[head.queue].held_for(self._now()) for head in self._heads)
+        return min([SHORTEST_SLEEP, *(each for each in held if each > 0)])
+
     def _rests_for(self, name: str) -> float:
         if name == self._tried:
             return float("inf")  # the end of its trial ends the sleep
         known = self._queues[name]
-        return max(known.rests_for(self._now()), SHORTEST_SLEEP if self._is_full(known) else 0)
+        return max(
+            known.rests_for(self._now()), known.held_for(self._now()), SHORTEST_SLEEP if self._is_full(known) else 0
+        )
 
     def _is_full(self, known: KnownQueue) -> bool:
         return known.depth >= self._outbox.high_water_mark

@@ -114,12 +114,15 @@ class Wakeup:
         self._ended = True
         self._notified.set()
 
-    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> bool:
+    async def sleep(
+        self, look: Callable[[], Awaitable[float]], longest: float, shortest: float = SHORTEST_SLEEP
+    ) -> bool:
         """Return when there may be something to do; whether somebody rang.
 
         Args:
             look: Seconds until the next row is due, 0 or less if one is; asked after the lock was granted.
             longest: Seconds to sleep at most.
+            shortest: Seconds to sleep at least, unless there is something to do at once or somebody rings.
         """
         self._notified.clear()
         if self._ended:
@@ -135,7 +138,7 @@ class Wakeup:
         try:
             due_in = await look()
             if due_in > 0:
-                await self._wait(min(max(due_in, SHORTEST_SLEEP), longest))
+                await self._wait(min(max(due_in, shortest), longest))
         finally:
             if not self._connection.is_closed():
                 await self._connection.execute("SELECT pg_advisory_unlock_all()")

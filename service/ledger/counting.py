@@ -1,4 +1,5 @@
-"""What is open, dead and completed per queue and consumer, which queues are paused, and how many relays there are.
+"""What is open, dead and completed per queue and consumer, which queues are limited or paused, and how many relays
+there are.
 
 What must stay true: it is cheap however much has been completed. So what is open is counted in the index that holds
 nothing else, and what is completed is counted only in a small table, and estimated in a large one. And it changes
@@ -11,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.ledger.lanes import standing
+from service.ledger.limiting import limited_queues
 from service.ledger.pausing import paused_queues
 
 if TYPE_CHECKING:
     from service.database.driver import Connection
+    from service.ledger.limiting import Limit
     from service.ledger.pausing import Pause
 
 SMALL_TABLE = 64 * 2**20
@@ -77,11 +80,12 @@ class Counts:
 
 @dataclass(slots=True)
 class QueueCounts:
-    """A queue with something open, dead or paused: its deliveries that are open, due (of these), and dead."""
+    """A queue with something open or dead, or kept back: its deliveries that are open, due (of these), and dead."""
 
     open: int = 0
     due: int = 0
     dead: int = 0
+    limit: Limit | None = None
     pause: Pause | None = None
 
 
@@ -106,6 +110,7 @@ class LedgerCounts:
     consumers: dict[tuple[str, str], Counts] = field(default_factory=dict)
     completed: CompletedCount = CompletedCount(None, True)
     paused: list[Pause] = field(default_factory=list)
+    limited: list[Limit] = field(default_factory=list)
 
     def total(self, name: str) -> int:
         return sum(getattr(each, name) or 0 for each in self.consumers.values())
@@ -131,6 +136,7 @@ async def count(connection: Connection, *, exact: bool = False) -> LedgerCounts:
         await _add(found, connection, _OPEN)
         await _add(found, connection, _DEAD)
         found.paused = await paused_queues(connection)
+        found.limited = await limited_queues(connection)
         found.relays = await connection.fetchval(_RELAYS)
         found.blocked = await connection.fetchval(_BLOCKED)
         if found.total("parked"):
@@ -146,12 +152,14 @@ async def count(connection: Connection, *, exact: bool = False) -> LedgerCounts:
 
 
 async def count_queues(connection: Connection) -> dict[str, QueueCounts]:
-    """Every queue with open deliveries, dead letters or a pause, by name."""
+    """Every queue with open deliveries, dead letters, a limit or a pause, by name."""
     queues = {row["queue"]: QueueCounts(row["open"], row["due"]) for row in await connection.fetch(_DUE)}
     for row in await connection.fetch(_DEAD):
         queues.setdefault(row["queue"], QueueCounts()).dead += row["dead"]
     for each in await paused_queues(connection):
         queues.setdefault(each.queue, QueueCounts()).pause = each
+    for limit in await limited_queues(connection):
+        queues.setdefault(limit.queue, QueueCounts()).limit = limit
     return dict(sorted(queues.items()))
 
 

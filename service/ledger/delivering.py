@@ -72,6 +72,14 @@ _CLAIMABLE = f"""
  OR ({_STATE} = 'running' AND message.claim_token = asked.token))
 """
 
+# Of a limited queue nothing starts that was not handed over: what has a slot is dispatched, or runs. This is asked of
+# the row as it is once it is locked, so what the relay is handing over at this moment is waited for like any other.
+_MAY_START = """
+CASE WHEN asked.state = 'dispatched' OR asked.mine THEN true
+     ELSE NOT EXISTS (SELECT FROM limited_queue WHERE limited_queue.queue = message.queue) END
+"""
+_MINE = f"coalesce({_STATE} = 'running' AND message.claim_token = asked.token, false)"
+
 _AS_RUNNING = """
 SET state = 'running',
     claim_token = asked.token,
@@ -82,29 +90,33 @@ SET state = 'running',
 """
 
 _TAKEN = f"""
-message.id, claim_token, event_id, event_type, version, consumer, queue, payload, headers, attempts,
-created_at, message.dispatches, due_at < clock_timestamp() + $3::interval / 2 AS stale,
-extract(epoch FROM started_at - created_at)::float8 AS age,
+message.id, claim_token, event_id, event_type, version, consumer, message.queue, payload, headers, attempts,
+created_at, message.dispatches, extract(epoch FROM started_at - created_at)::float8 AS age,
 coalesce(message.errors -> -1 ->> 'type' = '{WORKER_LOST}', false) AS suspect
 """
 
 _CLAIM = f"""
+WITH asked AS MATERIALIZED (
+    SELECT message.state, {_MINE} AS mine, asked.token
+    FROM outbox_message AS message CROSS JOIN (SELECT $2::uuid AS token) AS asked
+    WHERE message.id = $1 AND {_CLAIMABLE}
+    FOR UPDATE OF message
+)
 UPDATE outbox_message AS message {_AS_RUNNING}
-FROM (SELECT $1::uuid AS id, $2::uuid AS token) AS asked
-WHERE message.id = asked.id AND {_CLAIMABLE}
+FROM asked WHERE message.id = $1 AND {_MAY_START}
 RETURNING {_TAKEN}, CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
-"""
+"""  # noqa: S608
 
 _CLAIM_FREE = f"""
 WITH asked AS MATERIALIZED (
-    SELECT message.ctid, message.dispatches, asked.token
+    SELECT message.ctid, message.state, message.dispatches, {_MINE} AS mine, asked.token
     FROM outbox_message AS message
     CROSS JOIN LATERAL (SELECT ($2::uuid[])[array_position($1::uuid[], message.id)] AS token) AS asked
     WHERE message.id = ANY($1::uuid[]) AND {_CLAIMABLE}
     FOR UPDATE OF message SKIP LOCKED
 )
 UPDATE outbox_message AS message {_AS_RUNNING}
-FROM asked WHERE message.ctid = asked.ctid
+FROM asked WHERE message.ctid = asked.ctid AND {_MAY_START}
 RETURNING {_TAKEN},
           (SELECT set_config('synchronous_commit', 'off', true)
            WHERE NOT EXISTS (SELECT FROM asked WHERE asked.dispatches >= 2))
@@ -254,9 +266,6 @@ class Claim:
 async def claim(connection: Connection, delivery_id: UUID, token: UUID, lease: timedelta) -> Claim | None:
     """Take the row, or `None` if it is done, somebody else's, or not due. Repeatable with the same token."""
     row = await connection.fetchrow(_CLAIM, delivery_id, token, lease)
-    if row is not None and row["stale"]:
-        # PostgreSQL computed the lease, waited for a lock on a row that then had not changed, and used it as it was.
-        row = await connection.fetchrow(_CLAIM, delivery_id, token, lease)
     return None if row is None else _claim(row)
 
 

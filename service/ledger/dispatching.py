@@ -22,7 +22,9 @@ from service.ledger.message import DueDelivery
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    import asyncpg
 
     from service.database.driver import Connection
 
@@ -47,15 +49,10 @@ NO_FLOOR = Floor(datetime(1, 1, 1, tzinfo=UTC), UUID(int=0))
 _LOST = f"""
 jsonb_build_object('type', '{WORKER_LOST}', 'message', 'the lease ended without a heartbeat', 'traceback', '')
 """
-_TAKE_DUE = f"""
-WITH due AS MATERIALIZED (
-    SELECT ctid, id, due_at, state, state = 'running' AND attempts >= {SUSPECT_FROM} AS suspect FROM outbox_message
-    WHERE queue = $1 AND state <> 'completed' AND due_at <= now() AND (due_at, id) >= ($2, $3)
-      AND (state <> 'running' OR $6)
-    ORDER BY due_at, id LIMIT $4
-    FOR UPDATE SKIP LOCKED
-),
-last AS (SELECT due_at, id FROM due ORDER BY due_at DESC, id DESC LIMIT 1)
+DUE = f"ctid, id, due_at, state, state = 'running' AND attempts >= {SUSPECT_FROM} AS suspect"
+"""What `AS_DISPATCHED` goes by, of each row."""
+
+AS_DISPATCHED = f"""
 UPDATE outbox_message AS message
 SET state = CASE WHEN due.suspect THEN 'pending' ELSE 'dispatched' END,
     dispatches = CASE WHEN due.suspect THEN message.dispatches ELSE message.dispatches + 1 END,
@@ -70,6 +67,20 @@ RETURNING message.id::text, message.consumer, message.headers ->> 'traceparent',
           (SELECT due_at FROM last), (SELECT id FROM last),
           CASE WHEN due.suspect THEN 'suspect' ELSE due.state END
 """  # noqa: S608
+"""Marks what is `due`; `last` is where the next scan may start. The rows are for `batch_of`."""
+
+# That a queue is limited is seen here too: a relay may have been stopped since it last looked.
+_TAKE_DUE = f"""
+WITH due AS MATERIALIZED (
+    SELECT {DUE} FROM outbox_message
+    WHERE queue = $1 AND state <> 'completed' AND due_at <= now() AND (due_at, id) >= ($2, $3)
+      AND (state <> 'running' OR $6) AND NOT EXISTS (SELECT FROM limited_queue WHERE limited_queue.queue = $1)
+    ORDER BY due_at, id LIMIT $4
+    FOR UPDATE SKIP LOCKED
+),
+last AS (SELECT due_at, id FROM due ORDER BY due_at DESC, id DESC LIMIT 1)
+{AS_DISPATCHED}
+"""  # noqa: S608
 
 # One index look-up per queue, however many rows each has.
 _HEADS = f"""
@@ -83,7 +94,8 @@ WITH RECURSIVE heads AS (
     ) AS next
 )
 SELECT heads.queue, extract(epoch FROM heads.due_at - clock_timestamp())::float8 AS due_in,
-       EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (heads.queue, '{EVERY_QUEUE}')) AS paused
+       EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (heads.queue, '{EVERY_QUEUE}')) AS paused,
+       EXISTS (SELECT FROM limited_queue WHERE limited_queue.queue = heads.queue) AS limited
 FROM heads
 """  # noqa: S608
 
@@ -135,6 +147,7 @@ class QueueHead:
     queue: str
     due_in: float
     paused: bool
+    limited: bool
 
 
 async def take_due(
@@ -149,18 +162,21 @@ async def take_due(
         _TAKE_DUE, queue, floor.due_at, floor.id, limit, pauses.redispatch_after, expired_leases,
         pauses.min_backoff, pauses.max_backoff,
     )  # fmt: skip
-    if not rows:
-        return None
+    return batch_of(rows, floor) if rows else None
+
+
+def batch_of(rows: Sequence[asyncpg.Record], floor: Floor) -> Batch:
+    """The batch of what `AS_DISPATCHED` returned; the floor stays where it was if there is no `last`."""
     deliveries = [DueDelivery(row[0], row[1], row[2]) for row in rows if row[5] != "suspect"]
     found = Counter([row[5] for row in rows])
     suspects = found["suspect"]
-    floor = Floor(rows[0][3], rows[0][4])
+    floor = floor if rows[0][3] is None else Floor(rows[0][3], rows[0][4])
     return Batch(deliveries, floor, suspects, unclaimed=found["dispatched"], lost=found["running"] + suspects)
 
 
 async def queue_heads(connection: Connection) -> list[QueueHead]:
     """Every queue with open rows."""
-    return [QueueHead(row["queue"], row["due_in"], row["paused"]) for row in await connection.fetch(_HEADS)]
+    return [QueueHead(*row) for row in await connection.fetch(_HEADS)]
 
 
 async def due_queues(connection: Connection, floors: Mapping[str, Floor]) -> list[str]:

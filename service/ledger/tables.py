@@ -15,9 +15,11 @@
                                           └── discard ─► closed
 
     publish     `publishing.insert_deliveries` and `as_objects`
-    dispatch    `dispatching.take_due`, of what is due: a new one, one that nobody claimed, or one whose lease ended
-    set apart   `dispatching.take_due`, of a suspect: its lease ended in its second attempt or later
-    claim       `delivering.claim` and `claim_free`; of what is running if its lease ended, or again by the same token
+    dispatch    `dispatching.take_due`, of what is due: a new one, one that nobody claimed, or one whose lease ended;
+                in a limited queue `limited_dispatching.take_limited`, of as much as may be in flight
+    set apart   by the same, of a suspect: its lease ended in its second attempt or later
+    claim       `delivering.claim` and `claim_free`; of what is running if its lease ended, or again by the same token;
+                in a limited queue of what is dispatched alone, or again by the same token
     heartbeat   `delivering.heartbeat`, which also takes back what was handed over again meanwhile
     put back    `delivering.fail`, `release`, `forgive` and `postpone`
     complete    `delivering.complete_in_transaction` and `complete`
@@ -41,7 +43,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Double, Identity, Index, Integer, Text, false, func, text
+from sqlalchemy import BigInteger, CheckConstraint, Double, Identity, Index, Integer, Text, Uuid, false, func, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -153,6 +155,31 @@ class PausedQueue(Base):
     paused_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
     paused_by: Mapped[str] = mapped_column(Text)
     why: Mapped[str | None] = mapped_column(Text)
+
+
+class LimitedQueue(Base):
+    """A queue of which only so many deliveries run at once or start in a second; see `limited_dispatching.py`.
+
+    What is in flight is `NULL` until a relay has counted it.
+    """
+
+    __tablename__ = "limited_queue"
+
+    queue: Mapped[str] = mapped_column(Text, primary_key=True)
+    concurrency: Mapped[int | None] = mapped_column(Integer)
+    per_second: Mapped[float | None] = mapped_column(Double)
+    burst: Mapped[int | None] = mapped_column(Integer)
+    limited_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    limited_by: Mapped[str] = mapped_column(Text)
+    why: Mapped[str | None] = mapped_column(Text)
+    waiting: Mapped[list[UUID] | None] = mapped_column(ARRAY(Uuid))
+    running: Mapped[list[UUID] | None] = mapped_column(ARRAY(Uuid))
+    empty_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+
+    __table_args__ = (
+        CheckConstraint("concurrency > 0 OR per_second > 0", name="limit"),
+        CheckConstraint("(per_second IS NULL) = (burst IS NULL) AND burst > 0", name="burst"),
+    )
 
 
 class OutboxMinute(Base):

@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 
 class _Polling(Wakeup):
-    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float) -> bool:
+    async def sleep(self, look: Callable[[], Awaitable[float]], longest: float, shortest: float = 0) -> bool:
         """Wait 50 ms, told of nothing."""
         if not self._ended:
             await asyncio.sleep(0.05)

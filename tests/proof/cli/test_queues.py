@@ -1,4 +1,4 @@
-"""Queues are paused and resumed by a row that every relay reads."""
+"""Queues are paused and limited by a row that every relay reads."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Start = Callable[[Sequence[str]], subprocess.Popen[str]]
 
+_LIMITED = "SELECT queue, concurrency, per_second, burst, limited_by, why FROM limited_queue"
 _PAUSED = "SELECT queue, paused_by, why FROM paused_queue ORDER BY queue"
 
 
@@ -85,7 +86,55 @@ def test_list_shows_what_each_queue_holds(outbox: Outbox, rows: Rows) -> None:
     assert max(map(len, ran.out.splitlines())) <= 80
     listed = outbox("queues", "list", "--json").json["queues"]
     assert listed[0]["paused"]["by"] == "ann"
-    assert listed[1] == {"queue": "stock", "open": 4, "due": 3, "dead": 0, "paused": None}
+    assert listed[1] == {"queue": "stock", "open": 4, "due": 3, "dead": 0, "limit": None, "paused": None}
+
+
+def test_limit_and_unlimit(outbox: Outbox, rows: Rows) -> None:
+    ran = outbox(
+        "queues", "limit", "partner", "--concurrency", "4", "--rate", "10/s", "--by", "ann", "--why", "contract"
+    )
+    said = "Limited queue partner to 4 at once and 10/s, 1 at a time. To undo it: outbox queues unlimit partner\n"
+    assert (ran.code, ran.out) == (0, said)
+    assert rows.sql(_LIMITED) == "partner|4|10|1|ann|contract"
+    [listed] = outbox("queues", "list", "--json").json["queues"]
+    assert (listed["limit"]["per_second"], listed["limit"]["by"]) == (10, "ann")
+    assert "4 at once" in outbox("queues", "list").out
+    ran = outbox("queues", "limit", "partner", "--rate", "600/m", "--burst", "5", "--by", "bob", "--json")
+    assert ran.json == {"queue": "partner", "concurrency": None, "per_second": 10, "burst": 5}
+    assert rows.sql(_LIMITED) == "partner||10|5|bob|"
+    assert outbox("queues", "unlimit", "partner").out == "Queue partner has no limit any more.\n"
+    ran = outbox("queues", "unlimit", "partner")
+    assert (ran.code, "has no limit" in ran.err) == (4, True)
+    assert rows.sql(_LIMITED) == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [("10/s", "10/s, 1"), ("25/s", "25/s, 2"), ("100/m", "100/m, 1"), ("5000/h", "5,000/h, 1"), ("2.5/s", "150/m, 1")],
+)
+def test_a_rate_is_said_as_it_was_given(outbox: Outbox, rate: str, said: str) -> None:
+    assert f"to {said} at a time." in outbox("queues", "limit", "partner", "--rate", rate).out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("partner",),
+        ("e mail", "--concurrency", "1"),
+        ("*", "--concurrency", "1"),
+        ("partner", "--concurrency", "0"),
+        ("partner", "--concurrency", "10001"),
+        ("partner", "--concurrency", "1", "--burst", "2"),
+        ("partner", "--rate", "10/s", "--burst", "0"),
+        ("partner", "--rate", "10"),
+        ("partner", "--rate", "0/s"),
+        ("partner", "--rate", "99999/s"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(outbox: Outbox, rows: Rows, arguments: list[str]) -> None:
+    ran = outbox("queues", "limit", *arguments)
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert rows.sql(_LIMITED) == ""
 
 
 async def test_a_change_wakes_a_sleeping_relay(start: Start, database_url: str) -> None:
@@ -94,8 +143,8 @@ async def test_a_change_wakes_a_sleeping_relay(start: Start, database_url: str) 
     try:
         await sleeping.add_listener("outbox", lambda *_: woken.set())
         await sleeping.execute("SELECT pg_advisory_lock(outbox_gate())")
-        for verb in ("pause", "resume"):
-            process = start(["queues", verb, "email"])
+        for verb in ("pause", "resume", "limit --concurrency 2", "unlimit"):
+            process = start(["queues", *verb.split(), "email"])
             await until(woken.is_set)
             woken.clear()
             assert process.communicate(timeout=60)[1] == ""

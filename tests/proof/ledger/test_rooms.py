@@ -15,6 +15,7 @@ import service
 from service.ledger.tables import (
     AcceptedEvent,
     DeadLetter,
+    LimitedQueue,
     OutboxMessage,
     OutboxMinute,
     OutboxOperation,
@@ -22,7 +23,16 @@ from service.ledger.tables import (
     PausedQueue,
 )
 
-_LEDGER = (AcceptedEvent, DeadLetter, OutboxMessage, OutboxMinute, OutboxOperation, OutboxProcess, PausedQueue)
+_LEDGER = (
+    AcceptedEvent,
+    DeadLetter,
+    LimitedQueue,
+    OutboxMessage,
+    OutboxMinute,
+    OutboxOperation,
+    OutboxProcess,
+    PausedQueue,
+)
 _TABLES = "|".join(each.__tablename__ for each in _LEDGER)
 _STATEMENT = re.compile(
     rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|USING|ONLY)\s+({_TABLES})\b|'({_TABLES})'::regclass", re.IGNORECASE

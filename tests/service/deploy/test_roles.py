@@ -116,6 +116,8 @@ def _operate(environment: Mapping[str, str], roles: Roles) -> None:
     assert "dead letter" in _outbox(environment, roles, "events", "show", event).lower()
     _outbox(environment, roles, "queues", "pause", "--all", "--why", "a test")
     _outbox(environment, roles, "queues", "resume", "--all")
+    _outbox(environment, roles, "queues", "limit", "deploy", "--concurrency", "4", "--rate", "100/s")
+    _outbox(environment, roles, "queues", "limit", "deploy", "--concurrency", "2")
     _outbox(environment, roles, "dead-letters", "discard", "1", "--why", "a test")
     _outbox(environment, roles, "dead-letters", "replay", "2", "3", "4", "--yes", "--why", "a test")
     assert "a test" in _outbox(environment, roles, "audit")
@@ -182,6 +184,7 @@ REFUSED = [
     ("app", "DELETE FROM accepted_event"),
     ("app", "UPDATE idempotency_key SET body = ''"),
     ("app", "DELETE FROM paused_queue"),
+    ("app", "UPDATE limited_queue SET concurrency = 9"),
     ("app", "DELETE FROM outbox_minute"),
     ("app", "UPDATE outbox_process SET kind = 'relay'"),
     ("app", "UPDATE alembic_version SET version_num = ''"),

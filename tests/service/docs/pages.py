@@ -64,7 +64,7 @@ GUIDE = (
 
 OPERATIONS = (
     RUNNING,
-    *(DOCS / f"{name}.md" for name in ("alerts", "dead-letters", "personal-data", "brokers")),
+    *(DOCS / f"{name}.md" for name in ("limits", "alerts", "dead-letters", "personal-data", "brokers")),
     DEPLOYS,
     BACKUPS,
     DOCS / "speed.md",
