@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from relay.cli.limit_commands import said
 from relay.cli.output import Column, age, plain, rounded, screen_width, table, timestamp
 from service.ledger.pausing import EVERY_QUEUE
 
@@ -145,11 +146,12 @@ def _expected(delivery: DeliveryStory) -> str:
 
 
 def _halt(delivery: DeliveryStory) -> str:
-    pause = delivery.next.pause
+    limit, pause = delivery.next.limit, delivery.next.pause
+    halt = "" if limit is None else f" Queue {delivery.queue} is limited to {said(limit)} by {limit.limited_by}."
     if pause is None:
-        return ""
+        return halt
     name = "--all" if pause.queue == EVERY_QUEUE else pause.queue
-    return f" Queue {delivery.queue} is paused by {pause.paused_by}: `outbox queues resume {name}`."
+    return f"{halt} Queue {delivery.queue} is paused by {pause.paused_by}: `outbox queues resume {name}`."
 
 
 def _ordinal(number: int) -> str:

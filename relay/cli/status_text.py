@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from relay.cli.command import CommandError, parse_duration
+from relay.cli.limit_commands import said
 from relay.cli.output import Column, age, compact, plain, table
 from service.ledger.pausing import EVERY_QUEUE
 
@@ -73,7 +74,8 @@ def _marks(status: Status) -> dict[str, str]:
     """What is out of the ordinary, by queue."""
     marks = {name: each.state for name, each in status.queues.items() if each.state != "ok"}
     paused = {each.queue for each in status.ledger.paused}
-    return marks | {queue: "paused" for queue, _ in status.ledger.consumers if paused & {queue, EVERY_QUEUE}}
+    limited = {each.queue: "limited" for each in status.ledger.limited}
+    return limited | marks | {queue: "paused" for queue, _ in status.ledger.consumers if paused & {queue, EVERY_QUEUE}}
 
 
 def _cells(counts: Counts) -> list[str]:
@@ -86,6 +88,9 @@ def _hints(status: Status) -> Iterator[str]:
         which = "all queues are" if pause.queue == EVERY_QUEUE else f"queue {pause.queue} is"
         why = f": {pause.why}" if pause.why else ""
         yield plain(f"{which} paused for {age(pause.age)} by {pause.paused_by}{why}")
+    for limit in status.ledger.limited:
+        why = f": {limit.why}" if limit.why else ""
+        yield plain(f"queue {limit.queue} is limited to {said(limit)} by {limit.limited_by}{why}")
     for name, each in status.queues.items():
         if each.state in _STATES:
             yield plain(f"queue {name} {_STATES[each.state].format(each=each)}")
@@ -110,6 +115,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "totals": {name: _metric(status, name) for name in METRICS},
         "completed": asdict(status.ledger.completed),
         "paused": [asdict(each) for each in status.ledger.paused],
+        "limited": [asdict(each) for each in status.ledger.limited],
         "queues": [{"queue": name} | asdict(each) for name, each in status.queues.items()],
         "consumers": [
             {"queue": queue, "consumer": consumer} | asdict(counts)

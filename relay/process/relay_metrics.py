@@ -18,6 +18,7 @@ from relay.brokers.sender import BrokerUnavailableError, QueueRefusedError
 from service.database.driver import DRIVER_ERRORS, open_connection
 from service.ledger import counting
 from service.ledger.dispatching import queue_heads
+from service.ledger.limiting import limited_queues
 from service.ledger.pausing import EVERY_QUEUE, paused_queues
 from service.ledger.statistics import BOUNDS, OUTCOMES, Histogram, Key, Runs, processes, totals
 from service.telemetry.logs import brief, get_logger
@@ -153,7 +154,8 @@ class _Collector:
                 await self._connection.execute("SELECT 1")
             self._up["postgresql"] = True
             paused = {pause.queue for pause in await paused_queues(self._connection)}
-            waiting = self._waiting(await queue_heads(self._connection), paused)
+            limited = {limit.queue for limit in await limited_queues(self._connection)}
+            waiting = self._waiting(await queue_heads(self._connection), paused, limited)
             runs = self._runs(await totals(self._connection), await processes(self._connection))
         except BaseException:
             if self._connection is not None:
@@ -162,12 +164,13 @@ class _Collector:
             raise
         return [*waiting, *runs]
 
-    def _waiting(self, heads: Sequence[QueueHead], paused: Set[str]) -> Iterator[Sample]:
-        self._queues |= {head.queue for head in heads}
+    def _waiting(self, heads: Sequence[QueueHead], paused: Set[str], limited: Set[str]) -> Iterator[Sample]:
+        self._queues |= {head.queue for head in heads} | limited
         due = dict.fromkeys(self._queues, 0.0) | {head.queue: max(-head.due_in, 0.0) for head in heads}
         yield from (Sample("outbox_oldest_due_seconds", (queue,), seconds) for queue, seconds in due.items())
         for name in {*due, *paused, EVERY_QUEUE}:
             yield Sample("outbox_queue_paused", (name,), bool(paused & {name, EVERY_QUEUE}))
+        yield from (Sample("outbox_queue_limited", (name,), name in limited) for name in due)
 
     def _runs(self, counted: Mapping[Key, Runs], alive: Sequence[SeenProcess]) -> Iterator[Sample]:
         for each in alive:

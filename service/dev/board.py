@@ -44,12 +44,19 @@ def board() -> str:
     return json.dumps(built.build(), cls=JSONEncoder, indent=1) + "\n"
 
 
-_LATE = "max without (instance) (outbox_oldest_due_seconds unless outbox_queue_paused == 1)"
+_KEPT_BACK = "unless outbox_queue_paused == 1 unless outbox_queue_limited == 1"
+_LATE = f"max without (instance) (outbox_oldest_due_seconds {_KEPT_BACK})"
 
 
 def _numbers() -> list[stat.Panel]:
     return [
-        _number("Due for longest", "Of queues that are not paused.", _query(f"max({_LATE})"), red_from=300, unit="s"),
+        _number(
+            "Due for longest",
+            "Of queues that are neither paused nor limited.",
+            _query(f"max({_LATE})"),
+            red_from=300,
+            unit="s",
+        ),
         _number(
             "Dead letters", "They wait for a person.", _query(f"sum({_ledger('outbox_dead_letters')})"), red_from=1
         ),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from service.ledger import dead_letters
 from service.ledger.ids import event_of, last_delivery_of
+from service.ledger.limiting import limited_queues
 from service.ledger.pausing import EVERY_QUEUE, paused_queues
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from service.database.driver import Connection
+    from service.ledger.limiting import Limit
     from service.ledger.pausing import Pause
 
 _ROWS = """
@@ -69,6 +71,7 @@ class Next:
         kept_until: When what is completed may be purged.
         pause: What keeps it from being handed over.
         lane: Where it runs in order; of a dead letter, only if that blocks it.
+        limit: What it may wait for before that.
     """
 
     kind: Literal[
@@ -79,6 +82,7 @@ class Next:
     kept_until: datetime | None = None
     pause: Pause | None = None
     lane: str | None = None
+    limit: Limit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,7 @@ async def tell(connection: Connection, given: UUID, keep: timedelta, *, masked: 
     for letter in await connection.fetch(find_dead, *reach):
         dead.setdefault(letter["message_id"], []).append(dict(letter))
     paused = {each.queue: each for each in await paused_queues(connection)}
+    limited = {each.queue: each for each in await limited_queues(connection)}
     ids = sorted(rows.keys() | dead.keys())
     if not ids:
         return None
@@ -142,7 +147,7 @@ async def tell(connection: Connection, given: UUID, keep: timedelta, *, masked: 
         published_at=first["created_at"],
         payload=None if masked else first["payload"],
         headers=first["headers"],
-        deliveries=[_delivery(each, rows.get(each), dead.get(each, []), paused, keep) for each in ids],
+        deliveries=[_delivery(each, rows.get(each), dead.get(each, []), paused, limited, keep) for each in ids],
     )
 
 
@@ -151,6 +156,7 @@ def _delivery(
     row: dict[str, Any] | None,
     dead: list[dict[str, Any]],
     paused: dict[str, Pause],
+    limited: dict[str, Limit],
     keep: timedelta,
 ) -> DeliveryStory:
     latest = row or dead[-1]
@@ -165,7 +171,7 @@ def _delivery(
         queue=latest["queue"],
         state=row["state"] if row else ("dead" if latest["resolution"] is None else latest["resolution"]),
         steps=sorted(steps, key=lambda step: step.at),
-        next=_next(row, paused, keep) if row else _after_death(latest),
+        next=_next(row, paused, limited, keep) if row else _after_death(latest),
     )
 
 
@@ -195,7 +201,7 @@ def _errors(errors: list[dict[str, Any]]) -> Iterator[Step]:
             yield Step(datetime.fromisoformat(error["at"]), "failed", int(error.get("attempt") or 0), why=why)
 
 
-def _next(row: dict[str, Any], paused: dict[str, Pause], keep: timedelta) -> Next:
+def _next(row: dict[str, Any], paused: dict[str, Pause], limited: dict[str, Limit], keep: timedelta) -> Next:
     state, wait = row["state"], row["due_in"]
     pause = paused.get(row["queue"]) or paused.get(EVERY_QUEUE)
     if state == "completed":
@@ -205,7 +211,8 @@ def _next(row: dict[str, Any], paused: dict[str, Pause], keep: timedelta) -> Nex
     if state != "pending":
         return Next(state, row["attempts"], wait, pause=pause)
     fresh = row["attempts"] == 0 and not row["errors"]
-    return Next("delayed" if fresh and wait > timedelta(seconds=1) else "due", row["attempts"] + 1, wait, pause=pause)
+    kind: Literal["delayed", "due"] = "delayed" if fresh and wait > timedelta(seconds=1) else "due"
+    return Next(kind, row["attempts"] + 1, wait, pause=pause, limit=limited.get(row["queue"]))
 
 
 def _after_death(letter: dict[str, Any]) -> Next:

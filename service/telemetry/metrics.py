@@ -54,6 +54,7 @@ METRICS = (
     Metric("outbox_broker_queue_messages", _GAUGE, "queue", "Messages that wait in the broker"),
     Metric("outbox_oldest_due_seconds", _GAUGE, "queue", "For how long the delivery has been due that is due longest"),
     Metric("outbox_queue_paused", _GAUGE, "queue", "Whether the queue is paused; * stands for all of them"),
+    Metric("outbox_queue_limited", _GAUGE, "queue", "Whether the queue has a limit"),
     Metric("outbox_open_deliveries", _GAUGE, "queue consumer state", "Deliveries that are not completed"),
     Metric("outbox_retrying_deliveries", _GAUGE, "queue consumer", "Pending deliveries that have failed before"),
     Metric("outbox_unclaimed_deliveries", _GAUGE, "queue consumer", "Handed over three times or more, never claimed"),

@@ -109,10 +109,11 @@ def _queues(status: Status, idle: set[str]) -> list[Finding]:
     if status.database_problem:
         return [Finding("queues", Level.UNKNOWN, f"not checked: {status.database_problem}")]
     paused = {each.queue for each in status.ledger.paused}
+    limited = {each.queue for each in status.ledger.limited}
     late = {
         queue: f"something in {queue} has been due for {age(counts.oldest)}"
         for (queue, _), counts in sorted(status.ledger.consumers.items(), key=lambda each: each[1].oldest or 0)
-        if (counts.oldest or 0) > LATE and not paused & {queue, EVERY_QUEUE}
+        if (counts.oldest or 0) > LATE and not paused & {queue, EVERY_QUEUE} and queue not in limited
     }
     idle |= {queue for (queue, _), counts in status.ledger.consumers.items() if counts.unclaimed}
     idle -= paused if EVERY_QUEUE not in paused else idle

@@ -459,6 +459,8 @@ def test_queues_that_wait(examine: Examine, rows: Rows) -> None:
     rows.message(1, queue="'late'", due_at="now() - interval '400 s'")
     rows.message(1, queue="'paused'", due_at="now() - interval '400 s'")
     rows.sql("INSERT INTO paused_queue (queue, paused_by) VALUES ('paused', 'me')")
+    rows.message(1, queue="'limited'", due_at="now() - interval '400 s'")
+    rows.sql("INSERT INTO limited_queue (queue, concurrency, limited_by) VALUES ('limited', 1, 'me')")
     rows.message(2, queue="'lonely'", state="'dispatched'", dispatches="3", due_at="now() + interval '1 hour'")
     found = examine("queues")
     assert [level for level, _, _ in found] == ["problem"] * 3

@@ -100,6 +100,17 @@ def test_paused_queues_are_marked(outbox: Outbox, busy: Rows, rows: Rows) -> Non
     assert "stock (paused)\n" in outbox("status").out
 
 
+@pytest.mark.usefixtures("busy")
+def test_limited_queues_are_marked(outbox: Outbox) -> None:
+    outbox("queues", "limit", "email", "--concurrency", "4", "--by", "ann", "--why", "the contract")
+    ran = outbox("status")
+    assert "email (limited)\n" in ran.out
+    assert "\nstock\n" in ran.out
+    assert "queue email is limited to 4 at once by ann: the contract" in ran.out
+    [limited] = outbox("status", "--json").json["limited"]
+    assert (limited["queue"], limited["concurrency"], limited["per_second"]) == ("email", 4, None)
+
+
 def test_deliveries_that_no_worker_takes_are_told_of(outbox: Outbox, rows: Rows) -> None:
     rows.message(2, state="'dispatched'", dispatches="3", due_at="now() + interval '1 minute'")
     ran = outbox("status", "--fail-if", "unclaimed>0")

@@ -70,6 +70,12 @@ def test_a_paused_queue_is_part_of_what_is_next(outbox: Outbox, rows: Rows, name
     assert f"Queue stock is paused by ann: `outbox queues resume {name}`" in _next(outbox, delivery_id)
 
 
+def test_a_limited_queue_is_part_of_what_is_next(outbox: Outbox, rows: Rows) -> None:
+    (delivery_id,) = rows.message()
+    outbox("queues", "limit", "stock", "--rate", "10/s", "--by", "ann")
+    assert "Queue stock is limited to 10/s, 1 at a time by ann." in _next(outbox, delivery_id)
+
+
 def test_a_completed_delivery_names_its_last_attempt(outbox: Outbox, rows: Rows) -> None:
     (delivery_id,) = rows.message(
         state="'completed'",

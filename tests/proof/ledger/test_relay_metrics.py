@@ -92,6 +92,7 @@ async def test_what_waits_shows_by_the_second_and_by_state(ledger: Ledger, setti
         assert page("outbox_unclaimed_deliveries", **REACT) == 1
         assert page("outbox_queue_paused", queue="ledger") == 1
         assert page("outbox_queue_paused", queue="*") == 0
+        assert page("outbox_queue_limited", queue="ledger") == 0
         assert 90 <= (page("outbox_oldest_due_seconds", queue="ledger") or 0) < 400
         await ledger.connection.execute("UPDATE paused_queue SET queue = '*'")
         page = await shows(settings, lambda page: page("outbox_queue_paused", queue="*"))
@@ -103,6 +104,16 @@ async def test_what_waits_shows_by_the_second_and_by_state(ledger: Ledger, setti
     assert page("outbox_open_deliveries", **REACT, state="dispatched") == 0
     assert page("outbox_oldest_due_seconds", queue="ledger") == 0
     assert page("outbox_queue_paused", queue="ledger") == page("outbox_queue_paused", queue="*") == 0
+
+
+async def test_a_limited_queue_shows(ledger: Ledger, settings: Settings) -> None:
+    await ledger.connection.execute(
+        "INSERT INTO limited_queue (queue, concurrency, limited_by) VALUES ('ledger', 1, 'me')"
+    )
+    async with watched(settings):
+        await shows(settings, lambda page: page("outbox_queue_limited", queue="ledger") == 1)
+        await ledger.connection.execute("DELETE FROM limited_queue")
+        await shows(settings, lambda page: page("outbox_queue_limited", queue="ledger") == 0)
 
 
 async def test_a_queue_that_takes_nothing_counts_as_refused(ledger: Ledger, settings: Settings) -> None:
