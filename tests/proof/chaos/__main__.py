@@ -44,6 +44,7 @@ def _why(result: Result) -> str:
     """In a few words."""
     verdict = result.verdict
     counts = {"lost": len(verdict.lost), "duplicated": len(verdict.duplicated), "still open": verdict.unfinished}
+    counts["over a limit"] = len(verdict.exceeded)
     counts["dead without reason"] = len(verdict.wrongly_dead)
     reasons = [f"{count} {kind}" for kind, count in counts.items() if count] if not result.scenario.accuses else []
     reasons += [" ".join(each.split())[:120] for each in result.wrong[:1]]
@@ -53,7 +54,7 @@ def _why(result: Result) -> str:
 def _details(result: Result) -> list[str]:
     verdict = result.verdict
     kinds = {"wrong": result.wrong, "lost": verdict.lost, "duplicated": verdict.duplicated}
-    kinds["dead without reason"] = verdict.wrongly_dead
+    kinds |= {"dead without reason": verdict.wrongly_dead, "limit": verdict.exceeded}
     lines = [f"    {kind}: {each}" for kind, found in kinds.items() for each in found[:5]]
     return lines + ([f"    {verdict.unfinished} rows are still open"] if verdict.unfinished else [])
 
@@ -134,7 +135,7 @@ def _summary(results: Sequence[Result], took: float, allowed: float) -> int:
         f"{sum(result.verdict.excused for result in honest)} repeated outside after a crash; "
         f"planted bugs accused: {accused} of {len(results) - len(honest)}"
     )
-    print(f"lost={lost} duplicated={duplicated}")
+    print(f"lost={lost} duplicated={duplicated} over_limit={sum(len(each.verdict.exceeded) for each in honest)}")
     if took > allowed:
         print(f"it took longer than {allowed / 60:.0f} minutes: the machine had much else to do, or something is slow")
     for result in failed:

@@ -101,9 +101,60 @@ def heartbeat_without_token() -> None:
         _replace(module, "_HEARTBEAT", " AND message.claim_token = lease.token", "")
 
 
+def limit_without_lock() -> None:
+    """Two relays look at once how much room a limited queue has."""
+
+    @when_imported("service.ledger.limited_dispatching")
+    def patch(module: Any) -> None:
+        _replace(module, "_LOCK", " FOR UPDATE SKIP LOCKED", "")
+
+
+def slots_end_when_due() -> None:
+    """A slot is free once its delivery is due again, although the message may still be in the broker."""
+
+    @when_imported("service.ledger.limited_dispatching")
+    def patch(module: Any) -> None:
+        _replace(module, "_SEE", "WHERE id", "WHERE due_at > now() AND id")
+
+
+def claim_without_slot() -> None:
+    """A worker claims of a limited queue what is due, like of any other."""
+
+    @when_imported("service.ledger.delivering")
+    def patch(module: Any) -> None:
+        for name in ("_CLAIM", "_CLAIM_FREE"):
+            _replace(module, name, module._MAY_START, "true")
+
+
+def rate_of_hand_overs() -> None:
+    """What was handed over counts against the rate at that moment, whether it starts then or not."""
+
+    @when_imported("service.ledger.limited_dispatching")
+    def patch(module: Any) -> None:
+        take = module._Slots.take
+
+        def start_at_once(self: Any, batch: Any, rows: Any) -> None:
+            take(self, batch, rows)
+            for _ in self.waiting:
+                self._start(self.now)
+            self.waiting = []
+
+        replace(module._Slots, "take", start_at_once)
+
+
 BUGS: dict[str, Callable[[], None]] = {
     each.__name__: each
-    for each in (no_fence, complete_before_effect, commit_before_publish, narrow_claim, heartbeat_without_token)
+    for each in (
+        no_fence,
+        complete_before_effect,
+        commit_before_publish,
+        narrow_claim,
+        heartbeat_without_token,
+        limit_without_lock,
+        slots_end_when_due,
+        claim_without_slot,
+        rate_of_hand_overs,
+    )
 }
 
 if os.environ.get("CHAOS_BUG"):

@@ -93,18 +93,20 @@ class Verdict:
     excused: int = 0
     dead: int = 0
     wrongly_dead: list[str] = field(default_factory=list)
+    exceeded: list[str] = field(default_factory=list)
+    """Where more ran or started than a limit allows."""
     unfinished: int = 0
     attempts: int = 0
 
     @property
     def accusations(self) -> list[str]:
-        """Everything that is lost or happened twice."""
-        return [*self.lost, *self.duplicated]
+        """Everything that is lost, happened twice or was over a limit."""
+        return [*self.lost, *self.duplicated, *self.exceeded]
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong and nothing is left to do."""
-        return self.complete and not (self.duplicated or self.wrongly_dead)
+        return self.complete and not (self.duplicated or self.wrongly_dead or self.exceeded)
 
     @property
     def complete(self) -> bool:

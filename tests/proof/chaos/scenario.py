@@ -146,8 +146,9 @@ async def _recover(world: World, which: Scenario, result: Result) -> None:
         result.wrong.append(f"{left} requests were never answered")
     while True:
         result.verdict = await world.verdict()
-        # A repeated effect stays repeated, so there is nothing more to wait for than the rest.
-        done = result.verdict.clean or (result.verdict.duplicated and (which.accuses or result.verdict.complete))
+        # A repeated effect stays repeated, and a limit exceeded. There is nothing more to wait for than the rest.
+        stays = result.verdict.duplicated or result.verdict.exceeded
+        done = result.verdict.clean or (stays and (which.accuses or result.verdict.complete))
         if done or time.monotonic() > healed + which.within * patience:
             break
         world.resume()  # a gap may have struck while it was disarmed

@@ -29,6 +29,7 @@ from tests.proof.chaos.fleet import Fleet, command
 from tests.proof.chaos.gaps import API_GAPS, RELAY_GAPS, WORKER_GAPS
 from tests.proof.chaos.holdings import Holdings
 from tests.proof.chaos.ledger import Ledger
+from tests.proof.chaos.limited import Limited, exceeded
 from tests.proof.chaos.logs import is_traceback, leaks
 from tests.proof.chaos.network import Network
 from tests.proof.chaos.records import read_tables
@@ -120,6 +121,7 @@ class World:
         self.rewound: Fault | None = None
         self._stack = AsyncExitStack()
         self._faults: list[Fault] = []
+        self._limits: list[tuple[Limited, float, float]] = []
 
     # -- its life
 
@@ -265,7 +267,11 @@ class World:
         if self.rewound is not None:
             self._forget_rewound(tables, self.rewound)
         received = [copy for copy in self.sink.received if copy.subject not in self.sink_ignores]
-        return judge(self.ledger.requests, tables, received, self.faults())
+        verdict = judge(self.ledger.requests, tables, received, self.faults())
+        for limit, began, ended in self._limits:
+            ran = [copy for copy in received if copy.began >= began and copy.began <= ended]
+            verdict.exceeded += exceeded(limit, ran, self.faults())
+        return verdict
 
     def _forget_rewound(self, tables: Tables, rewound: Fault) -> None:
         """Forget what was accepted in the time that the database has lost, and that it does not know."""
@@ -312,6 +318,13 @@ class World:
     def also_stop(self, server: Server) -> None:
         """Stop this server, too, when the scenario is over."""
         self._stack.push_async_callback(asyncio.to_thread, server.stop)
+
+    def limit(self, limit: Limited | None) -> None:
+        """Judge by this limit of the queue `mail` what begins from now on, and by none before it any more."""
+        now = time.time()
+        self._limits = [(each, began, min(ended, now)) for each, began, ended in self._limits]
+        if limit is not None:
+            self._limits.append((limit, now, float("inf")))
 
     def excuse(self, what: str, began: float, pids: frozenset[int] | None = None) -> None:
         """Note a fault from `began` (of `time.time()`) until now that hit workers, or what they need to complete."""

@@ -2,6 +2,7 @@
 
 from tests.proof.chaos.scenarios import (  # noqa: F401
     failover,
+    limits,
     network,
     operators,
     planted,

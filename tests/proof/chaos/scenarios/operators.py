@@ -25,7 +25,7 @@ SELECT id, event_id, event_type, version, consumer, queue, payload, headers, att
 """
 
 
-async def _outbox(world: World, *arguments: str, expected: tuple[int, ...] = (0,)) -> str:
+async def outbox(world: World, *arguments: str, expected: tuple[int, ...] = (0,)) -> str:
     """Run the command line, as a person would."""
     program = str(Path(sys.executable).with_name("outbox"))
     process = await asyncio.create_subprocess_exec(
@@ -70,7 +70,7 @@ async def _purge_until(world: World, over: asyncio.Event) -> int:
     """Purge what was completed a moment ago, again and again; how many rows are gone."""
     removed = 0
     while not over.is_set():
-        answer = json.loads(await _outbox(world, "purge", "--older-than", "1s", "--json"))
+        answer = json.loads(await outbox(world, "purge", "--older-than", "1s", "--json"))
         removed += answer.get("messages", 0)
     return removed
 
@@ -82,7 +82,7 @@ async def replays_at_once(world: World) -> None:
     over = asyncio.Event()
     purging = asyncio.create_task(_purge_until(world, over))
     try:
-        await asyncio.gather(*(_outbox(world, *_REPLAY_ALL) for _ in range(3)))
+        await asyncio.gather(*(outbox(world, *_REPLAY_ALL) for _ in range(3)))
         await world.wait(2)
     finally:
         over.set()
@@ -99,10 +99,10 @@ async def replay_races_discard(world: World) -> None:
     subjects = await _insert_dead_letters(world, 300)
     _accept(world, subjects)
     # Only the first effect of each is raced for; the second is replayed in peace.
-    await _outbox(world, "dead-letters", "replay", "--consumer", "chaos.compute", "--yes")
+    await outbox(world, "dead-letters", "replay", "--consumer", "chaos.compute", "--yes")
     which = ("--consumer", "chaos.book", "--yes", "--json")
     replayed, discarded = await asyncio.gather(
-        _outbox(world, "dead-letters", "replay", *which), _outbox(world, "dead-letters", "discard", *which)
+        outbox(world, "dead-letters", "replay", *which), outbox(world, "dead-letters", "discard", *which)
     )
     done = [set(json.loads(each)["done"]) for each in (replayed, discarded)]
     assert not done[0] & done[1], "replayed and discarded"
@@ -123,7 +123,7 @@ async def replay_while_live(world: World) -> None:
     for _ in range(6):
         await world.wait(0.7)
         await world.sql(_DIE, "chaos.book")
-        await _outbox(world, *_REPLAY_ALL)
+        await outbox(world, *_REPLAY_ALL)
     await world.sql("DELETE FROM dead_letter WHERE resolution IS NOT NULL")
 
 
@@ -151,7 +151,7 @@ async def zombies_of_replayed_rows(world: World) -> None:
     for _ in range(3):
         await _stand_still(world)
         await world.sql(_DIE, "chaos.book")
-        await _outbox(world, *_REPLAY_ALL)
+        await outbox(world, *_REPLAY_ALL)
         await world.wait(1.5)
         await _go_on(world)
     await world.sql("DELETE FROM dead_letter WHERE resolution IS NOT NULL")
@@ -175,7 +175,7 @@ async def discard_races_work(world: World) -> None:
     for _ in range(3):
         await _stand_still(world)
         await world.sql(_DIE, "chaos.book")
-        await _outbox(world, "dead-letters", "discard", "--all", "--yes")
+        await outbox(world, "dead-letters", "discard", "--all", "--yes")
         await _go_on(world)
         await world.wait(1)
     await world.ledger.stop_load()
