@@ -37,7 +37,7 @@ app = typer.Typer(
       1    refused or declined; --fail-if is true; the doctor found a problem
       2    wrong usage, or a setting is missing or wrong
       3    PostgreSQL or the broker is down, or the database is not migrated
-      4    no such event, dead letter, operation, lane or pause; or it was dealt with
+      4    what was named is not there, or was dealt with already
       130  interrupted
     """,
 )

@@ -67,10 +67,10 @@ def limit(
         )
 
 
-def unlimit(queue: _Queue, as_json: Json = False) -> None:
+def unlimit(queue: _Queue, why: Why = None, by: By = None, as_json: Json = False) -> None:
     """Remove a queue's limit."""
     name = queue_name(queue)
-    if not ask(lambda connection: limiting.unlimit(connection, name)):
+    if not ask(lambda connection: limiting.unlimit(connection, name, by=by or whoami(), why=why)):
         raise CommandError(f"queue {name} has no limit: see `outbox queues list`", Exit.NOT_FOUND)
     if as_json:
         print_json({"queue": name, "limited": False})

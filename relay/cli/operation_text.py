@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 PAST = {"replay": "replayed", "discard": "discarded", "edit": "edited", "pause": "paused", "reveal": "revealed",
-        "resume": "resumed", "stop": "stopped", "erase": "erased"}  # fmt: skip
+        "resume": "resumed", "stop": "stopped", "erase": "erased",
+        "limit": "limited", "unlimit": "no longer limited"}  # fmt: skip
 """What was done, by kind of act."""
 
 

@@ -13,7 +13,7 @@ router = APIRouter()
 
 SHOWN = 200
 
-KINDS = ("replay", "discard", "edit", "reveal", "pause", "resume", "stop", "erase")
+KINDS = ("replay", "discard", "edit", "reveal", "pause", "resume", "limit", "unlimit", "stop", "erase")
 
 
 @router.get("/audit")

@@ -1,6 +1,6 @@
 """Limiting queues: a row in `limited_queue` says how many deliveries may run at once, and how many start in a second.
 
-What keeps the limit is in `limited_dispatching.py`.
+What keeps the limit is in `limited_dispatching.py`. Each change is recorded in the same transaction (`operations.py`).
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.ledger import operations
 from service.text import storable
 
 if TYPE_CHECKING:
@@ -69,11 +70,18 @@ async def limit(
         await connection.execute("SET LOCAL lock_timeout = '3s'")
         await connection.execute(_WAIT_FOR_HAND_OVERS)
         await connection.execute(_LIMIT, queue, concurrency, per_second, burst, *words)
+        given = {"concurrency": concurrency, "per_second": per_second, "burst": burst}
+        about = {"queue": queue} | {name: number for name, number in given.items() if number is not None}
+        await operations.record(connection, "limit", about, by=by, why=why)
 
 
-async def unlimit(connection: Connection, queue: str) -> bool:
+async def unlimit(connection: Connection, queue: str, *, by: str, why: str | None) -> bool:
     """Remove a queue's limit; whether there was one."""
-    return await connection.fetchrow(_UNLIMIT, queue) is not None
+    async with connection.transaction():
+        changed = await connection.fetchrow(_UNLIMIT, queue) is not None
+        if changed:
+            await operations.record(connection, "unlimit", {"queue": queue}, by=by, why=why)
+    return changed
 
 
 async def limited_queues(connection: Connection) -> list[Limit]:

@@ -106,6 +106,11 @@ def test_limit_and_unlimit(outbox: Outbox, rows: Rows) -> None:
     ran = outbox("queues", "unlimit", "partner")
     assert (ran.code, "has no limit" in ran.err) == (4, True)
     assert rows.sql(_LIMITED) == ""
+    acts = outbox("audit", "--json").json["acts"]
+    assert [(each["kind"], each["about"]["queue"]) for each in acts] == [
+        ("unlimit", "partner"), ("limit", "partner"), ("limit", "partner"),
+    ]  # fmt: skip
+    assert acts[2]["about"] == {"queue": "partner", "concurrency": 4, "per_second": 10, "burst": 1}
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ async def test_a_copy_of_a_message_starts_nothing_without_a_slot(ledger: Ledger,
         assert await delivering.claim_free(worker, [(each, uuid4())], LEASE) == []
         assert await delivering.claim(worker, each, uuid4(), LEASE) is None
     assert await delivering.claim(worker, running, mine.token, LEASE) is not None
-    assert await limiting.unlimit(worker, "ledger")
+    assert await limiting.unlimit(worker, "ledger", by="ada", why=None)
     assert await delivering.claim(worker, pending, uuid4(), LEASE) is not None
 
 
