@@ -85,7 +85,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         :"viewer";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
-    GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position)
+    GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position, ended_as)
         ON outbox_message TO :"app";
     GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
     GRANT SELECT ON limited_queue TO :"app";
@@ -113,7 +113,8 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
 
     -- All but the payloads. Whatever reads `*` is refused.
     GRANT SELECT (id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches,
-        created_at, dispatched_at, started_at, completed_at, errors, lane, position) ON outbox_message TO :"viewer";
+        created_at, dispatched_at, started_at, completed_at, errors, lane, position, expires_at, ended_as)
+        ON outbox_message TO :"viewer";
     GRANT SELECT (id, message_id, event_id, event_type, version, consumer, queue, headers, attempts, dispatches,
         created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role,
         lane, position, blocks) ON dead_letter TO :"viewer";

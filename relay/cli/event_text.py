@@ -22,7 +22,7 @@ _AGE, _ID, _TYPE, _GAP = 5, 36, 14, 2
 _WIDE = 140
 """Columns from which on there is room for the correlation id too."""
 
-_URGENT = ("dead", "running", "dispatched", "pending", "completed")
+_URGENT = ("dead", "running", "dispatched", "pending", "expired", "cancelled", "completed")
 
 
 def summary(events: Sequence[ListedEvent]) -> str:
@@ -105,6 +105,8 @@ _STEPS = {
     "begun": "A worker began its {nth} attempt.",
     "failed": "Its {nth} attempt failed with {step.why}",
     "completed": "It was completed.",
+    "expired": "It had expired when a worker took it, and was not run.",
+    "cancelled": "It was cancelled before a worker began it.",
     "died": "It became dead letter {step.number}: {step.why}.",
     "replayed": "{step.by} replayed it{because}.",
     "discarded": "{step.by} discarded it{because}.",

@@ -91,7 +91,8 @@ SET state = 'running',
 
 _TAKEN = f"""
 message.id, claim_token, event_id, event_type, version, consumer, message.queue, payload, headers, attempts,
-created_at, message.dispatches, extract(epoch FROM started_at - created_at)::float8 AS age,
+created_at, coalesce(expires_at <= clock_timestamp(), false) AS expired, message.dispatches,
+extract(epoch FROM started_at - created_at)::float8 AS age,
 coalesce(message.errors -> -1 ->> 'type' = '{WORKER_LOST}', false) AS suspect
 """
 
@@ -129,6 +130,15 @@ WHERE id = $1 AND claim_token = $2 AND {_STATE} IN ('running', 'dispatched')
 
 # The row's lane moves on with the commit. It is locked together with those that the consumer has published to.
 _COMPLETED = "RETURNING true, CASE WHEN lane IS NOT NULL THEN outbox_lock_all_lanes(lane) END"
+
+# It has not run, so the attempt is refunded.
+_EXPIRE = f"""
+UPDATE outbox_message AS message
+SET state = 'completed', completed_at = clock_timestamp(), ended_as = 'expired', attempts = attempts - 1,
+    started_at = NULL
+WHERE id = $1 AND claim_token = $2 AND {_STATE} = 'running'
+RETURNING true
+"""  # noqa: S608
 
 # The mark of the session's transaction is the claim's token. It tells whether the effect is still whole: it is gone
 # when a consumer has committed or rolled back behind the session's back.
@@ -248,6 +258,8 @@ class Claim:
     waited: float
     """Seconds from when it was due first until now, by PostgreSQL's clock."""
     published_at: datetime
+    expired: bool = False
+    """It was claimed too late to be run."""
     deferred: bool = False
     """It came due later than its event, for it was delayed or replayed."""
     suspect: bool = False
@@ -293,6 +305,7 @@ def _claim(row: asyncpg.Record) -> Claim:
         dispatches=row["dispatches"],
         waited=max(row["age"] - float(due_after or 0), 0.0),
         published_at=row["created_at"],
+        expired=row["expired"],
         deferred=due_after is not None,
         suspect=row["suspect"],
         dead_letter=None if letter is None else int(letter),
@@ -310,6 +323,11 @@ async def complete_in_transaction(connection: Connection, mine: Claim) -> tuple[
 async def complete(connection: Connection, mine: Claim) -> bool:
     """Tick the row off after an effect outside the database; whether it was still mine."""
     return bool(await connection.fetchval(f"{_COMPLETE} {_COMPLETED}", mine.id, mine.token))
+
+
+async def expire(connection: Connection, mine: Claim) -> bool:
+    """Tick the row off without its effect; whether it was still mine."""
+    return bool(await connection.fetchval(_EXPIRE, mine.id, mine.token))
 
 
 async def fail(connection: Connection, mine: Claim, error: dict[str, str], backoff: timedelta) -> bool:

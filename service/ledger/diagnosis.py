@@ -33,6 +33,7 @@ RIGHTS = {
     "API and workers": (
         ("outbox_message", "SELECT INSERT DELETE", "*"),
         ("outbox_message", "UPDATE", "state due_at claim_token attempts started_at completed_at errors position"),
+        ("outbox_message", "UPDATE", "ended_as"),
         ("dead_letter", "SELECT INSERT", "*"),
         ("accepted_event", "SELECT INSERT", "*"),
         ("idempotency_key", "SELECT INSERT", "*"),

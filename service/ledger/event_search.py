@@ -54,7 +54,8 @@ SELECT (SELECT count(*) FROM page) AS looked,
 _DELIVERIES = """
 SELECT delivery.*, clock_timestamp() - created_at AS age
 FROM unnest($1::uuid[], $2::uuid[]) AS event (first, last) CROSS JOIN LATERAL (
-    SELECT id, event_id, event_type, consumer, state, created_at, headers ->> 'correlation_id' AS correlation_id
+    SELECT id, event_id, event_type, consumer, coalesce(ended_as, state) AS state, created_at,
+           headers ->> 'correlation_id' AS correlation_id
     FROM outbox_message WHERE id > event.first AND id <= event.last
     UNION ALL
     SELECT message_id, event_id, event_type, consumer, 'dead', created_at, headers ->> 'correlation_id'

@@ -29,7 +29,7 @@ FROM outbox_message WHERE id > $1 AND id <= $2 ORDER BY id
 _DEAD = "SELECT {columns} FROM dead_letter WHERE message_id > $1 AND message_id <= $2 ORDER BY id"
 _MASKED = """
 id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches, created_at,
-dispatched_at, started_at, completed_at, errors, lane, position
+dispatched_at, started_at, completed_at, errors, lane, position, ended_as
 """
 _PAYLOAD = """
 SELECT payload FROM outbox_message WHERE id > $1 AND id <= $2
@@ -52,7 +52,10 @@ class Step:
     """
 
     at: datetime
-    kind: Literal["published", "handed_over", "begun", "failed", "completed", "died", "replayed", "discarded", "edited"]
+    kind: Literal[
+        "published", "handed_over", "begun", "failed", "completed", "expired", "cancelled", "died", "replayed",
+        "discarded", "edited",
+    ]  # fmt: skip
     number: int = 0
     by: str | None = None
     why: str | None = None
@@ -169,7 +172,7 @@ def _delivery(
         delivery_id=delivery_id,
         consumer=latest["consumer"],
         queue=latest["queue"],
-        state=row["state"] if row else ("dead" if latest["resolution"] is None else latest["resolution"]),
+        state=(row["ended_as"] or row["state"]) if row else (latest["resolution"] or "dead"),
         steps=sorted(steps, key=lambda step: step.at),
         next=_next(row, paused, limited, keep) if row else _after_death(latest),
     )
@@ -191,7 +194,7 @@ def _life(row: dict[str, Any]) -> Iterator[Step]:
         # A released attempt was refunded, so its number is used again.
         yield Step(row["started_at"], "begun", row["attempts"] + (row["state"] not in ("running", "completed")))
     if row["completed_at"] is not None:
-        yield Step(row["completed_at"], "completed")
+        yield Step(row["completed_at"], row["ended_as"] or "completed")
 
 
 def _errors(errors: list[dict[str, Any]]) -> Iterator[Step]:

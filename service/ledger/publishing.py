@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import func
@@ -13,6 +13,7 @@ from service.ledger.tables import AcceptedEvent, OutboxMessage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from datetime import timedelta
     from uuid import UUID
 
     from sqlalchemy import Connection, Table
@@ -26,42 +27,55 @@ ROWS = 1_000
 # By columns and not by rows: PostgreSQL plans it once, and the driver sends ten values instead of thousands.
 _INSERT_MANY = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, due_at,
-                            lane)
+                            expires_at, lane)
 SELECT id, event_id, event_type, version, consumer, queue, payload::jsonb, headers::jsonb,
-       CASE WHEN lane IS NULL THEN clock_timestamp() + $10 ELSE outbox_parked() END, lane
+       CASE WHEN lane IS NULL THEN clock_timestamp() + coalesce($10::interval, '0') ELSE outbox_parked() END,
+       clock_timestamp() + $11::interval, lane
 FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[])
      AS row (id, event_id, event_type, version, consumer, queue, payload, headers, lane)
 """
 _COLUMNS = ("id", "event_id", "event_type", "version", "consumer", "queue", "payload", "headers", "lane")
 
 
-def insert_deliveries(connection: Connection, rows: list[dict[str, Any]], delay: timedelta | None) -> None:
-    """Write deliveries that are due after `delay`, by the database's clock; at once if it is `None`."""
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """When deliveries are due and when they expire, counted from when their rows are written, by the database's clock.
+
+    `None` means at once, and never.
+    """
+
+    delay: timedelta | None = None
+    expires: timedelta | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """Those that the table does not fill in by itself."""
+        after = {"due_at": self.delay, "expires_at": self.expires}
+        return {name: func.clock_timestamp() + span for name, span in after.items() if span}
+
+
+def insert_deliveries(connection: Connection, rows: list[dict[str, Any]], terms: Terms) -> None:
+    """Write deliveries. Those in a lane have a `due_at` of their own, and no delay."""
+    columns = terms.columns()
+    statement = _INSERT.values(columns) if columns else _INSERT
     in_order = [row for row in rows if "lane" in row]
-    free = [row for row in rows if "lane" not in row] if in_order else rows
-    if free:
-        connection.execute(_INSERT.values(_due(delay)) if delay else _INSERT, free)
-    if in_order:
-        connection.execute(_INSERT, in_order)
+    for some in ([row for row in rows if "lane" not in row] if in_order else rows, in_order):
+        if some:
+            connection.execute(statement, some)
 
 
-def insert_many(connection: Connection, rows: list[dict[str, Any]], delay: timedelta | None) -> None:
+def insert_many(connection: Connection, rows: list[dict[str, Any]], terms: Terms) -> None:
     """The same for any number of them, `ROWS` at a time."""
     for start in range(0, len(rows), ROWS):
         some = rows[start : start + ROWS]
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in some] for name in _COLUMNS}
         columns["payload"] = [json.dumps(each) for each in columns["payload"]]
         columns["headers"] = [json.dumps(each) for each in columns["headers"]]
-        connection.exec_driver_sql(_INSERT_MANY, (*columns.values(), delay or timedelta()))
+        connection.exec_driver_sql(_INSERT_MANY, (*columns.values(), terms.delay, terms.expires))
 
 
-def as_objects(rows: Iterable[dict[str, Any]], delay: timedelta | None) -> list[OutboxMessage]:
+def as_objects(rows: Iterable[dict[str, Any]], terms: Terms) -> list[OutboxMessage]:
     """The same for a session that writes objects only."""
-    return [OutboxMessage(**row, **_due(delay)) for row in rows]
-
-
-def _due(delay: timedelta | None) -> dict[str, Any]:
-    return {"due_at": func.clock_timestamp() + delay} if delay else {}
+    return [OutboxMessage(**(terms.columns() | row)) for row in rows]
 
 
 async def take_key(session: AsyncSession, key: str, event_id: UUID) -> bool:

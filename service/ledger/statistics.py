@@ -96,7 +96,7 @@ WHERE seen_at > clock_timestamp() - $1::interval ORDER BY kind, host, pid, id
 _FORGET_PROCESSES = "DELETE FROM outbox_process WHERE seen_at < clock_timestamp() - $1::interval"
 
 
-OUTCOMES = ("completed", "failed", "dead", "lost", "released", "unknown")
+OUTCOMES = ("completed", "failed", "dead", "expired", "lost", "released", "unknown")
 
 
 class Key(NamedTuple):

@@ -23,6 +23,8 @@
     heartbeat   `delivering.heartbeat`, which also takes back what was handed over again meanwhile
     put back    `delivering.fail`, `release`, `forgive` and `postpone`
     complete    `delivering.complete_in_transaction` and `complete`
+    expire      `delivering.expire`, right after a claim that came too late: completed without its effect
+    cancel      `cancelling.cancel_open`, of what is pending or dispatched: the same
     die         `delivering.die`; of what is pending only right after `postpone`
     replay      `replaying.carry_out`, as is discard; `erasing.erase` discards too
     edit        `editing.edit`
@@ -79,6 +81,9 @@ class OutboxMessage(Base):
     # Of what has an order; see `lanes.py`.
     lane: Mapped[str | None] = mapped_column(Text)
     position: Mapped[int | None] = mapped_column(BigInteger)
+    expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    # How it was completed without its effect: `expired` or `cancelled`.
+    ended_as: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint("state IN ('pending', 'dispatched', 'running', 'completed')", name="state"),

@@ -8,6 +8,6 @@ from service.ledger.ids import new_id
 from service.outbox.consumers import Fail, Retry, consumer
 from service.outbox.delivery import Delivery
 from service.outbox.events import Event
-from service.outbox.publish import accept, publish, publish_all
+from service.outbox.publish import accept, cancel, publish, publish_all
 
-__all__ = ["Delivery", "Event", "Fail", "Retry", "accept", "consumer", "new_id", "publish", "publish_all"]
+__all__ = ["Delivery", "Event", "Fail", "Retry", "accept", "cancel", "consumer", "new_id", "publish", "publish_all"]

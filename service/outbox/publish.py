@@ -16,10 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.database.sessions import FlushingSession, confirm
 from service.errors import PublishError
+from service.ledger.cancelling import cancel_open
 from service.ledger.delivering import DUE_AFTER
 from service.ledger.ids import delivery_id, new_event_id
 from service.ledger.lanes import parked
-from service.ledger.publishing import as_objects, insert_deliveries, insert_many, take_key
+from service.ledger.publishing import Terms, as_objects, insert_deliveries, insert_many, take_key
 from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event
@@ -43,35 +44,45 @@ READ_ONLY = "outbox.read_only"
 """Key in `session.info` of sessions that are never committed."""
 
 
-def publish(session: AsyncSession, event: Event, *, delay: timedelta | None = None) -> UUID:
+def publish(
+    session: AsyncSession, event: Event, *, delay: timedelta | None = None, expires: timedelta | None = None
+) -> UUID:
     """Publish `event` in the session's transaction, to every consumer that is registered now.
 
     Args:
         session: The request's or the delivery's session. Its commit is what makes the event exist.
         event: What happened.
         delay: Hand it over no earlier than this much after the row is written, by the database's clock.
+        expires: Begin no run of it later than this much after the row is written. It is completed as `expired` then.
 
     Returns:
-        The event's id, for `outbox events show`.
+        The event's id, for `cancel` and for `outbox events show`.
 
     Raises:
         PublishError: when the event or the session cannot be used safely; nothing was written.
     """
     payload = _payload(event)
     _check_session(session)
-    _check_delay(delay, type(event))
+    _refuse_delay_in_order(delay, type(event))
+    terms = _terms(delay, expires)
     event_id = new_event_id()
-    _write(session, _rows(event_id, event, payload, delay), delay)
+    _write(session, _rows(event_id, event, payload, delay), terms)
     return event_id
 
 
-def publish_all(session: AsyncSession, events: Iterable[Event], *, delay: timedelta | None = None) -> list[UUID]:
+def publish_all(
+    session: AsyncSession,
+    events: Iterable[Event],
+    *,
+    delay: timedelta | None = None,
+    expires: timedelta | None = None,
+) -> list[UUID]:
     """Publish many events at once: as `publish` does with each of them, in a few large statements.
 
     Args:
         session: As for `publish`.
         events: Of one class or of several. They are held in memory until the session's next flush.
-        delay: As for `publish`, the same for all.
+        delay, expires: As for `publish`, the same for all.
 
     Returns:
         The events' ids, in their order.
@@ -80,14 +91,37 @@ def publish_all(session: AsyncSession, events: Iterable[Event], *, delay: timede
         PublishError: as for `publish`, for the first event that cannot be published; none of them is.
     """
     _check_session(session)
+    terms = _terms(delay, expires)
     ids: list[UUID] = []
     rows: list[dict[str, Any]] = []
     for event in events:
-        _check_delay(delay, type(event))
+        _refuse_delay_in_order(delay, type(event))
         ids.append(event_id := new_event_id())
         rows += _rows(event_id, event, _payload(event), delay)
-    _write(session, rows, delay, insert_many)
+    _write(session, rows, terms, insert_many)
     return ids
+
+
+async def cancel(session: AsyncSession, event_id: UUID) -> bool:
+    """Cancel what has been published, in the session's transaction: deliveries that no worker has begun never run.
+
+    One that waits for a retry is cancelled too. What is running goes on, and what is completed or dead stays as it is.
+
+    Args:
+        session: As for `publish`.
+        event_id: What `publish` returned.
+
+    Returns:
+        Whether all deliveries of the event are cancelled. `False` means that it was too late for one of them at least,
+        or that there is no such event (any more).
+
+    Raises:
+        PublishError: for a session that cannot be used, as for `publish`.
+    """
+    _check_session(session)
+    await session.flush()  # it may have been published in this very transaction
+    await (await session.connection()).run_sync(_refuse_autocommit)
+    return await cancel_open(session, event_id)
 
 
 async def accept(session: AsyncSession, key: str, event: Event) -> bool:
@@ -113,7 +147,7 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
     if not await take_key(session, key, event_id):
         await confirm(session)  # the sender is about to be told that it is here
         return False
-    _write(session, _rows(event_id, event, payload, None), None)
+    _write(session, _rows(event_id, event, payload, None), Terms())
     return True
 
 
@@ -139,18 +173,18 @@ def _rows(event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelt
 def _write(
     session: AsyncSession,
     rows: list[dict[str, Any]],
-    delay: timedelta | None,
-    insert: Callable[[Connection, list[dict[str, Any]], timedelta | None], None] = insert_deliveries,
+    terms: Terms,
+    insert: Callable[[Connection, list[dict[str, Any]], Terms], None] = insert_deliveries,
 ) -> None:
     def insert_rows(connection: Connection) -> None:
         _refuse_autocommit(connection)
-        insert(connection, rows, delay)
+        insert(connection, rows, terms)
 
     sync = session.sync_session
     if rows and isinstance(sync, FlushingSession):
         sync.at_flush(insert_rows)
     else:
-        session.add_all(as_objects(rows, delay))
+        session.add_all(as_objects(rows, terms))
 
 
 def _payload(event: Event) -> dict[str, Any]:
@@ -168,14 +202,20 @@ def _payload(event: Event) -> dict[str, Any]:
     return payload
 
 
-def _check_delay(delay: timedelta | None, event: type[Event]) -> None:
-    if delay is not None and not timedelta() <= delay <= MAX_DELAY:
-        raise PublishError(f"delay must be from 0 to {MAX_DELAY.days} days, not {delay}")
+def _refuse_delay_in_order(delay: timedelta | None, event: type[Event]) -> None:
     if delay and any(consumer.order for consumer in consumers_of(event)):
         raise PublishError(
             f"{event.event_type!r} has a consumer that runs in order, and all behind it would wait for the delay: "
             "publish it without one"
         )
+
+
+def _terms(delay: timedelta | None, expires: timedelta | None) -> Terms:
+    if delay is not None and not timedelta() <= delay <= MAX_DELAY:
+        raise PublishError(f"delay must be from 0 to {MAX_DELAY.days} days, not {delay}")
+    if expires is not None and not (delay or timedelta()) < expires <= MAX_DELAY:
+        raise PublishError(f"expires must be longer than the delay, and at most {MAX_DELAY.days} days, not {expires}")
+    return Terms(delay, expires)
 
 
 def _check_session(session: AsyncSession) -> None:

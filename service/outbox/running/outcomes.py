@@ -42,6 +42,11 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Expired:
+    """It was claimed too late, and not run."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """It is retried after `delay`."""
 
@@ -82,7 +87,7 @@ class Unknown:
     delay: timedelta
 
 
-Unwritten = Finished | Failed | Dead | Released | Suspected | Unknown
+Unwritten = Finished | Expired | Failed | Dead | Released | Suspected | Unknown
 """What the row does not show yet."""
 
 Outcome = Completed | Lost | Unwritten
@@ -129,6 +134,11 @@ async def write(connection: Connection, claim: Claim, outcome: Unwritten, patien
     match outcome:
         case Finished():
             return log_completed(claim) if await delivering.complete(connection, claim) else log_lost(claim)
+        case Expired():
+            if not await delivering.expire(connection, claim):
+                return log_lost(claim)
+            _log.info("outbox.expired", consumer=claim.consumer, delivery_id=str(claim.id))
+            return "expired"
         case Failed() | Dead():
             return await _write_failure(connection, claim, outcome)
         case Released(error, delay):

@@ -34,6 +34,7 @@ from service.outbox.running.ledger_pool import LedgerPool
 from service.outbox.running.outcomes import (
     Completed,
     Dead,
+    Expired,
     Failed,
     Finished,
     Lost,
@@ -177,6 +178,8 @@ class Runner:
         if self._releasing:
             # What has waited for its claim meanwhile; a run begun now would hold up the shutdown.
             await self.settle(claim, Released(delay=timedelta(seconds=1)))
+        elif claim.expired:
+            await self.settle(claim, Expired())
         elif spec is None or not spec.knows(claim.event_type, claim.version):
             await self.settle(claim, self._unknown(claim, spec))
         elif claim.attempts > self.max_attempts(spec):

@@ -1,0 +1,42 @@
+"""Cancelling what has not begun, in the caller's transaction.
+
+What must stay true: a delivery is cancelled or it is run, never both. The update matches the states it comes from, so
+it waits for a claim that is under way and finds the delivery running; and a claim that comes later waits for the
+caller's commit, and finds it completed. What became of them all is looked at in a second statement, since the first one
+does not see a claim that it has waited for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from service.ledger.ids import last_delivery_of
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+CANCELLED = "cancelled"
+"""In `ended_as`."""
+
+_CANCEL = text(f"""
+UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp(), ended_as = '{CANCELLED}'
+WHERE id > :event_id AND id <= :last AND (state || '') IN ('pending', 'dispatched')
+""")  # noqa: S608
+
+_ALL_CANCELLED = text(f"""
+SELECT (SELECT coalesce(bool_and(coalesce(ended_as, '') = '{CANCELLED}'), false)
+        FROM outbox_message WHERE id > :event_id AND id <= :last)
+       AND NOT EXISTS (SELECT FROM dead_letter
+                       WHERE message_id > :event_id AND message_id <= :last AND resolution IS NULL)
+""")  # noqa: S608
+
+
+async def cancel_open(session: AsyncSession, event_id: UUID) -> bool:
+    """End the event's deliveries that no worker has begun; whether all of its deliveries are cancelled now."""
+    reach = {"event_id": event_id, "last": last_delivery_of(event_id)}
+    await session.execute(_CANCEL, reach)
+    return bool(await session.scalar(_ALL_CANCELLED, reach))
