@@ -13,6 +13,7 @@ import pkgutil
 from typing import TYPE_CHECKING, TypeGuard
 
 from service.errors import ConfigurationError
+from service.outbox.upcasting import check_upcasters
 from service.settings import DomainSettings, Settings, load
 
 if TYPE_CHECKING:
@@ -33,9 +34,14 @@ def _modules(part: str) -> list[ModuleType]:
 
 
 def discover() -> None:
-    """Import every domain's models, events and consumers."""
+    """Import every domain's models, events and consumers.
+
+    Raises:
+        EventDefinitionError: an event has upcasters, and none from one of its earlier versions.
+    """
     for part in ("models", "events", "consumers"):
         _modules(part)
+    check_upcasters()
 
 
 def routers() -> list[APIRouter]:

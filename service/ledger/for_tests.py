@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING
 
 from sqlalchemy import select, text
 
@@ -33,12 +34,12 @@ SELECT 'dead', reason FROM dead_letter WHERE message_id = :id AND resolution IS 
 """
 
 
-async def published_payloads(where: AsyncSession | AsyncConnection, event_type: str) -> dict[UUID, dict[str, Any]]:
-    """The payload of every event of this type that `where` can see."""
-    found: dict[UUID, dict[str, Any]] = {}
+async def published_documents(where: AsyncSession | AsyncConnection, event_type: str) -> dict[UUID, tuple[int, str]]:
+    """The version and the JSON of every event of this type that `where` can see."""
+    found: dict[UUID, tuple[int, str]] = {}
     for table in (OutboxMessage, DeadLetter):
-        query = select(table.event_id, table.payload).where(table.event_type == event_type)
-        found |= {row.event_id: row.payload for row in await where.execute(query)}
+        query = select(table.event_id, table.version, table.payload).where(table.event_type == event_type)
+        found |= {row.event_id: (row.version, json.dumps(row.payload)) for row in await where.execute(query)}
     return found
 
 

@@ -9,5 +9,18 @@ from service.outbox.consumers import Fail, Retry, consumer
 from service.outbox.delivery import Delivery
 from service.outbox.events import Event
 from service.outbox.publish import accept, cancel, publish, publish_all
+from service.outbox.upcasting import upcaster
 
-__all__ = ["Delivery", "Event", "Fail", "Retry", "accept", "cancel", "consumer", "new_id", "publish", "publish_all"]
+__all__ = [
+    "Delivery",
+    "Event",
+    "Fail",
+    "Retry",
+    "accept",
+    "cancel",
+    "consumer",
+    "new_id",
+    "publish",
+    "publish_all",
+    "upcaster",
+]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import threading
 from contextlib import asynccontextmanager, nullcontext
 from contextvars import copy_context
@@ -22,11 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dramatiq.middleware import TimeLimit
 
 from service.database.sessions import session_factory, transaction
-from service.ledger.for_tests import make_due, next_due, published_payloads, unfinished
+from service.ledger.for_tests import make_due, next_due, published_documents, unfinished
 from service.outbox.consumers import consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
 from service.outbox.running.runner import Run, Runner
+from service.outbox.upcasting import read
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -53,8 +53,8 @@ async def published(where: AsyncSession | AsyncConnection, event: type[E]) -> li
     """
     if not consumers_of(event):
         raise AssertionError(f"nobody consumes {event.event_type!r}, so publishing it leaves nothing to look for")
-    found = await published_payloads(where, event.event_type)
-    return [event.model_validate_json(json.dumps(found[event_id])) for event_id in sorted(found)]
+    found = await published_documents(where, event.event_type)
+    return [read(event, *found[event_id]) for event_id in sorted(found)]
 
 
 async def assert_published(where: AsyncSession | AsyncConnection, event: type[E], **fields: Any) -> E:

@@ -49,6 +49,7 @@ from service.outbox.running.outcomes import (
     write,
 )
 from service.outbox.running.recorder import Recorder
+from service.outbox.upcasting import read
 from service.telemetry import tracing
 from service.telemetry.logs import get_logger, trace_context
 
@@ -88,7 +89,7 @@ class Run:
 
     def call(self) -> Any:
         """Call the consumer; of an `async def` it is a coroutine that is returned."""
-        return self.spec.fn(self.spec.event.model_validate_json(self.claim.document), self.delivery)
+        return self.spec.fn(read(self.spec.event, self.claim.version, self.claim.document), self.delivery)
 
 
 class Runner:
