@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import func
+from sqlalchemy import case, func, text
 from sqlalchemy.dialects.postgresql import insert
 
-from service.ledger.tables import AcceptedEvent, OutboxMessage
+from service.ledger.tables import WAITS_ALONE, AcceptedEvent, OutboxMessage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy import Connection, Table
+    from sqlalchemy.dialects.postgresql import Insert
     from sqlalchemy.ext.asyncio import AsyncSession
 
-_INSERT = insert(cast("Table", OutboxMessage.__table__))
+_TABLE = cast("Table", OutboxMessage.__table__)
+_INSERT = insert(_TABLE)
 
 ROWS = 1_000
 """Deliveries that one statement writes at most; with the largest events it is some 8 MB."""
@@ -41,11 +43,13 @@ _COLUMNS = ("id", "event_id", "event_type", "version", "consumer", "queue", "pay
 class Terms:
     """When deliveries are due and when they expire, counted from when their rows are written, by the database's clock.
 
-    `None` means at once, and never.
+    `None` means at once, and never. With `at_most`, which is for those that have a `unique_key`, each one that is
+    merged into another puts that off again, until it has waited for so long.
     """
 
     delay: timedelta | None = None
     expires: timedelta | None = None
+    at_most: timedelta | None = None
 
     def columns(self) -> dict[str, Any]:
         """Those that the table does not fill in by itself."""
@@ -54,13 +58,35 @@ class Terms:
 
 
 def insert_deliveries(connection: Connection, rows: list[dict[str, Any]], terms: Terms) -> None:
-    """Write deliveries. Those in a lane have a `due_at` of their own, and no delay."""
+    """Write deliveries. Those in a lane have a `due_at` of their own, and no delay. One with a `unique_key`, which is in
+    no lane, is merged into one of that key which no worker has begun.
+    """
     columns = terms.columns()
     statement = _INSERT.values(columns) if columns else _INSERT
+    if "unique_key" in rows[0]:
+        statement = _merging(statement, terms)
     in_order = [row for row in rows if "lane" in row]
     for some in ([row for row in rows if "lane" not in row] if in_order else rows, in_order):
         if some:
             connection.execute(statement, some)
+
+
+def _merging(statement: Insert, terms: Terms) -> Insert:
+    """It locks the one that waits, also where it changes nothing: a claim waits for this commit, and then runs with it.
+
+    Without that lock a worker could claim it, and look at the state before this transaction, while this one relies on
+    it: the last change would be lost.
+    """
+    waiting, new = _TABLE.c, statement.excluded
+    due = func.least(waiting.due_at, new.due_at)
+    if terms.at_most:
+        due = func.greatest(waiting.due_at, func.least(new.due_at, waiting.created_at + terms.at_most))
+    return statement.on_conflict_do_update(
+        index_elements=[waiting.consumer, waiting.unique_key],
+        index_where=text(WAITS_ALONE),
+        # What is handed over already is with a worker at any moment; then `due_at` is when it is handed over again.
+        set_={"due_at": case((waiting.state == "pending", due), else_=waiting.due_at)},
+    )
 
 
 def insert_many(connection: Connection, rows: list[dict[str, Any]], terms: Terms) -> None:

@@ -51,6 +51,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from service.database.base import Base
 
+WAITS_ALONE = "unique_key IS NOT NULL AND started_at IS NULL AND state <> 'completed'"
+"""Of the deliveries for which this is true there is one of a key. A claim makes it false for good, by whatever version
+of this code: a retry may wait beside the next one, and what has begun stands for nothing that is published later."""
+
 Timestamp = TIMESTAMP(timezone=True)
 Buckets = ARRAY(BigInteger)
 
@@ -84,6 +88,7 @@ class OutboxMessage(Base):
     expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
     # How it was completed without its effect: `expired` or `cancelled`.
     ended_as: Mapped[str | None] = mapped_column(Text)
+    unique_key: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint("state IN ('pending', 'dispatched', 'running', 'completed')", name="state"),
@@ -97,6 +102,7 @@ class OutboxMessage(Base):
             "created_at",
             postgresql_where=text("lane IS NOT NULL AND position IS NULL AND state = 'pending'"),
         ),
+        Index("ix_outbox_message_unique", "consumer", "unique_key", unique=True, postgresql_where=text(WAITS_ALONE)),
     )
     # publish() needs none of the server's defaults back, and an INSERT without RETURNING can be batched.
     __mapper_args__ = {"eager_defaults": False}  # noqa: RUF012

@@ -7,6 +7,8 @@ touches neither the broker nor any connection of its own.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -45,7 +47,13 @@ READ_ONLY = "outbox.read_only"
 
 
 def publish(
-    session: AsyncSession, event: Event, *, delay: timedelta | None = None, expires: timedelta | None = None
+    session: AsyncSession,
+    event: Event,
+    *,
+    delay: timedelta | None = None,
+    expires: timedelta | None = None,
+    unique: bool = False,
+    debounce: timedelta | None = None,
 ) -> UUID:
     """Publish `event` in the session's transaction, to every consumer that is registered now.
 
@@ -54,9 +62,13 @@ def publish(
         event: What happened.
         delay: Hand it over no earlier than this much after the row is written, by the database's clock.
         expires: Begin no run of it later than this much after the row is written. It is completed as `expired` then.
+        unique: Let an equal event that no worker has begun stand for both: this one is not stored beside it. The one
+            that waits is due when the first of both would be.
+        debounce: The same, and put it off by `delay` each time, until it has waited for so long in all.
 
     Returns:
-        The event's id, for `cancel` and for `outbox events show`.
+        The event's id, for `cancel` and for `outbox events show`. Nothing has it where another event stands for this
+        one.
 
     Raises:
         PublishError: when the event or the session cannot be used safely; nothing was written.
@@ -64,9 +76,14 @@ def publish(
     payload = _payload(event)
     _check_session(session)
     _refuse_delay_in_order(delay, type(event))
-    terms = _terms(delay, expires)
+    terms = _terms(delay, expires, debounce)
     event_id = new_event_id()
-    _write(session, _rows(event_id, event, payload, delay), terms)
+    rows = _rows(event_id, event, payload, debounce or delay)
+    if unique or debounce is not None:
+        if expires is not None:
+            raise PublishError("an event that may stand for others cannot expire: publish it without `expires`")
+        _make_unique(session, event, rows)
+    _write(session, rows, terms)
     return event_id
 
 
@@ -210,12 +227,32 @@ def _refuse_delay_in_order(delay: timedelta | None, event: type[Event]) -> None:
         )
 
 
-def _terms(delay: timedelta | None, expires: timedelta | None) -> Terms:
+def _make_unique(session: AsyncSession, event: Event, rows: list[dict[str, Any]]) -> None:
+    if any(consumer.order for consumer in consumers_of(type(event))):
+        raise PublishError(
+            f"{event.event_type!r} has a consumer that runs in order, and an earlier event cannot stand for one that "
+            "comes after others: publish it without `unique`"
+        )
+    if not isinstance(session.sync_session, FlushingSession):
+        raise PublishError(
+            "unique needs a session that can merge it into another event: that of a request or a delivery, or one of "
+            "session_factory(engine, OneTransaction)"
+        )
+    for row in rows:
+        fields = json.dumps([row["version"], row["payload"]], sort_keys=True)
+        row["unique_key"] = hashlib.sha256(fields.encode()).hexdigest()
+
+
+def _terms(delay: timedelta | None, expires: timedelta | None, debounce: timedelta | None = None) -> Terms:
     if delay is not None and not timedelta() <= delay <= MAX_DELAY:
         raise PublishError(f"delay must be from 0 to {MAX_DELAY.days} days, not {delay}")
     if expires is not None and not (delay or timedelta()) < expires <= MAX_DELAY:
         raise PublishError(f"expires must be longer than the delay, and at most {MAX_DELAY.days} days, not {expires}")
-    return Terms(delay, expires)
+    if debounce is not None and not (delay and delay <= debounce <= MAX_DELAY):
+        raise PublishError(
+            f"debounce is how long it is put off in all: it needs a delay, and is from that to {MAX_DELAY.days} days"
+        )
+    return Terms(delay, expires, debounce)
 
 
 def _check_session(session: AsyncSession) -> None:
