@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 CANCELLED = "cancelled"
 """In `ended_as`."""
 
+# Before the row's own lock: whoever ends a row of a lane locks first the lane, and then the row whose turn comes.
+_LOCK_LANES = text("""
+SELECT outbox_lock_all_lanes(lane) FROM outbox_message WHERE id > :event_id AND id <= :last AND lane IS NOT NULL
+""")
+
 _CANCEL = text(f"""
 UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp(), ended_as = '{CANCELLED}'
 WHERE id > :event_id AND id <= :last AND (state || '') IN ('pending', 'dispatched')
@@ -38,5 +43,6 @@ SELECT (SELECT coalesce(bool_and(coalesce(ended_as, '') = '{CANCELLED}'), false)
 async def cancel_open(session: AsyncSession, event_id: UUID) -> bool:
     """End the event's deliveries that no worker has begun; whether all of its deliveries are cancelled now."""
     reach = {"event_id": event_id, "last": last_delivery_of(event_id)}
+    await session.execute(_LOCK_LANES, reach)
     await session.execute(_CANCEL, reach)
     return bool(await session.scalar(_ALL_CANCELLED, reach))

@@ -58,8 +58,9 @@ class Terms:
 
 
 def insert_deliveries(connection: Connection, rows: list[dict[str, Any]], terms: Terms) -> None:
-    """Write deliveries. Those in a lane have a `due_at` of their own, and no delay. One with a `unique_key`, which is in
-    no lane, is merged into one of that key which no worker has begun.
+    """Write deliveries. Those in a lane have a `due_at` of their own, and no delay.
+
+    One with a `unique_key`, which is in no lane, is merged into one of that key which no worker has begun.
     """
     columns = terms.columns()
     statement = _INSERT.values(columns) if columns else _INSERT
