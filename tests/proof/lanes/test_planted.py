@@ -194,5 +194,5 @@ async def test_without_a_protection_it_shows(
             source = getattr(replaying, statement)
             without = source[: source.rindex(", outbox_lock_lanes(")] + "\n"
             monkeypatch.setattr(replaying, statement, without)
-    found = await raced(connection, connect, name, rounds=12)
+    found = await raced(connection, connect, name, rounds=40)
     assert any(found[kind] for kind in kinds), json.dumps(found)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 
+_FEW = {"OUTBOX__CONCURRENCY": "4"}
+"""So few that slow deliveries keep a worker busy."""
+
 A_FEW_SECONDS = 5
 """What the machine may take beyond T, when it is busy with other tests too."""
 
@@ -64,6 +67,7 @@ async def test_a_flushed_broker_loses_nothing(
 ) -> None:
     """What it has forgotten starts again within T and a few seconds, by the database's clock."""
     waiting = f"{settings.broker.namespace}:ledger"
+    environment |= _FEW
     async with working(environment, settings, tmp_path), redis.asyncio.Redis.from_url(own_broker.url) as client:
         await publish_all(ledger, *slow(12), *quick(60))  # the slow ones keep the worker busy meanwhile
         await until(lambda: all_dispatched(ledger))
@@ -85,6 +89,7 @@ async def test_an_outage_of_the_broker_uses_up_nothing(
     ledger: Ledger, own_broker: Valkey, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
     """However long it lasts: longer than T and than a lease, nothing changes any more."""
+    environment |= _FEW
     async with working(environment, settings, tmp_path):
         await publish_all(ledger, *slow(8), *quick(30))
         await until(lambda: all_dispatched(ledger))
