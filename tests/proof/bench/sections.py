@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tests.proof.bench import cold, cost, drain, effects, flat, latency, writers
+from tests.proof.bench import cold, cost, drain, effects, flat, in_order, latency, writers
 from tests.proof.bench.figures import Figure
 from tests.proof.bench.peers import PROMISES, QUEUES, RELAYS
 
@@ -295,6 +295,25 @@ async def memory(stage: Stage, result: Result, *, quick: bool) -> None:
         result.add(Figure(f"memory of the {name} from first to last quarter", "MiB", growth, at_most=5, note=shown))
 
 
+async def order(stage: Stage, result: Result, *, quick: bool) -> None:
+    """What it costs to run in order, over many keys and over few, and how fast one key goes."""
+    rows, keys, seconds = (60_000, 20_000, 3.0) if quick else (300_000, 100_000, 8.0)
+    sides: Sides = {
+        str(each): lambda each=each: in_order.drained(stage, rows, each, seconds)  # type: ignore[misc]
+        for each in (0, keys, 10)
+    }
+    values = await _in_turns(sides, 1 if quick else 3)
+    for each, target in ((keys, 0.7), (10, 0.85)):
+        name = f"effects in order over {each:,} keys"
+        result.add(Figure(name, "effects/s", values[str(each)], "without order", values["0"], at_least=target))
+    chains = [await in_order.chain(stage, 300 if quick else 1_000) for _ in range(1 if quick else 3)]
+    result.add(
+        Figure("effects along one key", "effects/s", [each.rate for each in chains]),
+        Figure("commit of one to start of the next, p50", "ms", [each.gap.p50 for each in chains], at_most=8),
+        Figure("commit of one to start of the next, p99", "ms", [each.gap.p99 for each in chains]),
+    )
+
+
 async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
     """Where the time of one event goes, and what doing nothing costs."""
     result.texts.append(cost.table(await cost.per_event(stage, 1_600 if quick else 3_200)))
@@ -308,6 +327,7 @@ async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
 SECTIONS: dict[str, Section] = {
     "relay": relay, "relay-peers": relay_peers, "rabbitmq": rabbitmq, "commits": commits, "api": api,
     "callers": callers, "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog,
-    "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "costs": costs,
+    "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "order": order,
+    "costs": costs,
 }  # fmt: skip
 """In the order in which they run."""
