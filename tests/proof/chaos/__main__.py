@@ -45,6 +45,7 @@ def _why(result: Result) -> str:
     verdict = result.verdict
     counts = {"lost": len(verdict.lost), "duplicated": len(verdict.duplicated), "still open": verdict.unfinished}
     counts["over a limit"] = len(verdict.exceeded)
+    counts["out of order"] = len(verdict.disordered)
     counts["dead without reason"] = len(verdict.wrongly_dead)
     reasons = [f"{count} {kind}" for kind, count in counts.items() if count] if not result.scenario.accuses else []
     reasons += [" ".join(each.split())[:120] for each in result.wrong[:1]]
@@ -54,7 +55,8 @@ def _why(result: Result) -> str:
 def _details(result: Result) -> list[str]:
     verdict = result.verdict
     kinds = {"wrong": result.wrong, "lost": verdict.lost, "duplicated": verdict.duplicated}
-    kinds |= {"dead without reason": verdict.wrongly_dead, "limit": verdict.exceeded}
+    kinds |= {"out of order": verdict.disordered, "limit": verdict.exceeded}
+    kinds |= {"dead without reason": verdict.wrongly_dead}
     lines = [f"    {kind}: {each}" for kind, found in kinds.items() for each in found[:5]]
     return lines + ([f"    {verdict.unfinished} rows are still open"] if verdict.unfinished else [])
 
@@ -128,6 +130,7 @@ def _summary(results: Sequence[Result], took: float, allowed: float) -> int:
     accused = sum(result.passed for result in results if result.scenario.accuses)
     lost = sum(len(result.verdict.lost) for result in honest)
     duplicated = sum(len(result.verdict.duplicated) for result in honest)
+    disordered = sum(len(result.verdict.disordered) for result in honest)
     failed = [result for result in results if not result.passed]
     print(
         f"{len(honest)} scenarios, {sum(result.verdict.accepted for result in honest):,} requests accepted, "
@@ -135,7 +138,8 @@ def _summary(results: Sequence[Result], took: float, allowed: float) -> int:
         f"{sum(result.verdict.excused for result in honest)} repeated outside after a crash; "
         f"planted bugs accused: {accused} of {len(results) - len(honest)}"
     )
-    print(f"lost={lost} duplicated={duplicated} over_limit={sum(len(each.verdict.exceeded) for each in honest)}")
+    over = sum(len(each.verdict.exceeded) for each in honest)
+    print(f"lost={lost} duplicated={duplicated} disordered={disordered} over_limit={over}")
     if took > allowed:
         print(f"it took longer than {allowed / 60:.0f} minutes: the machine had much else to do, or something is slow")
     for result in failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -14,7 +15,7 @@ from service.http.callers import PUBLIC
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import publish
-from tests.proof.chaos.domain import PLAIN_POISON, POISON, PlainlyPoisoned, Poisoned, ThingMade
+from tests.proof.chaos.domain import PLAIN_POISON, POISON, PlainlyPoisoned, Poisoned, ThingMade, ThingNumbered
 from tests.servers.broker import setup_broker
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ async def make_thing(body: Thing, session: Session) -> Thing:
         publish(session, PlainlyPoisoned(subject_id=body.subject_id, how=body.how))
     else:
         publish(session, ThingMade(subject_id=body.subject_id, how=body.how))
+    if os.environ.get("CHAOS_ORDERED"):
+        key = body.subject_id.int % int(os.environ["CHAOS_ORDERED"])
+        number = await session.scalar(
+            text("UPDATE key SET numbers = numbers + 1 WHERE key = :key RETURNING numbers"), {"key": key}
+        )
+        publish(session, ThingNumbered(key=key, number=number))
     return body
 
 

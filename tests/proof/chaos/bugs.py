@@ -142,6 +142,14 @@ def rate_of_hand_overs() -> None:
         replace(module._Slots, "take", start_at_once)
 
 
+def completion_without_lock() -> None:
+    """A worker completes in a lane without its lock; the function that lets the next one go takes it no more either."""
+
+    @when_imported("service.ledger.delivering")
+    def patch(module: Any) -> None:
+        _replace(module, "_COMPLETED", ", CASE WHEN lane IS NOT NULL THEN outbox_lock_all_lanes(lane) END", "")
+
+
 BUGS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -154,6 +162,7 @@ BUGS: dict[str, Callable[[], None]] = {
         slots_end_when_due,
         claim_without_slot,
         rate_of_hand_overs,
+        completion_without_lock,
     )
 }
 

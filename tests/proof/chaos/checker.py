@@ -80,16 +80,23 @@ class Tables:
     """Of each row still in the outbox, by subject and consumer."""
     attempts: int = 0
     redispatched: int = 0
+    turns: list[tuple[int, int, int]] = field(default_factory=list)
+    """Key, number, and the greatest number that was seen, in the order in which they were taken."""
+    numbers: dict[int, int] = field(default_factory=dict)
+    """How many numbers each key has given out."""
+    stranded: list[str] = field(default_factory=list)
+    """Lanes in which something waits, and nothing is under way or blocks."""
 
 
 @dataclass(slots=True)
 class Verdict:
-    """`lost` and `duplicated` name each case; both are empty for a system that keeps its promises."""
+    """`lost`, `duplicated` and `disordered` name each case; they are empty for a system that keeps its promises."""
 
     accepted: int = 0
     effects: int = 0
     lost: list[str] = field(default_factory=list)
     duplicated: list[str] = field(default_factory=list)
+    disordered: list[str] = field(default_factory=list)
     excused: int = 0
     dead: int = 0
     wrongly_dead: list[str] = field(default_factory=list)
@@ -100,13 +107,13 @@ class Verdict:
 
     @property
     def accusations(self) -> list[str]:
-        """Everything that is lost, happened twice or was over a limit."""
-        return [*self.lost, *self.duplicated, *self.exceeded]
+        """Everything that is lost, happened twice, was out of order or over a limit."""
+        return [*self.lost, *self.duplicated, *self.disordered, *self.exceeded]
 
     @property
     def clean(self) -> bool:
         """Whether nothing is wrong and nothing is left to do."""
-        return self.complete and not (self.duplicated or self.wrongly_dead or self.exceeded)
+        return self.complete and not (self.duplicated or self.disordered or self.wrongly_dead or self.exceeded)
 
     @property
     def complete(self) -> bool:
@@ -130,6 +137,7 @@ def judge(
         if subject in tables.dead and not request.poison:
             verdict.wrongly_dead.append(f"{subject} ({request.how or 'ordinary'})")
     verdict.duplicated += _repeated(asked, tables, outside)
+    verdict.disordered += _disordered(tables)
     excused, blamed = _copies(received, faults)
     verdict.excused = excused
     verdict.duplicated += blamed
@@ -150,6 +158,23 @@ def _missing(request: Request, tables: Tables, outside: Counter[tuple[str, str]]
     return missing + [
         f"{subject}: {consumer} never sent ({row(consumer)})" for consumer in OUTSIDE if not outside[subject, consumer]
     ]
+
+
+def _disordered(tables: Tables) -> list[str]:
+    """Each key's numbers must have been taken one after the other, each when the one before was committed."""
+    wrong = [f"{lane}: stranded" for lane in tables.stranded]
+    last = dict.fromkeys(tables.numbers, 0)
+    for key, number, saw in tables.turns:
+        if number != last[key] + 1:
+            wrong.append(f"key {key}: out of order, {number} after {last[key]}")
+        elif saw != last[key]:
+            wrong.append(f"key {key}: {number} at the same time as {last[key]}")
+        last[key] = number
+    if not tables.open_rows:
+        wrong += [
+            f"key {key}: {last[key]} turns of {count}" for key, count in tables.numbers.items() if last[key] != count
+        ]
+    return wrong
 
 
 def _repeated(asked: dict[str, Request], tables: Tables, outside: Counter[tuple[str, str]]) -> list[str]:

@@ -4,6 +4,9 @@
                                        └─► chaos.compute   tells the sink, from a `def` consumer
                     event booked ────────► chaos.confirm   tells the sink, from an `async def` consumer
 
+Where it is asked for, each thing also takes the next number of one of a few keys, whose row decides in which order the
+requests commit; chaos.take_turn must see them in that order, one at a time.
+
 The ledger's own domain (`tests/proof/ledger/domain.py`) misbehaves in one way in each test; here all happens at once,
 and the checker must be able to tell from the tables and the sink what became of each.
 
@@ -23,7 +26,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from service.outbox import Delivery, Event, consumer, publish
+from service.outbox import Delivery, Event, Fail, consumer, publish
 from tests.proof.chaos.strikes import dice, record
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ __all__ = [
     "Poisoned",
     "ThingBooked",
     "ThingMade",
+    "ThingNumbered",
 ]
 
 SCHEMA = """
@@ -46,6 +50,9 @@ CREATE TABLE thing (subject_id uuid NOT NULL, how text NOT NULL);
 CREATE TABLE booking (subject_id uuid NOT NULL, message_id uuid NOT NULL, attempt int NOT NULL, pid int NOT NULL);
 CREATE TABLE shard (id int PRIMARY KEY, total bigint NOT NULL);
 INSERT INTO shard SELECT id, 0 FROM generate_series(0, 7) AS id;
+CREATE TABLE key (key int PRIMARY KEY, numbers int NOT NULL);
+INSERT INTO key SELECT id, 0 FROM generate_series(0, 3) AS id;
+CREATE TABLE turn (place bigint GENERATED ALWAYS AS IDENTITY, key int NOT NULL, number int NOT NULL, saw int NOT NULL);
 """
 
 OUTSIDE = ("chaos.compute", "chaos.confirm")
@@ -72,6 +79,13 @@ class ThingMade(Event, type="chaos.made"):
 class ThingBooked(Event, type="chaos.booked"):
     subject_id: UUID
     how: str = ""
+
+
+class ThingNumbered(Event, type="chaos.numbered"):
+    """One of those with this key, whose publishers wait for each other until they have committed."""
+
+    key: int
+    number: int
 
 
 class Poisoned(Event, type="chaos.poisoned"):
@@ -123,6 +137,27 @@ async def write_booking(session: AsyncSession, subject: UUID, delivery: Delivery
 async def count_booking(session: AsyncSession, subject: UUID) -> None:
     """The second half: it shows a lost or repeated update even where rows look right."""
     await session.execute(text("UPDATE shard SET total = total + 1 WHERE id = :id"), {"id": subject.int % 8})
+
+
+@consumer(ThingNumbered, queue="stock", name="chaos.take_turn", order_by="key")
+async def take_turn(event: ThingNumbered, delivery: Delivery) -> None:
+    """Note the number, and the greatest that was there before."""
+    if os.path.exists(os.environ["CHAOS_HOLD"]) and dice().random() < 0.1:  # noqa: ASYNC240, PTH110
+        raise Fail("not now")
+    async with delivery.begin() as session:
+        await write_turn(session, event)
+        await asyncio.sleep(dice().uniform(0, _PAUSE))
+
+
+async def write_turn(session: AsyncSession, event: ThingNumbered) -> None:
+    """What another run of the same key at the same time has not committed is not seen."""
+    await session.execute(
+        text(
+            """INSERT INTO turn (key, number, saw)
+               SELECT :key, :number, coalesce(max(number), 0) FROM turn WHERE key = :key"""
+        ),
+        {"key": event.key, "number": event.number},
+    )
 
 
 @consumer(ThingBooked, queue="mail", name="chaos.confirm")

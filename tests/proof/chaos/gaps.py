@@ -158,6 +158,7 @@ def _delivery(module: Any) -> None:
 @when_imported("tests.proof.chaos.domain")
 def _domain(module: Any) -> None:
     _around(module, "write_booking", after="worker.mid_effect")
+    _around(module, "write_turn", after="worker.mid_effect")
     _around(module, "tell_sink", after="worker.after_send")
     _around_sync(module, "tell_sink_blocking", after="worker.after_send")
 

@@ -21,6 +21,15 @@ SELECT (SELECT coalesce(sum(total), 0) FROM shard)::bigint,
        (SELECT count(*) FROM outbox_message WHERE dispatches >= 2)
 """
 
+_TURNS = "SELECT key, number, saw FROM turn ORDER BY place"
+
+# Not by the functions that are under test.
+_STRANDED = """
+SELECT lane FROM outbox_message WHERE state <> 'completed' AND lane IS NOT NULL
+GROUP BY lane HAVING min(due_at) = '9000-01-01 00:00:00+00'
+  AND NOT EXISTS (SELECT FROM dead_letter WHERE dead_letter.lane = outbox_message.lane AND resolution IS NULL)
+"""
+
 _STATES = "SELECT payload ->> 'subject_id', consumer, state FROM outbox_message"
 
 
@@ -37,6 +46,9 @@ async def read_tables(connection: Connection) -> Tables:
         states={(row[0], row[1]): row[2] for row in await connection.fetch(_STATES)},
         attempts=totals[2],
         redispatched=totals[3],
+        turns=[(row[0], row[1], row[2]) for row in await connection.fetch(_TURNS)],
+        numbers={row[0]: row[1] for row in await connection.fetch("SELECT key, numbers FROM key")},
+        stranded=[row[0] for row in await connection.fetch(_STRANDED)],
     )
 
 

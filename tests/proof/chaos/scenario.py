@@ -146,8 +146,8 @@ async def _recover(world: World, which: Scenario, result: Result) -> None:
         result.wrong.append(f"{left} requests were never answered")
     while True:
         result.verdict = await world.verdict()
-        # A repeated effect stays repeated, and a limit exceeded. There is nothing more to wait for than the rest.
-        stays = result.verdict.duplicated or result.verdict.exceeded
+        # A repeated effect stays repeated, as does what was out of order or over a limit: only the rest is waited for.
+        stays = result.verdict.duplicated or result.verdict.disordered or result.verdict.exceeded
         done = result.verdict.clean or (stays and (which.accuses or result.verdict.complete))
         if done or time.monotonic() > healed + which.within * patience:
             break

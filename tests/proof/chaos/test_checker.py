@@ -121,3 +121,28 @@ def test_only_poison_may_die() -> None:
 
 def test_open_rows_are_unfinished() -> None:
     assert not judge([ASKED], tables(left=1), [BOOKED, COMPUTED]).clean
+
+
+@pytest.mark.parametrize(
+    ("turns", "numbers", "found"),
+    [
+        ([(0, 1, 0), (1, 1, 0), (0, 2, 1)], {0: 2, 1: 1}, []),
+        ([(0, 2, 0), (0, 1, 2)], {0: 2}, ["out of order, 2 after 0", "out of order, 1 after 2", "1 turns of 2"]),
+        ([(0, 1, 0), (0, 2, 0)], {0: 2}, ["2 at the same time as 1"]),
+        ([(0, 1, 0)], {0: 2}, ["1 turns of 2"]),
+    ],
+)
+def test_what_is_out_of_order_is_seen(
+    turns: list[tuple[int, int, int]], numbers: dict[int, int], found: list[str]
+) -> None:
+    records = tables()
+    records.turns, records.numbers = turns, numbers
+    verdict = judge([ASKED], records, [BOOKED, COMPUTED])
+    assert verdict.disordered == [f"key 0: {each}" for each in found]
+    assert verdict.clean == (not found)
+
+
+def test_a_stranded_lane_is_seen() -> None:
+    records = tables()
+    records.stranded = ["chaos.take_turn:0"]
+    assert judge([ASKED], records, [BOOKED, COMPUTED]).disordered == ["chaos.take_turn:0: stranded"]

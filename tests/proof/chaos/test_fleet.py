@@ -151,12 +151,12 @@ def test_the_last_lines_name_what_failed_and_why(capsys: pytest.CaptureFixture[s
     ]
     assert _summary(failed, took=1, allowed=2) == 1
     assert capsys.readouterr().out.splitlines()[-3:] == [
-        "lost=2 duplicated=0 over_limit=0",
+        "lost=2 duplicated=0 disordered=0 over_limit=0",
         "FAILED: loses: 2 lost, 3 still open",
         "FAILED: hangs: TimeoutError:",
     ]
     assert _summary(failed[:1], took=1, allowed=2) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "lost=0 duplicated=0 over_limit=0"
+    assert capsys.readouterr().out.splitlines()[-1] == "lost=0 duplicated=0 disordered=0 over_limit=0"
 
 
 def _attacked(attack: Attack, folder: Path, ground: Ground, lasts: float = 30) -> Result:

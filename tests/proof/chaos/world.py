@@ -78,6 +78,8 @@ class Plan:
     bug: str = ""
     proxied: bool = False
     rabbitmq: bool = False
+    ordered: int = 0
+    """Over how many keys things also take numbers; 0 for none."""
     apis: int = 2
     processes: int = 2
     """Of each worker, below its master; siblings of one that is killed end with it."""
@@ -192,6 +194,7 @@ class World:
             "CHAOS_SINK": _address_text(self._by_proxy(f"tcp://127.0.0.1:{self.sink.port}", f"{name}:sink")),
             "CHAOS_GAPS": self.plan.gaps if fnmatch.fnmatch(name, self.plan.struck) else "",
             "CHAOS_BUG": self.plan.bug,
+            "CHAOS_ORDERED": str(self.plan.ordered or ""),
             "CHAOS_SEED": str(self.seed),
             "CHAOS_NAME": name,
             "CHAOS_ARMED": str(self.folder / "armed"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from service.database.driver import Connection
 
-__all__ = ["PROTECTIONS", "SLOW", "STATEMENTS", "plant"]
+__all__ = ["PROTECTIONS", "SLOW", "Change", "plant"]
 
 Change = tuple[str, str, str]
 """A function, what stands in it, and what stands there instead."""
@@ -47,12 +47,6 @@ PROTECTIONS: dict[str, tuple[Change, ...]] = {
     "cancelled_leaves": (("outbox_leave_lane", "SET position = NULL WHERE", "SET position = position WHERE"),),
     "passes_over": (("outbox_advance_lane", "LIMIT 1 FOR UPDATE", "LIMIT 1"),),
 }
-
-STATEMENTS = {
-    "ending_locks": ("service.ledger.delivering", "_COMPLETED", "RETURNING true"),
-    "resolving_locks": ("service.ledger.replaying", "_DISCARD", None),
-}
-"""The statements of the service that take the same lock."""
 
 
 async def plant(connection: Connection, changes: tuple[Change, ...]) -> None:

@@ -5,6 +5,7 @@ from tests.proof.chaos.scenarios import (  # noqa: F401
     limits,
     network,
     operators,
+    order,
     planted,
     poison,
     postgres,
