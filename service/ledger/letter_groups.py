@@ -33,7 +33,7 @@ _NEWEST = {
 }
 
 # UUIDs, what stands between angle brackets, and numbers, hexadecimal ones too if they are long.
-_DIFFERS = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}|<[^>]*>|0x[0-9a-f]+|[0-9a-f]{12,}|\d+"
+_DIFFERS = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}|<[^>]*>|0x[0-9a-f]+|[0-9a-f]{12,}|\d+(\.\d+)*"
 _KIND = "coalesce(errors -> -1 ->> 'type', reason)"
 _SHAPE = f"regexp_replace(left(coalesce(errors -> -1 ->> 'message', ''), 300), '{_DIFFERS}', '…', 'gi')"
 _FINGERPRINT = f"left(md5(concat_ws(E'\\n', consumer, {_KIND}, {_SHAPE})), 12)"

@@ -43,8 +43,13 @@ def pages(rows: LedgerRows) -> list[str]:
         "(gen_random_uuid(), 'worker', 'one', 11, '{stock,email}', 8, 'v7', now()), "
         "(gen_random_uuid(), 'relay', 'two', 22, '{}', 0, '', now() - interval '5 minutes')"
     )
+    rows.sql(
+        "INSERT INTO outbox_operation (kind, about, asked_by, why, state, ids, total, done, seen_at) VALUES "
+        f"('replay', '{{\"error\": \"{LONG}\"}}', 'ann', 'repaired', 'stopped', '{{1,2,3}}', 3, 1, now())"
+    )
     return ["/", "/dead-letters", "/dead-letters?state=any", "/dead-letters/1", "/events", f"/events/{event}",
-            "/processes", "/nowhere"]  # fmt: skip
+            "/processes", "/operations", "/operations/1", "/audit", "/queues/pause?queue=email",
+            "/queues/resume?queue=stock", "/dead-letters/replay/many", "/nowhere"]  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
