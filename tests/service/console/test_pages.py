@@ -57,6 +57,18 @@ async def test_the_overview_counts_by_queue_and_consumer(console: httpx.AsyncCli
     assert "stock no worker takes from it" in page
 
 
+async def test_a_limit_is_shown_at_its_queue_and_in_the_story_of_what_it_may_hold_up(
+    console: httpx.AsyncClient, rows: LedgerRows
+) -> None:
+    rows.sql(
+        "INSERT INTO limited_queue (queue, concurrency, per_second, burst, limited_by) VALUES ('stock', 3, 2, 5, 'ann')"
+    )
+    [delivery] = rows.messages()
+    said = "limited to 3 at once and 2 a second, 5 at a time"
+    assert f"{said} by ann" in await shown(console, "/")
+    assert f"Its queue is {said}" in await shown(console, f"/events/{delivery}")
+
+
 async def test_dead_letters_are_grouped_by_what_went_wrong(console: httpx.AsyncClient, rows: LedgerRows) -> None:
     for number in range(3):
         rows.dead_letters(1, error=f"<ada{number}@example.com>: 450 try again in {number} s")
