@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tests.proof.bench import cold, cost, drain, effects, flat, in_order, latency, writers
+from tests.proof.bench import cold, cost, drain, effects, flat, in_order, latency, limited, writers
 from tests.proof.bench.figures import Figure
 from tests.proof.bench.peers import PROMISES, QUEUES, RELAYS
 
@@ -253,6 +253,14 @@ async def cold_queue(stage: Stage, result: Result, *, quick: bool) -> None:
     result.add(Figure(f"{name}, p50", "ms", [new.p50]), Figure(f"{name}, worst", "ms", [new.worst]))
 
 
+async def limits(stage: Stage, result: Result, *, quick: bool) -> None:
+    """A limited queue's turn, with many due."""
+    due = 20_000 if quick else 100_000
+    found = [await limited.turns(stage, due, 100) for _ in range(1 if quick else 3)]
+    for name, values in zip(("one handed over", "no room"), zip(*found, strict=True), strict=True):
+        result.add(Figure(f"turn of a limited queue with {due:,} due, {name}", "ms", list(values), at_most=1))
+
+
 async def held(stage: Stage, result: Result, *, quick: bool) -> None:
     """The drain while a transaction keeps dead rows alive."""
     before, rows = (60_000, 30_000) if quick else (300_000, 100_000)
@@ -328,6 +336,6 @@ SECTIONS: dict[str, Section] = {
     "relay": relay, "relay-peers": relay_peers, "rabbitmq": rabbitmq, "commits": commits, "api": api,
     "callers": callers, "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog,
     "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "order": order,
-    "costs": costs,
+    "limits": limits, "costs": costs,
 }  # fmt: skip
 """In the order in which they run."""
