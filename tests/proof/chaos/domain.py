@@ -166,7 +166,7 @@ async def confirm(event: ThingBooked, delivery: Delivery) -> None:
     began = time.monotonic()
     async with delivery.read() as session:
         await session.execute(text("SELECT 1"))
-    await asyncio.sleep(dice().uniform(0, _PAUSE))
+    await asyncio.sleep(_until_told())
     await tell_sink(_copy(event.subject_id, delivery, began))
     await asyncio.sleep(dice().uniform(0, _PAUSE))
 
@@ -177,7 +177,7 @@ if not os.environ.get("CHAOS_OLD"):  # a worker that was deployed before this co
     def compute(event: ThingMade, delivery: Delivery) -> None:
         """The same from a thread."""
         began = time.monotonic()
-        time.sleep(dice().uniform(0, _PAUSE))
+        time.sleep(_until_told())
         tell_sink_blocking(_copy(event.subject_id, delivery, began))
         time.sleep(dice().uniform(0, _PAUSE))
 
@@ -226,6 +226,11 @@ def suffer_plainly(event: PlainlyPoisoned, delivery: Delivery) -> None:
         case "plain_hang":
             while True:
                 time.sleep(0.05)
+
+
+def _until_told() -> float:
+    """Seconds; asked for in each run, since the process may be a fork of one with other variables."""
+    return dice().uniform(0, float(os.environ.get("CHAOS_PAUSE", _PAUSE)))
 
 
 def _copy(subject: UUID, delivery: Delivery, began: float) -> bytes:
