@@ -34,7 +34,12 @@ END $$;
 SELECT format('CREATE ROLE %I LOGIN', name)
 FROM unnest(ARRAY[:'migrator', :'app', :'relay', :'viewer']) AS name
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
+  -- A deploy runs this as the migrator, which makes no roles: only the console waits for the viewer.
+  AND (name <> :'viewer' OR (SELECT rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user))
 \gexec
+
+SELECT to_regrole(quote_ident(:'viewer')) IS NOT NULL AS viewed
+\gset
 
 -- Whoever is no superuser has to be a member to hand tables over and to set default privileges.
 SELECT format('GRANT %I TO CURRENT_USER', :'migrator')
@@ -43,8 +48,12 @@ WHERE NOT pg_has_role(:'migrator', 'USAGE')
 
 REVOKE ALL ON DATABASE :"database" FROM PUBLIC;
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
-GRANT CONNECT ON DATABASE :"database" TO :"migrator", :"app", :"relay", :"viewer";
-GRANT USAGE ON SCHEMA public TO :"migrator", :"app", :"relay", :"viewer";
+GRANT CONNECT ON DATABASE :"database" TO :"migrator", :"app", :"relay";
+GRANT USAGE ON SCHEMA public TO :"migrator", :"app", :"relay";
+\if :viewed
+    GRANT CONNECT ON DATABASE :"database" TO :"viewer";
+    GRANT USAGE ON SCHEMA public TO :"viewer";
+\endif
 GRANT CREATE ON SCHEMA public TO :"migrator";
 
 -- What another role has created so far, other than extensions, becomes the migrator's.
@@ -81,8 +90,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         GRANT USAGE ON SEQUENCES TO :"app";
 
     REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, limited_queue, idempotency_key,
-        outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay",
-        :"viewer";
+        outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position, ended_as)
@@ -111,15 +119,19 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     -- It purges stored responses without being able to read them; locking a row takes the right to update a column.
     GRANT SELECT (ctid, created_at), UPDATE (created_at), DELETE ON idempotency_key TO :"relay";
 
-    -- All but the payloads. Whatever reads `*` is refused.
-    GRANT SELECT (id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches,
-        created_at, dispatched_at, started_at, completed_at, errors, lane, position, expires_at, ended_as)
-        ON outbox_message TO :"viewer";
-    GRANT SELECT (id, message_id, event_id, event_type, version, consumer, queue, headers, attempts, dispatches,
-        created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role,
-        lane, position, blocks) ON dead_letter TO :"viewer";
-    GRANT SELECT ON paused_queue, limited_queue, outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version
-        TO :"viewer";
+    \if :viewed
+        REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, limited_queue, idempotency_key,
+            outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"viewer";
+        -- All but the payloads. Whatever reads `*` is refused.
+        GRANT SELECT (id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches,
+            created_at, dispatched_at, started_at, completed_at, errors, lane, position, expires_at, ended_as)
+            ON outbox_message TO :"viewer";
+        GRANT SELECT (id, message_id, event_id, event_type, version, consumer, queue, headers, attempts, dispatches,
+            created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role,
+            lane, position, blocks) ON dead_letter TO :"viewer";
+        GRANT SELECT ON paused_queue, limited_queue, outbox_minute, outbox_process, outbox_erasure, outbox_operation,
+            alembic_version TO :"viewer";
+    \endif
 \endif
 
 COMMIT;

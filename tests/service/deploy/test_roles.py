@@ -302,6 +302,20 @@ def test_what_somebody_did_stays_on_record(roles: Roles) -> None:
     )
 
 
+def test_the_migrator_runs_it_before_somebody_made_the_viewer(roles: Roles) -> None:
+    """As a deploy does on a database whose roles are from before there was one."""
+    migrator, viewer = (psql(url, "SELECT quote_ident(session_user)") for url in (roles.migrator, roles.viewer))
+    psql(roles.superuser, f"DROP OWNED BY {viewer}")
+    psql(roles.superuser, f"DROP ROLE {viewer}")
+    database = psql(roles.superuser, "SELECT quote_ident(current_database())")
+    psql(roles.superuser, f"ALTER DATABASE {database} OWNER TO {migrator}")
+    apply_roles(roles.migrator)
+    assert psql(roles.app, "SELECT count(*) FROM outbox_message") == "0"
+    assert psql(roles.superuser, f"SELECT to_regrole('{viewer}') IS NULL") == "t"
+    apply_roles(roles.superuser)
+    assert psql(roles.viewer, "SELECT count(id) FROM outbox_message") == "0"
+
+
 def test_nobody_may_anything_until_the_second_run(empty_database: Roles) -> None:
     apply_roles(empty_database.admin)
     migrate(empty_database.migrator)
