@@ -90,7 +90,8 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         GRANT USAGE ON SEQUENCES TO :"app";
 
     REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, limited_queue, idempotency_key,
-        outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"app", :"relay";
+        outbox_minute, outbox_process, outbox_erasure, outbox_operation, outbox_schedule, alembic_version
+        FROM :"app", :"relay";
 
     GRANT SELECT, INSERT, DELETE ON outbox_message TO :"app";
     GRANT UPDATE (state, due_at, claim_token, attempts, started_at, completed_at, errors, position, ended_as)
@@ -98,7 +99,10 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT SELECT, INSERT ON dead_letter, accepted_event, idempotency_key TO :"app";
     GRANT SELECT ON limited_queue TO :"app";
     GRANT SELECT, INSERT, UPDATE ON outbox_minute TO :"app";
-    GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"app";
+    GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts, schedules) ON outbox_process
+        TO :"app";
+    GRANT SELECT, INSERT, DELETE, UPDATE (declared, event_type, version, payload, cron, every, tz, catch_up, queue,
+        anchor, next_at, last_at, tick_id) ON outbox_schedule TO :"app";
     -- Nobody but the tables' owner erases anything, or changes what says so.
     GRANT SELECT ON outbox_erasure TO :"relay";
     GRANT SELECT ON alembic_version TO :"app", :"relay";
@@ -115,6 +119,7 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
     GRANT SELECT, DELETE, INSERT (kind, about, asked_by, why, state, ids, total, rate, ended_at),
         UPDATE (state, done, refused, refused_ids, rate, runner, seen_at, ended_at) ON outbox_operation TO :"relay";
     GRANT SELECT, DELETE ON outbox_minute TO :"relay";
+    GRANT SELECT, UPDATE (tick_id, paused_at, paused_by, why) ON outbox_schedule TO :"relay";
     GRANT SELECT, INSERT, DELETE, UPDATE (seen_at, running, loop_lag, pool_timeouts) ON outbox_process TO :"relay";
     -- It purges stored responses without being able to read them; locking a row takes the right to update a column.
     GRANT SELECT (ctid, created_at), UPDATE (created_at), DELETE ON idempotency_key TO :"relay";

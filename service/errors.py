@@ -5,6 +5,7 @@
     ├── OutboxError                 a misuse of the outbox; the message says what to do instead
     │   ├── EventDefinitionError        an event class that cannot be published safely
     │   ├── ConsumerDefinitionError     a consumer that cannot be registered
+    │   ├── ScheduleError               a schedule that could not fire as it says
     │   ├── PublishError                publish() or accept() refused
     │   └── DeliveryError               a consumer used its Delivery in a way that would lose or repeat an effect
     ├── TransactionError            a handler or consumer tried to end the transaction it was lent
@@ -28,8 +29,8 @@
         ├── RefusedTokenError           service.identity.principal: what it says is not believed
         └── MissingScopeError           service.identity.principal: the caller may not do this
 
-`Retry` and `Fail` are not errors: a consumer raises them to steer its own delivery. Nor is what has an underscore: no
-other module sees it.
+`Retry`, `Fail` and `Postpone` are not errors: a consumer raises them to steer its own delivery. Nor is what has an
+underscore: no other module sees it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class EventDefinitionError(OutboxError):
 
 class ConsumerDefinitionError(OutboxError):
     """A consumer cannot be registered."""
+
+
+class ScheduleError(OutboxError):
+    """A schedule could not fire as it says; nothing was written."""
 
 
 class PublishError(OutboxError):

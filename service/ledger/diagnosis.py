@@ -40,7 +40,13 @@ RIGHTS = {
         ("limited_queue", "SELECT", "*"),
         ("outbox_minute", "SELECT INSERT UPDATE", "*"),
         ("outbox_process", "SELECT INSERT DELETE", "*"),
-        ("outbox_process", "UPDATE", "seen_at running loop_lag pool_timeouts"),
+        ("outbox_process", "UPDATE", "seen_at running loop_lag pool_timeouts schedules"),
+        ("outbox_schedule", "SELECT INSERT DELETE", "*"),
+        (
+            "outbox_schedule",
+            "UPDATE",
+            "declared event_type version payload cron every tz catch_up queue anchor next_at last_at tick_id",
+        ),
         ("alembic_version", "SELECT", "*"),
     ),
     "relay and commands": (
@@ -60,6 +66,8 @@ RIGHTS = {
         ("outbox_minute", "SELECT DELETE", "*"),
         ("outbox_process", "SELECT INSERT DELETE", "*"),
         ("outbox_process", "UPDATE", "seen_at running loop_lag pool_timeouts"),
+        ("outbox_schedule", "SELECT", "*"),
+        ("outbox_schedule", "UPDATE", "tick_id paused_at paused_by why"),
         ("alembic_version", "SELECT", "*"),
     ),
 }

@@ -14,6 +14,7 @@ from service.ledger.statistics import ProcessIdentity, Vitals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from uuid import UUID
 
     from service.database.driver import Connection
     from service.telemetry.loop_lag import LoopLag
@@ -49,6 +50,11 @@ class Presence:
         self._began = time.monotonic()
         self._lag = lag
         self._pool_timeouts = pool_timeouts
+
+    @property
+    def id(self) -> UUID:
+        """The process's row."""
+        return self._process.id
 
     async def tell(self, connection: Connection, running: int = 0) -> None:
         """The process is alive, and runs so many deliveries."""

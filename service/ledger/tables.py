@@ -41,11 +41,13 @@ What must stay true: nothing but PostgreSQL's clock writes or compares a time he
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Double, Identity, Index, Integer, Text, Uuid, false, func, text
+from sqlalchemy import (
+    BigInteger, CheckConstraint, Double, Identity, Index, Integer, Interval, Text, Uuid, false, func, text,
+)  # fmt: skip
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -193,6 +195,36 @@ class LimitedQueue(Base):
     )
 
 
+class OutboxSchedule(Base):
+    """What is published again and again, and which delivery does so next. See `scheduling.py`."""
+
+    __tablename__ = "outbox_schedule"
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    declared: Mapped[bool]
+    event_type: Mapped[str] = mapped_column(Text)
+    version: Mapped[int] = mapped_column(Integer)
+    payload: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    cron: Mapped[str | None] = mapped_column(Text)
+    every: Mapped[timedelta | None] = mapped_column(Interval)
+    tz: Mapped[str] = mapped_column(Text)
+    catch_up: Mapped[str] = mapped_column(Text)
+    queue: Mapped[str] = mapped_column(Text)
+    anchor: Mapped[datetime] = mapped_column(Timestamp, server_default=func.clock_timestamp())
+    next_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    last_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    tick_id: Mapped[UUID | None]  # the delivery's id
+    paused_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    paused_by: Mapped[str | None] = mapped_column(Text)
+    why: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        CheckConstraint("catch_up IN ('latest', 'all', 'none')", name="catch_up"),
+        CheckConstraint("num_nonnulls(cron, every) = 1", name="timing"),
+        Index("ix_outbox_schedule_tick_id", "tick_id", unique=True),
+    )
+
+
 class OutboxMinute(Base):
     """What became of the runs of a minute; in the minute `-infinity` stand the totals. See `statistics.py`."""
 
@@ -228,6 +260,7 @@ class OutboxProcess(Base):
     running: Mapped[int] = mapped_column(Integer, server_default="0")
     loop_lag: Mapped[float] = mapped_column(Double, server_default="0")
     pool_timeouts: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    schedules: Mapped[str | None] = mapped_column(Text)  # which ones a worker's code declares, in short
 
     __table_args__ = (CheckConstraint("kind IN ('relay', 'worker')", name="kind"),)
 

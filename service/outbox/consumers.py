@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from service.outbox.events import Event
     from service.outbox.ordering import InOrder
 
+ANY_QUEUE = "*"
+"""The queue of a consumer of the template's own, which every worker has: its deliveries say where they wait."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)+")
@@ -46,6 +49,10 @@ class Retry(Exception):  # noqa: N818  it steers a delivery, it reports no error
 
 class Fail(Exception):  # noqa: N818
     """Raise it in a consumer to move the delivery to the dead letters at once, with `reason`."""
+
+
+class Postpone(Exception):  # noqa: N818
+    """Leaves a delivery to a worker with other code, as if this one did not know the consumer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +198,7 @@ def _check_signature(fn: Callable[..., Any]) -> None:
 
 
 def _register(spec: Consumer) -> None:
-    if not is_queue_name(spec.queue):
+    if spec.queue != ANY_QUEUE and not is_queue_name(spec.queue):
         raise ConsumerDefinitionError(f"{spec.queue!r} is no queue name: letters, digits, _ and -, at most 100")
     siblings = [each for each in _BY_EVENT.get(spec.event.event_type, []) if each.name != spec.name]
     if len(siblings) >= MAX_CONSUMERS:

@@ -70,6 +70,11 @@ class Event(BaseModel):
         _EVENTS[type] = cls
 
 
+def event_named(event_type: str) -> type[Event] | None:
+    """The class of events that are stored under this type, if this process knows one."""
+    return _EVENTS.get(event_type)
+
+
 def _definition(cls: type[Event]) -> tuple[object, ...]:
     """What stays the same when its module is imported again, and differs in a namesake."""
     fields = {name: repr(field.annotation) for name, field in cls.model_fields.items()}

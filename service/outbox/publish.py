@@ -73,8 +73,8 @@ def publish(
     Raises:
         PublishError: when the event or the session cannot be used safely; nothing was written.
     """
-    payload = _payload(event)
-    _check_session(session)
+    payload = checked_payload(event)
+    check_session(session)
     _refuse_delay_in_order(delay, type(event))
     terms = _terms(delay, expires, debounce)
     event_id = new_event_id()
@@ -107,14 +107,14 @@ def publish_all(
     Raises:
         PublishError: as for `publish`, for the first event that cannot be published; none of them is.
     """
-    _check_session(session)
+    check_session(session)
     terms = _terms(delay, expires)
     ids: list[UUID] = []
     rows: list[dict[str, Any]] = []
     for event in events:
         _refuse_delay_in_order(delay, type(event))
         ids.append(event_id := new_event_id())
-        rows += _rows(event_id, event, _payload(event), delay)
+        rows += _rows(event_id, event, checked_payload(event), delay)
     _write(session, rows, terms, insert_many)
     return ids
 
@@ -135,9 +135,9 @@ async def cancel(session: AsyncSession, event_id: UUID) -> bool:
     Raises:
         PublishError: for a session that cannot be used, as for `publish`.
     """
-    _check_session(session)
+    check_session(session)
     await session.flush()  # it may have been published in this very transaction
-    await (await session.connection()).run_sync(_refuse_autocommit)
+    await (await session.connection()).run_sync(refuse_autocommit)
     return await cancel_open(session, event_id)
 
 
@@ -155,11 +155,11 @@ async def accept(session: AsyncSession, key: str, event: Event) -> bool:
     Raises:
         PublishError: as for `publish`, or for a key that is empty or longer than 255 characters.
     """
-    payload = _payload(event)
-    _check_session(session)
+    payload = checked_payload(event)
+    check_session(session)
     if not key or len(key) > 255 or storable(key) != key:  # cleaned, it could be another one
         raise PublishError("the key must have 1 to 255 characters, no NUL: pass the sender's idempotency key")
-    await (await session.connection()).run_sync(_refuse_autocommit)
+    await (await session.connection()).run_sync(refuse_autocommit)
     event_id = new_event_id()
     if not await take_key(session, key, event_id):
         await confirm(session)  # the sender is about to be told that it is here
@@ -194,7 +194,7 @@ def _write(
     insert: Callable[[Connection, list[dict[str, Any]], Terms], None] = insert_deliveries,
 ) -> None:
     def insert_rows(connection: Connection) -> None:
-        _refuse_autocommit(connection)
+        refuse_autocommit(connection)
         insert(connection, rows, terms)
 
     sync = session.sync_session
@@ -204,7 +204,12 @@ def _write(
         session.add_all(as_objects(rows, terms))
 
 
-def _payload(event: Event) -> dict[str, Any]:
+def checked_payload(event: Event) -> dict[str, Any]:
+    """The event's JSON, if it can be published.
+
+    Raises:
+        PublishError: it cannot; the message says why.
+    """
     if not isinstance(event, Event) or type(event) is Event:  # type: ignore[redundant-expr]
         raise PublishError(f"publish takes an instance of an Event class, not {type(event).__name__}")
     if not consumers_of(type(event)) and not event.unconsumed:
@@ -255,7 +260,12 @@ def _terms(delay: timedelta | None, expires: timedelta | None, debounce: timedel
     return Terms(delay, expires, debounce)
 
 
-def _check_session(session: AsyncSession) -> None:
+def check_session(session: AsyncSession) -> None:
+    """Refuse a session whose commit would not publish anything.
+
+    Raises:
+        PublishError: naming the reason.
+    """
     if not isinstance(session, AsyncSession):
         raise PublishError(
             f"publish takes the AsyncSession whose commit publishes the event, not {type(session).__name__}"
@@ -276,11 +286,16 @@ def _check_session(session: AsyncSession) -> None:
             ) from None
 
 
-def _refuse_autocommit(connection: Connection) -> None:
+def refuse_autocommit(connection: Connection) -> None:
+    """Refuse a connection on which each statement is committed by itself.
+
+    Raises:
+        PublishError: it is one.
+    """
     if connection.dialect.detect_autocommit_setting(connection.connection.dbapi_connection):  # type: ignore[arg-type]
         raise PublishError("an AUTOCOMMIT connection has no transaction to publish in: use the default isolation level")
 
 
 @sqlalchemy_event.listens_for(OutboxMessage, "before_insert")
 def _before_insert(_mapper: Mapper[OutboxMessage], connection: Connection, _row: OutboxMessage) -> None:
-    _refuse_autocommit(connection)
+    refuse_autocommit(connection)

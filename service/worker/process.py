@@ -30,8 +30,9 @@ import service.domains
 from service.database.engine import create_engine, pool_timeouts
 from service.ledger.message import OF_LEDGER, delivery_in
 from service.ledger.presence import Presence
-from service.outbox.consumers import Consumer, registered_consumers
+from service.outbox.consumers import ANY_QUEUE, Consumer, registered_consumers
 from service.outbox.running.runner import Runner
+from service.outbox.schedules import starting as schedules
 from service.production import exit_if_unsafe
 from service.settings import Settings, settings_at_start
 from service.telemetry.logs import configure_logging, flush_logs, get_logger
@@ -125,7 +126,9 @@ class _Outbox(Middleware):
             return pool_timeouts(self._engine) + self.runner.connections.timeouts
 
         version, threads = self._settings.version, worker.worker_threads
-        self.runner.report(Presence("worker", version, self._lag, waited, queues=queues, threads=threads))
+        presence = Presence("worker", version, self._lag, waited, queues=queues, threads=threads)
+        self.runner.report(presence)
+        self._schedules = schedules.start(self._engine, presence)
         self.loop_worker = LoopWorker(broker, worker, self.runner, self.settings)
         patience = self.runner.patience
         limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
@@ -150,6 +153,7 @@ class _Outbox(Middleware):
 
     async def _close(self) -> None:
         self._lag.stop()
+        self._schedules.cancel()
         try:
             async with asyncio.timeout(_CLOSING):
                 await self.runner.close()
@@ -185,7 +189,7 @@ def _deliver(outbox: _Outbox, delivery_id: UUID) -> None:
         _log.error("worker.abandoned", delivery_id=str(delivery_id), error=repr(error))
 
 
-def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
+def _declare(broker: Broker, outbox: _Outbox, spec: Consumer, queue: str) -> None:
     def deliver(*args: Any, **_kwargs: Any) -> None:
         delivery_id = delivery_in(args)
         if delivery_id is None:
@@ -199,7 +203,7 @@ def _declare(broker: Broker, outbox: _Outbox, spec: Consumer) -> None:
             deliver,
             broker=broker,
             actor_name=name,
-            queue_name=spec.queue,
+            queue_name=queue,
             priority=spec.priority,
             options={OF_LEDGER: True, ON_LOOP: spec.is_async, "max_retries": 0},
         )
@@ -224,8 +228,10 @@ def build(settings: Settings) -> Broker:
     ]  # fmt: skip
     broker = make_broker(settings.broker, middleware, settings.outbox.concurrency)
     consumers = registered_consumers()
-    for spec in consumers:
-        _declare(broker, outbox, spec)
-    if consumers:
-        declare_unknown(broker, lambda delivery_id: _deliver(outbox, delivery_id), consumers[0].queue)
+    # An actor runs what comes from any queue, so one that has none of its own belongs to one that is there anyway.
+    home = next((spec.queue for spec in consumers if spec.queue != ANY_QUEUE), None)
+    if home is not None:
+        for spec in consumers:
+            _declare(broker, outbox, spec, home if spec.queue == ANY_QUEUE else spec.queue)
+        declare_unknown(broker, lambda delivery_id: _deliver(outbox, delivery_id), home)
     return broker

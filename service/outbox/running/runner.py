@@ -23,7 +23,7 @@ from service.backoff import backoff
 from service.database.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
 from service.database.sessions import OneTransaction, session_factory
 from service.errors import DeliveryError, TransactionError
-from service.outbox.consumers import Consumer, Fail, Retry, consumer_named
+from service.outbox.consumers import Consumer, Fail, Postpone, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError, Progress
 from service.outbox.running.claims import Claims
 from service.outbox.running.clock import Clock
@@ -368,10 +368,10 @@ class Runner:
                 return Lost()
             case _ if run.progress.lost:
                 return Lost()
-            case Fail():
+            case Postpone():
+                return _postponed(claim, error)
+            case Fail() | DeliveryError() | TransactionError():
                 return Dead(error, said(error) or "the consumer failed it")
-            case DeliveryError() | TransactionError():
-                return Dead(error, said(error))
             case _ if spec.throws and isinstance(error, spec.throws):
                 return Dead(error, f"{type(error).__name__} is not retried")
             case _ if lost_database(error) and run.progress.unreached:
@@ -401,7 +401,7 @@ class Runner:
         else:
             known = f"{spec.event_type} version {spec.event.event_version}"
             error = _UnknownConsumerError(f"version {claim.version} of the event is newer than this worker's {known}")
-        return Unknown(error, backoff(min(claim.dispatches, 7), 2_000, 120_000))
+        return _postponed(claim, error)
 
     async def settle(self, claim: Claim, outcome: Outcome) -> None:
         """Write the outcome down. What PostgreSQL does not take at once is written as soon as it does, after this."""
@@ -486,6 +486,10 @@ class Runner:
     def patience(self, spec: Consumer | None) -> float:
         """Seconds after which a run is stuck: its lease has ended long ago."""
         return self.time_limit(spec).total_seconds() + self._settings.grace + self._settings.lease
+
+
+def _postponed(claim: Claim, error: BaseException) -> Unknown:
+    return Unknown(error, backoff(min(claim.dispatches, 7), 2_000, 120_000))
 
 
 @contextmanager

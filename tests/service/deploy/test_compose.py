@@ -51,7 +51,7 @@ def _seconds(duration: str) -> int:
 def queues() -> set[str]:
     """The queues of the domains' consumers."""
     service.domains.discover()
-    return {each.queue for each in registered_consumers() if each.fn.__module__.startswith("service.")}
+    return {each.queue for each in registered_consumers() if each.fn.__module__.startswith("service.domains.")}
 
 
 def test_every_worker_serves_a_queue_of_the_domains(workers: dict[str, Any], queues: set[str]) -> None:
@@ -70,7 +70,7 @@ def test_some_worker_serves_every_queue_of_the_domains(workers: dict[str, Any]) 
     if any(worker.queues is None for worker in workers.values()):  # it serves all there are
         return
     for consumer in registered_consumers():
-        if consumer.fn.__module__.startswith("service."):
+        if consumer.fn.__module__.startswith("service.domains."):
             assert consumer.queue in served, (
                 f"no worker in compose.yaml serves queue {consumer.queue!r} of {consumer.name}: "
                 "add it to the -Q of one, or a worker for it"

@@ -190,6 +190,7 @@ REFUSED = [
     ("app", "UPDATE alembic_version SET version_num = ''"),
     ("app", "SELECT FROM outbox_erasure"),
     ("app", "SELECT FROM outbox_operation"),
+    ("app", "UPDATE outbox_schedule SET paused_at = NULL"),
     ("relay", "CREATE TABLE mine ()"),
     ("relay", "SELECT FROM effect"),
     ("relay", "SELECT body FROM idempotency_key"),
@@ -224,6 +225,8 @@ REFUSED = [
     ("viewer", "SELECT FROM idempotency_key"),
     ("viewer", "SELECT FROM accepted_event"),
     ("viewer", "CREATE TABLE mine ()"),
+    ("relay", "UPDATE outbox_schedule SET payload = '{}'"),
+    ("relay", "DELETE FROM outbox_schedule"),
 ]
 
 

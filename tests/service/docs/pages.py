@@ -30,6 +30,7 @@ __all__ = [
     "OPERATIONS",
     "README",
     "RUNNING",
+    "SCHEDULES",
     "SETTINGS",
     "TRACES",
     "Block",
@@ -53,11 +54,13 @@ FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, CHANGING, LATER_
     )
 )  # fmt: skip
 METRICS = DOCS / "metrics.md"
+SCHEDULES = DOCS / "schedules.md"
 ALERTS = DOCS / "alerts.md"
 TRACES = DOCS / "traces.md"
 
 GUIDE = (
-    FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, CHANGING, SETTINGS, LATER_VERSIONS, MOVING,
+    FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, SCHEDULES, CHANGING, SETTINGS, LATER_VERSIONS,
+    MOVING,
     EXISTING_SERVICE,
 )  # fmt: skip
 """What a developer reads, in the order in which its code goes together."""

@@ -17,7 +17,7 @@ from dramatiq.cli import make_argument_parser
 
 from service.dev.places import ROOT
 from service.dev.postgres import psql
-from tests.service.docs.pages import EXISTING_SERVICE, GUIDE, LATER_VERSIONS, MOVING, Block, blocks, text_of
+from tests.service.docs.pages import EXISTING_SERVICE, GUIDE, LATER_VERSIONS, Block, blocks, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,36 +32,15 @@ pytestmark = [
 _LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
 
 _HEAD = """\
-from datetime import date, timedelta
+from datetime import timedelta
 from uuid import UUID
 from fastapi import Response
 from sqlalchemy import update
 from service import mail
-from service.database.sessions import SessionFactory, transaction
 from service.http.request_session import Session
 from service.domains.reviews.models import Review
 from service.domains.reviews.routes import router
-from service.outbox import Delivery, Event, Retry, accept, consumer, publish
-"""
-
-_TICK_HEAD = """\
-import asyncio
-from datetime import date
-from service.database.engine import create_engine
-from service.database.sessions import SessionFactory, session_factory, transaction
-from service.outbox import Delivery, Event, accept, consumer
-from service.settings import load_settings
-"""
-
-_TICKS = """
-async def main():
-    engine = create_engine(load_settings().database, application_name="ticks")
-    sessions = session_factory(engine)
-    await asyncio.gather(*(tick(sessions, date(2026, 11, 20)) for _ in range(4)))
-    await tick(sessions, date(2026, 11, 20))
-    await tick(sessions, date(2026, 11, 21))
-    await engine.dispose()
-asyncio.run(main())
+from service.outbox import Delivery, Event, Retry, consumer, publish, scheduled
 """
 
 _CONSUMERS = """\
@@ -168,22 +147,16 @@ def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
         elif "tests/" not in block.title:
             clone.write(block)
     names = clone.run(sys.executable, "-c", _CONSUMERS).split()
-    expected = ["screen", "thank_author", "find_language", "render_card", "ask_moderator.on_dead", "praise"]
+    expected = [
+        "screen", "thank_author", "find_language", "render_card", "ask_moderator.on_dead", "praise", "send_digest",
+        "remind_editor",
+    ]  # fmt: skip
     assert {f"reviews.{name}" for name in expected} | {
         "moved.alert_moderators",
         "moved.resize",
         "moved.remind_authors",
         "ReviewSettings",
     } <= set(names)
-
-
-def test_a_tick_is_accepted_once_however_many_have_it(database_url: str, environment: dict[str, str]) -> None:
-    [block] = [each for each in blocks(MOVING, language="python") if "def tick(" in each.text]
-    code = f"{_TICK_HEAD}{block.text}{_TICKS}"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    accepted = "SELECT payload ->> 'day' FROM outbox_message WHERE event_type = 'review.night_began' ORDER BY 1"
-    assert psql(database_url, accepted).split() == ["2026-11-20", "2026-11-21"]
 
 
 def test_open_rows_can_be_moved_to_another_queue(database_url: str) -> None:

@@ -11,13 +11,14 @@ import relay
 import service
 from service import errors
 from service.outbox import Fail, Retry
+from service.outbox.consumers import Postpone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _LINE = re.compile(r"^ {4}(?P<indent>[│ ]*)[├└]── (?P<name>\w+) +(?:(?P<module>(?:service|relay)\.[\w.]+): )?\w", re.M)
 
-_STEER = {Retry, Fail}
+_STEER = {Retry, Fail, Postpone}
 
 
 def _drawn() -> set[tuple[str, str, str]]:
