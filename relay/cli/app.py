@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import typer
 from typer.exceptions import TyperException
 
-from relay.cli import dead_letter_commands, event_commands, lane_commands, operation_commands, queue_commands
+from relay.cli import (
+    dead_letter_commands,
+    event_commands,
+    lane_commands,
+    operation_commands,
+    queue_commands,
+    schedule_commands,
+)
 from relay.cli.command import CommandError, Exit
 from relay.cli.doctor.doctor_command import doctor
 from relay.cli.erase_command import erase
@@ -58,6 +65,7 @@ app.add_typer(operation_commands.app, name="operations")
 app.add_typer(event_commands.app, name="events")
 app.add_typer(queue_commands.app, name="queues")
 app.add_typer(lane_commands.app, name="lanes")
+app.add_typer(schedule_commands.app, name="schedules")
 app.command("audit")(operation_commands.show_audit)
 app.command()(purge)
 app.command()(erase)

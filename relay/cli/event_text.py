@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from relay.cli.limit_commands import said
 from relay.cli.output import Column, age, plain, rounded, screen_width, table, timestamp
 from service.ledger.pausing import EVERY_QUEUE
+from service.ledger.scheduling import TICK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,11 +65,22 @@ def story_lines(story: Story) -> Iterator[tuple[str, str]]:
     yield f"Event {story.event_id}", ""
     yield f"{story.event_type}, version {story.version}, published {timestamp(story.published_at)}", "  "
     yield f"payload: {json.dumps(story.payload, ensure_ascii=False)}", "  "
+    if story.event_type == TICK and "schedule" in story.payload:
+        yield _tick(story.payload), "  "
     for name, value in sorted(story.headers.items()):
         yield f"{name.replace('_', ' ')}: {value}", "  "
     for delivery in story.deliveries:
         yield "", ""
         yield from _part(delivery)
+
+
+def _tick(payload: dict[str, Any]) -> str:
+    name, by, why = payload["schedule"], payload.get("by"), payload.get("why")
+    if by is not None:
+        return f"{by} asked for the schedule {name} to fire{f': {why}' if why else ''}."
+    if payload.get("skip"):
+        return f"The schedule {name} goes on after {payload['at']}, for which it does not fire."
+    return f"The schedule {name} fires for {payload['at']}."
 
 
 def _part(delivery: DeliveryStory) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ relays and workers there are, and an outage delays it.
 
 What must stay true: a tick whose id is not `tick_id` does nothing. So a schedule may be changed, paused or removed, and
 a tick that was lost be written again, while one is under way; whoever does that locks the row first. Times are
-PostgreSQL's.
+PostgreSQL's. What a person does is recorded in the same transaction (`operations.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import Interval, Text
 
+from service.ledger import operations
 from service.ledger.delivering import DUE_AFTER
 from service.ledger.ids import delivery_id, new_event_id
 from service.ledger.statistics import ALIVE
@@ -327,18 +328,29 @@ async def list_all(connection: Connection) -> list[Listed]:
 async def pause(connection: Connection, name: str, *, by: str, why: str | None) -> bool:
     """Let nothing be published by a schedule; whether it was not paused before."""
     words = storable(by), None if why is None else storable(why)
-    return await connection.fetchrow(_PAUSE, storable(name), *words) is not None
+    async with connection.transaction():
+        changed = await connection.fetchrow(_PAUSE, storable(name), *words) is not None
+        if changed:
+            await operations.record(connection, "pause", {"schedule": name}, by=by, why=why)
+    return changed
 
 
-async def resume(connection: Connection, name: str) -> bool:
+async def resume(connection: Connection, name: str, *, by: str, why: str | None) -> bool:
     """Let it go on, also where its tick is lost; whether there was something to do."""
     event_id = new_event_id()
-    return await connection.fetchrow(_RESUME, storable(name), delivery_id(event_id, 1), event_id) is not None
+    async with connection.transaction():
+        row = await connection.fetchrow(_RESUME, storable(name), delivery_id(event_id, 1), event_id)
+        if row is not None:
+            await operations.record(connection, "resume", {"schedule": name}, by=by, why=why)
+    return row is not None
 
 
 async def run(connection: Connection, name: str, *, by: str, why: str | None) -> UUID | None:
     """Publish its event once more, now; the id of the event that does so, or `None` if there is no such schedule."""
     event_id = new_event_id()
     words = storable(by), None if why is None else storable(why)
-    found: UUID | None = await connection.fetchval(_RUN, storable(name), delivery_id(event_id, 1), event_id, *words)
+    async with connection.transaction():
+        found: UUID | None = await connection.fetchval(_RUN, storable(name), delivery_id(event_id, 1), event_id, *words)
+        if found is not None:
+            await operations.record(connection, "run", {"schedule": name}, by=by, why=why)
     return found

@@ -151,8 +151,8 @@ async def test_while_it_is_paused_nothing_happens_and_then_it_catches_up(
     # Changed meanwhile, it stays paused.
     await ledger.put("hourly", every=HOUR, catch_up="latest")
     assert await ledger.ticks("hourly") == []
-    assert await scheduling.resume(connection, "hourly")
-    assert not await scheduling.resume(connection, "hourly")
+    assert await scheduling.resume(connection, "hourly", by="ann", why=None)
+    assert not await scheduling.resume(connection, "hourly", by="ann", why=None)
     (tick,) = await ledger.ticks("hourly")
     await runner.deliver(tick["id"])
     assert await ledger.published(tick["id"]) == [first + HOUR]
@@ -209,7 +209,7 @@ async def test_a_schedule_whose_tick_died_stops_until_a_replay(
     at, letter = await dead_tick(ledger, runner)
     (listed,) = await scheduling.list_all(connection)
     assert (listed.waits, listed.dead_letter) == (False, letter["id"])
-    assert not await scheduling.resume(connection, "hourly")  # it is not for that to decide
+    assert not await scheduling.resume(connection, "hourly", by="ann", why=None)  # it is not for that to decide
     async with transaction(ledger.sessions) as session:
         assert await scheduling.write_lost_ticks(session) == []
     await replaying.resolve(connection, "replay", [letter["id"]], by="ann", why=None)
@@ -240,7 +240,7 @@ async def test_a_tick_that_was_lost_is_written_again(ledger: Schedules, connecti
     (tick,) = await ledger.ticks("hourly")
     assert tick["due_at"] == at
     await connection.execute("DELETE FROM outbox_message")
-    assert await scheduling.resume(connection, "hourly")
+    assert await scheduling.resume(connection, "hourly", by="ann", why=None)
     assert [each["due_at"] for each in await ledger.ticks("hourly")] == [at]
 
 

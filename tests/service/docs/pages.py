@@ -71,6 +71,7 @@ OPERATIONS = (
     DEPLOYS,
     BACKUPS,
     DOCS / "speed.md",
+    SCHEDULES,
     SETTINGS,
     DELIVERY,
 )

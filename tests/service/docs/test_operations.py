@@ -50,6 +50,11 @@ VALUES ('{id}', '{event_id}', 'order.confirmed', 1, 'orders.send_confirmation', 
         clock_timestamp(), '[{{"type": "MailRefusedError", "message": "{message}"}}]', 'failed 9 times')
 """
 
+_SCHEDULE = """
+INSERT INTO outbox_schedule (name, declared, event_type, version, payload, cron, tz, catch_up, queue, next_at)
+VALUES ('review.digest_due', true, 'review.digest_due', 1, '{}', '0 3 * * *', 'Europe/Berlin', 'latest', 'email', now())
+"""
+
 _MESSAGES = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, created_at)
 SELECT gen_random_uuid(), gen_random_uuid(), 'order.confirmed', 1, 'orders.send_confirmation', queue, '{}', '{}',
@@ -67,13 +72,14 @@ def _commands() -> list[str]:
 
 @pytest.fixture
 def dead_letters(database_url: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Four dead letters, numbered from 1, and the environment of the command; the id of the first one's event."""
+    """Four dead letters, numbered from 1, a schedule, and the environment of the command; the first one's event id."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     events = [new_event_id() for _ in range(4)]
     for event_id, message in zip(events, ("451 later", "550 no such user", "451 later", "no order"), strict=True):
         letter = _DEAD_LETTER.format(id=delivery_id(event_id, 1), event_id=event_id, message=message)
         psql(database_url, letter)
+    psql(database_url, _SCHEDULE)
     return str(events[0])
 
 
