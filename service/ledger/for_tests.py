@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select, text
+from sqlalchemy import Interval, bindparam, select, text
 
+from service.ledger.scheduling import TICK
 from service.ledger.tables import DeadLetter, OutboxMessage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime, timedelta
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -22,10 +24,21 @@ WHERE state = 'pending' AND due_at <= clock_timestamp() AND (:only = '' OR consu
   AND NOT id = ANY(CAST(:ran AS uuid[]))
 ORDER BY due_at, id LIMIT 1
 """
-_MAKE_DUE = """
+# Ticks of schedules keep their time: only a test that travels meets them.
+_MAKE_DUE = f"""
 UPDATE outbox_message SET due_at = clock_timestamp()
-WHERE state = 'pending' AND due_at > now() AND due_at < outbox_parked()
+WHERE state = 'pending' AND due_at > now() AND due_at < outbox_parked() AND consumer <> '{TICK}'
+"""  # noqa: S608
+_NEXT = """
+SELECT id, consumer, due_at, due_at - clock_timestamp() AS due_in FROM outbox_message
+WHERE state = 'pending' AND due_at <= clock_timestamp() + CAST(:ahead AS interval) ORDER BY due_at, id LIMIT 1
 """
+_MAKE_ONE_DUE = "UPDATE outbox_message SET due_at = least(due_at, clock_timestamp()) WHERE id = :id"
+# A tick's time is that of its schedule, and not counted from now.
+_DEFER = f"""
+UPDATE outbox_message SET due_at = due_at + CAST(:ahead AS interval)
+WHERE state = 'pending' AND due_at < outbox_parked() AND consumer <> '{TICK}' AND (created_at > :since OR id = :id)
+"""  # noqa: S608
 _UNFINISHED = """
 SELECT state, coalesce(concat_ws(': ', errors -> -1 ->> 'type', errors -> -1 ->> 'message'), '') AS why
 FROM outbox_message WHERE id = :id AND state <> 'completed'
@@ -55,6 +68,28 @@ async def next_due(
 async def make_due(session: AsyncSession) -> None:
     """Let delayed events and retries come due now."""
     await session.execute(text(_MAKE_DUE))
+
+
+async def now(session: AsyncSession) -> datetime:
+    """By PostgreSQL's clock."""
+    moment: datetime = (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()
+    return moment
+
+
+async def next_until(session: AsyncSession, ahead: timedelta) -> tuple[UUID, str, timedelta] | None:
+    """What comes due first before so much time is over: the delivery, its consumer, and how far ahead that is."""
+    statement = text(_NEXT).bindparams(bindparam("ahead", type_=Interval))
+    row = (await session.execute(statement, {"ahead": ahead})).one_or_none()
+    if row is None:
+        return None
+    await session.execute(text(_MAKE_ONE_DUE), {"id": row.id})
+    return row.id, row.consumer, row.due_in
+
+
+async def defer(session: AsyncSession, ahead: timedelta, since: datetime, delivery_id: UUID | None) -> None:
+    """Let what was written since then, or put back of this delivery, be as much later as the test is ahead."""
+    statement = text(_DEFER).bindparams(bindparam("ahead", type_=Interval))
+    await session.execute(statement, {"ahead": ahead, "since": since, "id": delivery_id})
 
 
 async def unfinished(session: AsyncSession, delivery_id: UUID) -> tuple[str, str] | None:

@@ -4,6 +4,7 @@
 
     async with inline_worker(settings, engine) as worker:
         assert await worker.deliver_all() == ["orders.reserve_stock", "orders.send_confirmation"]
+        assert await worker.travel(timedelta(days=7)) == ["orders.send_report"] * 7
 
 What must stay true: nothing here stands in for anything. Consumers go through the worker's own `Runner`, with its
 claims, fences and retries, on the database they will have; only the relay and the broker are left out.
@@ -16,16 +17,20 @@ import functools
 import threading
 from contextlib import asynccontextmanager, nullcontext
 from contextvars import copy_context
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dramatiq.middleware import TimeLimit
 
 from service.database.sessions import session_factory, transaction
-from service.ledger.for_tests import make_due, next_due, published_documents, unfinished
+from service.ledger.for_tests import defer, make_due, next_due, next_until, now, published_documents, unfinished
+from service.ledger.scheduling import TICK
 from service.outbox.consumers import consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
 from service.outbox.running.runner import Run, Runner
+from service.outbox.schedules.definitions import declared
+from service.outbox.schedules.starting import put_in_force
 from service.outbox.upcasting import read
 
 if TYPE_CHECKING:
@@ -102,6 +107,8 @@ class InlineWorker:
     def __init__(self, runner: _RecordingRunner, engine: AsyncEngine) -> None:
         self.runner = runner
         self._sessions = session_factory(engine)
+        self._ahead = timedelta()
+        self._looked_at: datetime | None = None
 
     async def deliver_all(self, only: str | None = None, *, may_fail: bool = False) -> list[str]:
         """Run whatever is due, and what is published meanwhile, until nothing is due.
@@ -133,6 +140,50 @@ class InlineWorker:
         """Let delayed events and retries come due now instead of later."""
         async with transaction(self._sessions) as session:
             await make_due(session)
+
+    async def travel(self, by: timedelta, *, may_fail: bool = False) -> list[str]:
+        """Let so much time pass: schedules fire, and delayed events and retries come due, each in its turn.
+
+        What the code declares with `@scheduled` is in force from the first journey on. Only the ledger travels, and not
+        Python's clock or PostgreSQL's: a consumer knows the time by its event's `scheduled_at`, and a schedule that is
+        made on the way begins at PostgreSQL's time.
+
+        Args:
+            by: How long from where the last journey ended.
+            may_fail: As in `deliver_all`.
+
+        Returns:
+            The consumers' names in the order they ran.
+
+        Raises:
+            AssertionError: as in `deliver_all`.
+        """
+        await self._arrive(None)
+        target = self._ahead + by
+        ran: list[str] = []
+        while True:
+            async with transaction(self._sessions) as session:
+                following = await next_until(session, target)
+            if following is None:
+                self._ahead = target
+                return ran
+            delivery_id, consumer, ahead = following
+            self._ahead = max(self._ahead, ahead)
+            if len(ran) == _MOST:
+                raise AssertionError(f"{_MOST:,} deliveries, and more come due: travel less far at once")
+            await self._run(delivery_id, consumer, may_fail)
+            await self._arrive(delivery_id)
+            if consumer != TICK:
+                ran.append(consumer)
+
+    async def _arrive(self, delivery_id: UUID | None) -> None:
+        """What was published, or put back for a retry, since the last look was so at the time that the test is at."""
+        async with transaction(self._sessions) as session:
+            if self._looked_at is None:
+                await put_in_force(session, declared())
+            else:
+                await defer(session, self._ahead, self._looked_at, delivery_id)
+            self._looked_at = await now(session)
 
     async def _drain(self, only: str | None, event_id: UUID | None, may_fail: bool) -> list[str]:
         if only is not None and consumer_named(only) is None:
