@@ -15,13 +15,14 @@ from service.http.callers import PUBLIC
 from service.http.idempotency import IdempotentRoute
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.outbox import publish
+from tests.proof.chaos.beats import Beat
 from tests.proof.chaos.domain import PLAIN_POISON, POISON, PlainlyPoisoned, Poisoned, ThingMade, ThingNumbered
 from tests.servers.broker import setup_broker
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-__all__ = ["create_app", "setup_broker"]
+__all__ = ["Beat", "create_app", "setup_broker"]
 
 router = APIRouter(route_class=IdempotentRoute, dependencies=[PUBLIC])
 

@@ -6,6 +6,7 @@ changes is not there any more.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -150,6 +151,47 @@ def completion_without_lock() -> None:
         _replace(module, "_COMPLETED", ", CASE WHEN lane IS NOT NULL THEN outbox_lock_all_lanes(lane) END", "")
 
 
+def any_tick() -> None:
+    """A tick fires its schedule whether it is the next one or not."""
+
+    class Whoever(str):
+        __slots__ = ()
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+        __eq__ = str.__eq__
+        __hash__ = str.__hash__
+
+    class Whose:
+        def __str__(self) -> str:
+            return Whoever()
+
+    @when_imported("service.ledger.scheduling")
+    def patch(module: Any) -> None:
+        lock = module.lock
+
+        async def lock_any(session: Any, name: str) -> Any:
+            found = await lock(session, name)
+            return None if found is None else dataclasses.replace(found, tick_id=Whose())
+
+        replace(module, "lock", lock_any)
+
+
+def next_from_now() -> None:
+    """What follows a tick follows from when it runs."""
+
+    @when_imported("service.outbox.schedules.ticking")
+    def patch(module: Any) -> None:
+        fire = module.fire
+
+        def fire_late(timing: Any, catch_up: str, tick: Any, now: Any, anchor: Any, **options: Any) -> Any:
+            fired = fire(timing, catch_up, tick, tick, anchor, **options)
+            return dataclasses.replace(fired, following=timing.after(now, anchor))
+
+        replace(module, "fire", fire_late)
+
+
 BUGS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -163,6 +205,8 @@ BUGS: dict[str, Callable[[], None]] = {
         claim_without_slot,
         rate_of_hand_overs,
         completion_without_lock,
+        any_tick,
+        next_from_now,
     )
 }
 

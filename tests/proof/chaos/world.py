@@ -39,7 +39,7 @@ from tests.servers.real_servers import TEMPLATE, copy_of, outside_environment
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from service.database.driver import Connection
@@ -124,6 +124,7 @@ class World:
         self._stack = AsyncExitStack()
         self._faults: list[Fault] = []
         self._limits: list[tuple[Limited, float, float]] = []
+        self._judges: list[Callable[[], Awaitable[tuple[list[str], list[str]]]]] = []
 
     # -- its life
 
@@ -274,6 +275,10 @@ class World:
         for limit, began, ended in self._limits:
             ran = [copy for copy in received if copy.began >= began and copy.began <= ended]
             verdict.exceeded += exceeded(limit, ran, self.faults())
+        for also in self._judges:
+            lost, duplicated = await also()
+            verdict.lost += lost
+            verdict.duplicated += duplicated
         return verdict
 
     def _forget_rewound(self, tables: Tables, rewound: Fault) -> None:
@@ -308,6 +313,10 @@ class World:
         return wrong
 
     # -- attacking
+
+    def also_judge(self, judge: Callable[[], Awaitable[tuple[list[str], list[str]]]]) -> None:
+        """Ask this, too, what was lost and what happened twice, of something that the scenario alone knows."""
+        self._judges.append(judge)
 
     def keep_open(self, connection: Connection) -> None:
         """Close this connection only when the scenario has been judged."""

@@ -12,5 +12,6 @@ from tests.proof.chaos.scenarios import (  # noqa: F401
     processes,
     rabbitmq,
     recovery,
+    schedules,
     valkey,
 )
