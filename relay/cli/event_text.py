@@ -65,7 +65,7 @@ def story_lines(story: Story) -> Iterator[tuple[str, str]]:
     yield f"Event {story.event_id}", ""
     yield f"{story.event_type}, version {story.version}, published {timestamp(story.published_at)}", "  "
     yield f"payload: {json.dumps(story.payload, ensure_ascii=False)}", "  "
-    if story.event_type == TICK and "schedule" in story.payload:
+    if story.event_type == TICK and story.payload and "schedule" in story.payload:
         yield _tick(story.payload), "  "
     for name, value in sorted(story.headers.items()):
         yield f"{name.replace('_', ' ')}: {value}", "  "

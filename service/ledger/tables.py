@@ -46,8 +46,19 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
-    BigInteger, CheckConstraint, Double, Identity, Index, Integer, Interval, Text, Uuid, false, func, text,
-)  # fmt: skip
+    BigInteger,
+    CheckConstraint,
+    Double,
+    Identity,
+    Index,
+    Integer,
+    Interval,
+    Text,
+    Uuid,
+    false,
+    func,
+    text,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
