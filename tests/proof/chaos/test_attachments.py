@@ -29,12 +29,24 @@ pytestmark = pytest.mark.slow
 GAPS = (*API_GAPS, *RELAY_GAPS, *WORKER_GAPS)
 
 _PLANTED = """
-import hashlib, sys
+import hashlib
 import relay.process.loop, service.outbox.delivery
-from service.ledger import delivering, dispatching
-parts = [value for module in (delivering, dispatching) for value in vars(module).values() if isinstance(value, str)]
-parts += [relay.process.loop.Relay._dispatch.__qualname__, service.outbox.delivery.Delivery._begin.__qualname__]
-print(hashlib.sha256("".join(parts).encode()).hexdigest())
+from service.ledger import delivering, dispatching, limited_dispatching, scheduling
+from service.outbox.schedules import ticking
+
+def parts(holder, module):
+    for value in list(vars(holder).values()):
+        if isinstance(value, str):
+            yield value
+        elif getattr(value, "__module__", module) == module and isinstance(value, type) and value is not holder:
+            yield from parts(value, module)
+        elif callable(value):
+            yield getattr(value, "__qualname__", "")
+
+ledger = (delivering, dispatching, limited_dispatching, scheduling)
+modules = (relay.process.loop, service.outbox.delivery, *ledger, ticking)
+found = [part for module in modules for part in parts(module, module.__name__)]
+print(hashlib.sha256("".join(found).encode()).hexdigest())
 """
 
 
