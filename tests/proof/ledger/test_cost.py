@@ -170,7 +170,11 @@ async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
     # Runs that begin together claim together.
     assert spent["outbox-worker-ledger"] <= events + CONNECTING
     # BEGIN with the mark and the limits of the transaction, the effect, the completion, COMMIT.
-    assert spent["outbox-worker"] <= 4 * events + CONNECTING
+    assert spent["outbox-worker"] <= 4 * events + CONNECTING + SCHEDULES
     assert await updated(watched) == 3 * events
     # A place in the list and one among the unacknowledged for each; the rest is shared by a few.
     assert await commands(told) - called <= 6 * events
+
+
+SCHEDULES = 20
+"""Statements by which a worker sees once, when it starts, that its schedules are as the code has them."""

@@ -41,7 +41,7 @@ def batch(size: int = 3) -> list[DueDelivery]:
 
 @pytest.fixture
 async def sender(rabbitmq: Rabbitmq) -> AsyncIterator[RabbitmqSender]:
-    sender = make_sender(BrokerSettings(url=SecretStr(rabbitmq.url), publish_timeout=2))
+    sender = make_sender(BrokerSettings(url=SecretStr(rabbitmq.url), publish_timeout=4))
     assert isinstance(sender, RabbitmqSender)
     yield sender
     await sender.close()
@@ -127,7 +127,7 @@ async def test_a_queue_that_hangs_is_refused_and_another_is_not(
         began = time.monotonic()
         with pytest.raises(QueueRefusedError, match="did not answer"):
             await sender.hand_over("ledger", batch(500), "t")
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 4.5
         await sender.hand_over("other", batch(500), "t")
     assert await count(amqp, "other") == 500
 
