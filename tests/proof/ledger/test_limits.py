@@ -315,6 +315,7 @@ class Workers:
     Attributes:
         most: Runs under a lease at once, at most.
         starts: When each began, by PostgreSQL's clock, in seconds.
+        over: Set to end them.
     """
 
     def __init__(self, connect: Connect, broker: redis.asyncio.Redis, settings: Settings) -> None:
@@ -325,10 +326,11 @@ class Workers:
         self._ends: dict[UUID, float] = {}
         self.most = self.crashed = 0
         self.starts: list[float] = []
+        self.over = False
 
     async def work(self, seed: int) -> None:
         chance, connection = random.Random(seed), await self._connect()
-        while True:
+        while not self.over:
             message = await self._broker.lpop(self._key)
             if message is None:
                 await asyncio.sleep(0.002)
@@ -376,7 +378,7 @@ async def test_two_relays_crashing_workers_and_a_broker_that_forgets(
     workers = Workers(connect, broker, settings)
 
     async def wipe() -> None:
-        while True:
+        while not workers.over:
             await asyncio.sleep(0.2)
             await broker.flushall()
 
@@ -385,10 +387,9 @@ async def test_two_relays_crashing_workers_and_a_broker_that_forgets(
         try:
             await until(lambda: completed(ledger, count), timeout=120)
         finally:
-            for each in tasks:
-                each.cancel()
+            workers.over = True  # a cancellation is lost now and then in a client of the broker
             ended = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(isinstance(each, asyncio.CancelledError) for each in ended), ended
+    assert ended == [None] * 9
     assert workers.crashed > 0
     assert workers.most <= (concurrency or 8)
     if rate is not None:
