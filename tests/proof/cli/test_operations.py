@@ -115,6 +115,7 @@ def test_somebody_else_stops_one(start: Start, outbox: Outbox, rows: Rows) -> No
     )
 
 
+@pytest.mark.slow
 async def test_of_two_processes_one_goes_on(connection: Connection, rows: Rows) -> None:
     """The first one stood still for so long that it was taken for dead."""
     rows.dead_letter(3)
@@ -130,6 +131,7 @@ async def test_of_two_processes_one_goes_on(connection: Connection, rows: Rows) 
     assert (await carry_out(connection, number, second)).done == [1, 2, 3]
 
 
+@pytest.mark.slow
 async def test_a_stop_ends_a_long_rest(connection: Connection, rows: Rows, database_url: str) -> None:
     rows.dead_letter(2)
     slow = asyncio.create_task(resolve(connection, "discard", [1, 2], by="ann", why=None, rate=0.001))

@@ -288,6 +288,7 @@ async def test_erasing_leaves_no_key_and_lets_the_lane_go_on(lanes: Lanes) -> No
     assert await lanes.unparked() == ["3"]
 
 
+@pytest.mark.slow
 async def test_publishers_and_consumers_across_lanes_do_not_deadlock(lanes: Lanes, connect: Connect) -> None:
     connection = await connect()
 
@@ -315,6 +316,7 @@ async def test_publishers_and_consumers_across_lanes_do_not_deadlock(lanes: Lane
     assert await lanes.connection.fetchval(failed) == 0
 
 
+@pytest.mark.slow
 async def test_a_large_transaction_takes_no_lock_for_each_key(lanes: Lanes) -> None:
     """The server's table of locks has room for some thousands."""
     async with transaction(lanes.sessions) as session:

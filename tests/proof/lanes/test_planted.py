@@ -164,6 +164,7 @@ async def raced(connection: Connection, connect: Connect, name: str | None, roun
     return found
 
 
+@pytest.mark.slow
 async def test_nothing_is_out_of_order(connection: Connection, connect: Connect) -> None:
     assert await raced(connection, connect, None) == {"disordered": 0, "overlapping": 0, "stranded": 0}
     assert await connection.fetchval("SELECT count(*) FROM ran") > EVENTS / 2

@@ -300,6 +300,7 @@ async def test_a_limit_counts_what_was_handed_over_before(ledger: Ledger, hand: 
     assert len(ids(await hand.over())) == 1
 
 
+@pytest.mark.slow
 async def test_a_limit_gives_up_behind_a_hand_over_that_hangs(ledger: Ledger, hand: Hand) -> None:
     await publish(ledger, 1)
     async with hand.connection.transaction():
@@ -365,6 +366,7 @@ async def broker(own_broker: Valkey) -> AsyncIterator[redis.asyncio.Redis]:
     await client.aclose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("concurrency", "rate", "burst"), [(3, None, 1), (None, 40.0, 2), (3, 60.0, 6)])
 async def test_two_relays_crashing_workers_and_a_broker_that_forgets(
     ledger: Ledger, settings: Settings, broker: redis.asyncio.Redis, connect: Connect,

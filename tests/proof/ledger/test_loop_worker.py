@@ -64,6 +64,7 @@ async def attempts(ledger: Ledger) -> set[int]:
     return {row["attempts"] for row in await ledger.connection.fetch("SELECT attempts FROM outbox_message")}
 
 
+@pytest.mark.slow
 async def test_more_run_at_a_time_than_there_are_threads(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ async def test_more_run_at_a_time_than_there_are_threads(
         await until(lambda: running(ledger, 30))
 
 
+@pytest.mark.slow
 async def test_no_more_are_claimed_than_may_run(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -96,6 +98,7 @@ async def handed_over_again(ledger: Ledger, count: int) -> bool:
     return found == count
 
 
+@pytest.mark.slow
 async def test_a_long_queue_holds_no_other_up(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -160,6 +163,7 @@ async def test_one_that_goes_on_when_it_is_cancelled_makes_room(
         assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 async def test_a_stop_waits_for_what_runs_and_gives_back_what_waits(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
@@ -226,6 +230,7 @@ async def test_waiting_for_a_connection_is_not_the_consumers_time(
     assert await attempts(ledger) == {1}
 
 
+@pytest.mark.slow
 async def test_nothing_is_claimed_while_a_run_waits_for_a_connection(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:

@@ -442,6 +442,7 @@ async def all_dispatched(ledger: Ledger, rows: int) -> bool:
     return bool(count == rows)
 
 
+@pytest.mark.slow
 async def test_a_restarted_postgres_is_reconnected_and_running_rows_are_spared(
     settings: Settings, own_postgres: Postgres, broker: redis.asyncio.Redis
 ) -> None:

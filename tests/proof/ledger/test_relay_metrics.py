@@ -194,6 +194,7 @@ async def test_every_sample_has_the_labels_of_the_table_and_no_others(ledger: Le
         assert labels.keys() - {"le"} == table[base], name
 
 
+@pytest.mark.slow
 async def test_scrapes_beside_each_other_ask_once_and_wait_for_no_lock(
     ledger: Ledger, settings: Settings, connect: Connect
 ) -> None:
@@ -257,6 +258,7 @@ async def test_without_a_broker_the_old_numbers_stand(ledger: Ledger, settings: 
         await shows(settings, lambda page: page("outbox_up", system="broker") == 1)
 
 
+@pytest.mark.slow
 async def test_without_postgresql_the_old_numbers_stand(settings: Settings, own_postgres: Postgres) -> None:
     settings.database.url = type(settings.database.url)(own_postgres.url("service"))
     connection = await asyncpg.connect(settings.database.dsn)

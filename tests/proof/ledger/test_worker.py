@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
 
 
+@pytest.mark.slow
 async def test_effects_of_many_events_happen_once(
     ledger: Ledger, environment: dict[str, str], settings: Settings, tmp_path: Path
 ) -> None:
