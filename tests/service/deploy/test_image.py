@@ -152,7 +152,8 @@ def test_migrate_api_relay_and_workers_start_and_stop(image: Image, production: 
     port = free_port()
     commands = _commands(port)
     image.run(*commands.pop("migrate"), environment=production)
-    says = {"api": "running on", "relay": "relay.started"}
+    production |= {"CONSOLE__PROXY": "127.0.0.1", "CONSOLE__SECRET": "s" * 32, "CONSOLE__PORT": f"{free_port()}"}
+    says = {"api": "running on", "console": "running on", "relay": "relay.started"}
     for name, command in commands.items():
         log, ready = tmp_path / name, says.get(name, "ready for action")
         with _process(image.command(command), image.app, production, log):
