@@ -20,6 +20,7 @@ from service.ledger.tables import (
     OutboxMinute,
     OutboxOperation,
     OutboxProcess,
+    OutboxSchedule,
     PausedQueue,
 )
 
@@ -31,6 +32,7 @@ _LEDGER = (
     OutboxMinute,
     OutboxOperation,
     OutboxProcess,
+    OutboxSchedule,
     PausedQueue,
 )
 _TABLES = "|".join(each.__tablename__ for each in _LEDGER)
