@@ -5,6 +5,7 @@ time as another, or stranded. Without any of the protections it is.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from contextlib import suppress
 from datetime import timedelta
@@ -172,20 +173,20 @@ async def test_nothing_is_out_of_order(connection: Connection, connect: Connect)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
+    ("name", "kinds"),
     [
-        "publisher_locks",
-        "ending_locks",
-        "looks_later",
-        "position_later",
-        "resolving_locks",
-        "dead_letter_counts",
-        "cancelled_leaves",
-        "passes_over",
+        ("publisher_locks", {"overlapping", "disordered", "stranded"}),
+        ("ending_locks", {"stranded"}),
+        ("looks_later", {"overlapping", "stranded"}),
+        ("position_later", {"overlapping", "disordered", "stranded"}),
+        ("resolving_locks", {"overlapping", "stranded"}),
+        ("dead_letter_counts", {"overlapping", "disordered"}),
+        ("cancelled_leaves", {"overlapping"}),
+        ("passes_over", {"stranded"}),
     ],
 )
 async def test_without_a_protection_it_shows(
-    connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch, name: str
+    connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch, name: str, kinds: set[str]
 ) -> None:
     if name == "ending_locks":
         monkeypatch.setattr(delivering, "_COMPLETED", "RETURNING true")
@@ -195,4 +196,4 @@ async def test_without_a_protection_it_shows(
             without = source[: source.rindex(", outbox_lock_lanes(")] + "\n"
             monkeypatch.setattr(replaying, statement, without)
     found = await raced(connection, connect, name, rounds=40)
-    assert any(found.values()), "whatever goes wrong first, something has to"
+    assert any(found[kind] for kind in kinds), json.dumps(found)

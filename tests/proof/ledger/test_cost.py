@@ -176,5 +176,5 @@ async def test_a_delivery_costs_a_claim_and_three_statements_beside_its_effect(
     assert await commands(told) - called <= 6 * events
 
 
-SCHEDULES = 20
+SCHEDULES = 13
 """Statements by which a worker sees once, when it starts, that its schedules are as the code has them."""
