@@ -97,6 +97,14 @@ class Relay:
         if self._wakeup is not None:
             self._wakeup.end()
 
+    def cut(self) -> None:
+        """Stop without finishing anything: a transaction that was begun is rolled back, by whoever is still there.
+
+        Cancelling would not do: what is cancelled in a transaction asks PostgreSQL for a ROLLBACK and waits for it.
+        """
+        self.stop()
+        self._sessions.cut()
+
     async def run(self) -> None:
         """Serve until stopped; an outage of PostgreSQL or of the broker is waited out."""
         self._lag.start()
@@ -366,16 +374,20 @@ async def run(settings: Settings) -> int:
     purger = asyncio.create_task(purge_regularly(settings, relay.tally))
     signals = 0
 
+    def cut() -> None:
+        relay.cut()
+        task.cancel()
+
     def on_signal() -> None:
         nonlocal signals
         signals += 1
         _log.info("relay.stopping", signals=signals)
         relay.stop()
         if signals > 1:
-            task.cancel()
+            cut()
         else:
             # A server that has vanished would be waited for much longer.
-            asyncio.get_running_loop().call_later(_PATIENCE, task.cancel)
+            asyncio.get_running_loop().call_later(_PATIENCE, cut)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)

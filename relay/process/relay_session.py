@@ -6,6 +6,7 @@ What must stay true: they are made directly or through a pooler in session mode,
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from relay.process.wakeup import LONGEST_SLEEP
 from service.database.driver import open_connection
@@ -36,10 +37,18 @@ class Sessions:
     def __init__(self, settings: DatabaseSettings) -> None:
         self._settings = settings.model_copy(update={"pooler": False})
         self._was_told = False
+        self._opened: WeakSet[Connection] = WeakSet()
 
     async def connect(self, name: str = "outbox-relay") -> Connection:
         """A new session, shown in `pg_stat_activity` under this name."""
-        return await open_connection(self._settings, name)
+        connection = await open_connection(self._settings, name)
+        self._opened.add(connection)
+        return connection
+
+    def cut(self) -> None:
+        """End them all without asking PostgreSQL, which rolls back. Whoever waits for one of them gets an error."""
+        for connection in self._opened:
+            connection.terminate()
 
     async def prove(self, wakeup: Wakeup) -> None:
         """Make sure that notifications arrive.

@@ -51,10 +51,15 @@ class Proxy:
         self.links: list[Link] = []
         self.port = 0
         self._upstream = upstream
+        self._silent = False
 
     def allow_all(self) -> None:
         """Pass everything on from now on."""
         self.request = self.reply = _pass
+
+    def fall_silent(self) -> None:
+        """Pass nothing on from now on, not even the end of a connection, as a network does that is gone."""
+        self._silent = True
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
@@ -68,12 +73,16 @@ class Proxy:
     async def _ask(self, link: Link, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter) -> None:
         while chunk := await reader.read(65_536):
             link.asked += chunk
-            upstream.write(await self.request(link, chunk))
+            if not self._silent:
+                upstream.write(await self.request(link, chunk))
         upstream.write_eof()
 
     async def _answer(self, link: Link, answers: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while chunk := await answers.read(65_536):
-            writer.write(await self.reply(link, chunk))
+            if not self._silent:
+                writer.write(await self.reply(link, chunk))
+        if self._silent:
+            await asyncio.Event().wait()
         link.cut()
 
 

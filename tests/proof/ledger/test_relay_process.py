@@ -110,22 +110,25 @@ async def test_a_second_signal_does_not_wait_and_loses_nothing(
         await until(lambda: dispatched(ledger, message_id))
 
 
+@pytest.mark.parametrize("last", [b"BEGIN", b"standby"], ids=["in a transaction", "falling asleep"])
 async def test_one_signal_ends_a_relay_whose_database_has_fallen_silent(
-    settings: Settings, environment: dict[str, str], tmp_path: Path
+    settings: Settings, environment: dict[str, str], tmp_path: Path, last: bytes
 ) -> None:
-    silent = False
+    """Whatever it said last: a transaction cannot be rolled back, and the relay may not wait for that."""
+    said = asyncio.Event()
 
-    async def swallow(_link: Link, chunk: bytes) -> bytes:
-        return b"" if silent else chunk
+    async def listen(_link: Link, chunk: bytes) -> bytes:
+        if last in chunk:
+            between.fall_silent()
+            said.set()
+        return chunk
 
-    log = tmp_path / "log"
     async with proxy(socket_of(settings.database.dsn)) as between:
-        between.request = swallow
+        between.reply = listen
         url = make_url(settings.database.dsn)
         own = f"postgresql://{url.username}@127.0.0.1:{between.port}/{url.database}?sslmode=disable"
-        async with relay(environment | {"DATABASE__URL": own}, log) as process, asyncio.timeout(100):
-            await until(lambda: "relay.started" in log.read_text())
-            silent = True
+        async with relay(environment | {"DATABASE__URL": own}, tmp_path / "log") as process, asyncio.timeout(100):
+            await said.wait()
             process.terminate()
             async with asyncio.timeout(25):  # a statement would be waited for 30 s
                 assert await process.wait() == 0
