@@ -173,7 +173,11 @@ class Machine(RuleBasedStateMachine):
             self._check_claim(delivery_id, token, self.run(_result(claim)))
 
     async def _somebody_waits(self) -> bool:
-        return bool(await self.relay.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+        return bool(
+            await self.relay.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+        )
 
     @rule()
     def dispatch_late(self) -> None:

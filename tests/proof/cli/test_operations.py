@@ -50,6 +50,11 @@ def _ask(url: str, question: Callable[[Connection], Coroutine[Any, Any, T]]) -> 
     return asyncio.run(ask())
 
 
+_COMMANDS = """
+SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'outbox-cli'
+"""
+
+
 def _killed_in_the_middle(start: Start, rows: Rows) -> int:
     """A replay of 1,000 dies; how many of them were replayed."""
     rows.dead_letter(1_000)
@@ -58,7 +63,7 @@ def _killed_in_the_middle(start: Start, rows: Rows) -> int:
     process.kill()
     process.wait()
     # The statement that was under way commits, or does not.
-    until_sync(lambda: rows.sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'outbox-cli'") == "0")
+    until_sync(lambda: rows.sql(_COMMANDS) == "0")
     return int(rows.sql(_MESSAGES))
 
 

@@ -135,7 +135,8 @@ async def updated(ledger: Ledger) -> int:
 
     async def counted() -> int | None:
         others = await ledger.connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name ~ '^outbox-(relay|worker)'"
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name ~ '^outbox-(relay|worker)'"
         )
         rows: int = await ledger.connection.fetchval(
             "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'outbox_message'"

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-__all__ = ["ENDINGS", "SCHEMA", "ProbeHappened", "router"]
+__all__ = ["ASLEEP", "ENDINGS", "SCHEMA", "ProbeHappened", "router"]
+
+ASLEEP = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+"""The sessions that serve `/sleep`."""
 
 SCHEMA = """
 CREATE TABLE probe (id int PRIMARY KEY, name varchar(200), later int);

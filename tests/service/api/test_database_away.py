@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 from service.api import create_app
 from service.dev.postgres import psql
 from tests.servers.proxy import Link, proxy, socket_of
-from tests.service.api.probe import SCHEMA, router
+from tests.service.api.probe import ASLEEP, SCHEMA, router
 from tests.service.api.problems import assert_problem
 from tests.service.api.serving import serve
 from tests.waiting import until
@@ -75,9 +75,9 @@ async def test_no_host_takes_writes(make_app: MakeApp, sql: Sql, database_url: s
 async def test_every_connection_is_busy(make_app: MakeApp, sql: Sql) -> None:
     async with serve(make_app(database={"pool_size": 1, "pool_timeout": 0.2})) as client:
         busy = asyncio.create_task(client.get("/sleep/60"))
-        await until(lambda: sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == "1")
+        await until(lambda: sql(f"SELECT count(*) {ASLEEP}") == "1")
         assert_away(await client.post("/probes", json={"id": 1}))
-        sql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+        sql(f"SELECT pg_cancel_backend(pid) {ASLEEP}")
         await busy
         assert (await client.post("/probes", json={"id": 1})).status_code == 201
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
     from tests.service.api.conftest import MakeApp, Sql
 
-OTHERS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'api' AND state <> 'idle'"
+OTHERS = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'api' AND state <> 'idle'
+"""
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROWS = "SELECT count(*) FROM probe"
 KEYS = "SELECT count(*) FROM idempotency_key"
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
 
 async def _post(client: httpx.AsyncClient, key: str, id_: int = 1, path: str = "/probes") -> httpx.Response:

@@ -16,6 +16,7 @@ from fastapi import APIRouter, BackgroundTasks
 from service.dev.servers import free_port
 from service.http.callers import PUBLIC
 from tests.servers.scraping import Page, scrape
+from tests.service.api.probe import ASLEEP
 from tests.service.api.serving import raw_request, serve
 from tests.waiting import until
 
@@ -143,12 +144,12 @@ async def test_who_waits_in_vain_for_a_connection_is_counted_answered_503_and_to
     async with serve(make_app(database={"pool_size": 1, "pool_timeout": 0.1}, metrics={"port": port})) as client:
         assert (await settled(port))("db_pool_timeouts_total", process="api") == 0
         busy = asyncio.create_task(client.get("/sleep/60"))
-        await until(lambda: sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'") == "1")
+        await until(lambda: sql(f"SELECT count(*) {ASLEEP}") == "1")
         for _ in range(3):
             response = await client.get("/probes")
             assert (response.status_code, int(response.headers["Retry-After"]) > 0) == (503, True)
         assert (await scrape(port))("db_pool_timeouts_total", process="api") == 3
-        sql("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+        sql(f"SELECT pg_cancel_backend(pid) {ASLEEP}")
         await busy
     assert capsys.readouterr().out.count("database.pool_exhausted") == 1
 
