@@ -8,6 +8,7 @@ more than one connection; `rolled_back_session` is a transaction that is rolled 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -64,6 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
         # In a shell's background; the commands that a test interrupts would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Leftovers())
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays until the end anyway; it is a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

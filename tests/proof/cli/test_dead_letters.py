@@ -316,6 +316,7 @@ def test_thousands_are_replayed_in_batches_with_progress(start: Start, rows: Row
     assert set(rows.sql("SELECT id FROM outbox_message").split()) == {str(each) for each in ids}
 
 
+@pytest.mark.slow
 def test_an_interrupted_replay_says_how_far_it_came_and_goes_on(start: Start, rows: Rows) -> None:
     rows.dead_letter(1_000)
     process = start(["dead-letters", "replay", "--all", "--yes", "--rate", "40"])
@@ -334,6 +335,7 @@ def test_an_interrupted_replay_says_how_far_it_came_and_goes_on(start: Start, ro
     assert rows.sql(_MESSAGES) == "1000"
 
 
+@pytest.mark.slow
 def test_two_replays_at_once_share_the_work(start: Start, rows: Rows) -> None:
     rows.dead_letter(2_000)
     both = [start(["dead-letters", "replay", "--all", "--yes", "--json"]) for _ in range(2)]

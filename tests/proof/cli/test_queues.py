@@ -142,6 +142,7 @@ def test_a_limit_that_makes_no_sense_is_refused(outbox: Outbox, rows: Rows, argu
     assert rows.sql(_LIMITED) == ""
 
 
+@pytest.mark.slow
 async def test_a_change_wakes_a_sleeping_relay(start: Start, database_url: str) -> None:
     sleeping = await asyncpg.connect(database_url)
     woken = asyncio.Event()

@@ -199,6 +199,7 @@ def test_a_queue_whose_bodies_are_refused_is_named(outbox: Outbox, rows: Rows, e
     assert "stock (refused)" in outbox("status").out.splitlines()
 
 
+@pytest.mark.slow
 def test_a_broker_that_stands_still_is_down_within_its_time(
     outbox: Outbox, rows: Rows, own_valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,6 +223,7 @@ async def test_scrapes_beside_each_other_ask_once_and_wait_for_no_lock(
         await shows(settings, lambda page: (page("outbox_collected_timestamp_seconds", part="counts") or 0) > old)
 
 
+@pytest.mark.slow
 async def test_what_costs_more_is_kept_for_longer() -> None:
     async def ask() -> list[Sample]:
         await asyncio.sleep(0.1)
@@ -293,6 +294,7 @@ def listens(pid: int) -> bool:
     return any(each.status == psutil.CONN_LISTEN for each in psutil.Process(pid).net_connections("inet"))
 
 
+@pytest.mark.slow
 async def test_a_relay_listens_where_it_is_told_to_and_else_nowhere(processes: Processes, settings: Settings) -> None:
     silent = await processes.relay()
     settings.metrics.port = free_port()

@@ -69,6 +69,7 @@ async def test_a_router_within_a_router_counts_with_both_prefixes(make_app: Make
     assert page(REQUESTS, method="GET", route="/outer/inner/{key}", status="200") == 1
 
 
+@pytest.mark.slow
 async def test_what_clients_make_up_is_no_label(make_app: MakeApp, port: int) -> None:
     async with serve(make_app(metrics={"port": port})) as client:
         for number in range(50):
@@ -201,6 +202,7 @@ async def test_a_port_that_is_taken_stops_nothing_and_is_tried_again(
         assert (await settled(port))(REQUESTS, method="GET", route="other", status="404") is None
 
 
+@pytest.mark.slow
 def test_off_costs_nothing(environment: dict[str, str]) -> None:
     program = """
 import sys

@@ -144,6 +144,7 @@ _PROCESSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", _PROCESSES)
 def test_each_process_refuses_in_one_line(part: str) -> None:
     unsafe = {"DATABASE__URL": "postgresql://app:hidden@db/service", "ENV_FILE": "", "PYTHONPATH": str(ROOT)}

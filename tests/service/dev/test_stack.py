@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def clone(server_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty clone to keep data and `.env` in."""

@@ -112,6 +112,7 @@ router.add_api_route("/domains", lambda: None, dependencies={})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dependencies", "says"),
     [("[needs()]", "IDENTITY__ISSUER: is not set"), ("[]", "nothing says who may call GET /domains")],

@@ -94,6 +94,7 @@ def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, variables: dict
     assert "hidden" not in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", _PROCESSES)
 def test_a_wrong_one_ends_the_process_at_its_start_with_one_line(tmp_path: Path, process: str) -> None:
     _add(tmp_path, "billing", "BILLING__")

@@ -76,6 +76,7 @@ def test_nobody_waits_for_a_reader_that_stands_still_and_what_was_dropped_is_cou
     assert len(kept) + events[-1]["lines"] >= 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), signal.SIGTERM)", "flush_logs(); os._exit(0)"])
 def test_a_process_ends_while_its_reader_stands_still(end: str) -> None:
     """Python would abort in its exit if the writer held the lock of `sys.stderr`."""

@@ -172,6 +172,7 @@ async def test_a_def_consumer_runs_like_in_a_worker(worker: InlineWorker, sessio
         assert list(states) == ["completed"]
 
 
+@pytest.mark.slow
 async def test_a_def_consumer_that_hangs_fails_the_test(worker: InlineWorker) -> None:
     try:
         with pytest.raises(AssertionError, match=r"testkit\.hang has not come back for 3\.1 s"):

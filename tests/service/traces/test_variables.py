@@ -76,11 +76,13 @@ def test_what_is_wrong_is_told_and_the_process_goes_on(monkeypatch: pytest.Monke
     assert line["reason"]
 
 
+@pytest.mark.slow
 def test_without_them_what_makes_spans_is_not_imported() -> None:
     ran = subprocess.run([sys.executable, "-c", _IMPORTED], cwd=ROOT, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
 
 
+@pytest.mark.slow
 def test_what_is_left_has_two_seconds_to_be_exported(monkeypatch: pytest.MonkeyPatch, silent: str) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", silent)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
