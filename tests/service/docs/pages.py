@@ -55,7 +55,6 @@ FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, CHANGING, LATER_
 )  # fmt: skip
 METRICS = DOCS / "metrics.md"
 SCHEDULES = DOCS / "schedules.md"
-ALERTS = DOCS / "alerts.md"
 TRACES = DOCS / "traces.md"
 
 GUIDE = (

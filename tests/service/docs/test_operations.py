@@ -25,7 +25,6 @@ from service.settings import DatabaseSettings, OutboxSettings
 from service.telemetry import probe
 from service.telemetry.loop_lag import LoopLag
 from tests.service.docs.pages import (
-    ALERTS,
     ALL,
     BACKUPS,
     DELIVERY,
@@ -135,7 +134,7 @@ def test_who_runs_and_what_ran_is_shown(database_url: str) -> None:
 
 @pytest.mark.parametrize("probe_of", ["livenessProbe", "readinessProbe"])
 def test_the_probes_run_and_fail_where_nothing_runs(probe_of: str, tmp_path: Path) -> None:
-    [block] = blocks(ALERTS, language="yaml")
+    [block] = blocks(DEPLOYS, language="yaml")
     described = YAML(typ="safe", pure=True).load(block.text)[probe_of]
     program, *arguments = described["exec"]["command"]
     assert program == "python"

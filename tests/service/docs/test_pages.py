@@ -11,11 +11,11 @@ import pytest
 
 from service.dev.places import ROOT
 from tests.service.docs.pages import (
-    ALERTS,
     ALL,
     BACKUPS,
     CHANGING,
     CONSUMERS,
+    DEPLOYS,
     DEVELOPING,
     DOCS,
     EXISTING_SERVICE,
@@ -51,7 +51,7 @@ _TRIED = {
     "text": (DEVELOPING, TRACES),
     "mermaid": ALL,
     "promql": (METRICS,),
-    "yaml": (ALERTS,),
+    "yaml": (DEPLOYS,),
 }
 """Where a test runs or reads the blocks of a language."""
 
