@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from relay.cli.command import CommandError, Exit, Json, ask
+from relay.cli.command import By, CommandError, Exit, Json, Why, ask, whoami
 from relay.cli.output import Column, age, compact, line, plain, print_json, table
 from service.ledger import lanes
 
@@ -59,10 +59,12 @@ def why(lane: StandingLane) -> str:
 @app.command()
 def repair(
     names: Annotated[list[str] | None, typer.Argument(metavar="[LANE]...", help="Only these.")] = None,
+    why: Why = None,
+    by: By = None,
     as_json: Json = False,
 ) -> int:
     """Let stranded lanes go on. A lane is stranded if something waits in it, and nothing runs or blocks."""
-    repaired, refused = ask(lambda connection: _repair(connection, names))
+    repaired, refused = ask(lambda connection: _repair(connection, names, by or whoami(), why))
     if as_json:
         print_json({"repaired": repaired, "refused": refused})
     else:
@@ -72,11 +74,13 @@ def repair(
     return Exit.OK
 
 
-async def _repair(connection: Connection, names: list[str] | None) -> tuple[list[str], list[str]]:
+async def _repair(
+    connection: Connection, names: list[str] | None, by: str, why: str | None
+) -> tuple[list[str], list[str]]:
     """Those that go on, and those that were named and are not stranded."""
     wanted = names
     if wanted is None:
         _, found = await lanes.standing(connection, _MOST, only_stranded=True)
         wanted = [each.lane for each in found]
-    done = {lane: await lanes.repair(connection, lane) for lane in wanted}
+    done = {lane: await lanes.repair(connection, lane, by=by, why=why) for lane in wanted}
     return [lane for lane, so in done.items() if so], [lane for lane, so in done.items() if not so and names]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 PAST = {"replay": "replayed", "discard": "discarded", "edit": "edited", "pause": "paused", "reveal": "revealed",
-        "resume": "resumed", "run": "ran", "stop": "stopped", "erase": "erased",
+        "repair": "repaired", "resume": "resumed", "run": "ran", "stop": "stopped", "erase": "erased",
         "limit": "limited", "unlimit": "no longer limited"}  # fmt: skip
 """What was done, by kind of act."""
 

@@ -13,7 +13,9 @@ router = APIRouter()
 
 SHOWN = 200
 
-KINDS = ("replay", "discard", "edit", "reveal", "pause", "resume", "limit", "unlimit", "stop", "erase")
+KINDS = (
+    "replay", "discard", "edit", "reveal", "pause", "resume", "run", "limit", "unlimit", "repair", "stop", "erase",
+)  # fmt: skip
 
 
 @router.get("/audit")

@@ -22,6 +22,8 @@ What must stay true:
   taken under the lock, too. `tests/proof/lanes/model.py` finds what goes wrong without each of these.
 - A transaction takes all its locks at once and sorted.
 - The newest row that has a position is open while any row of the lane is: that alone tells whether a lane is free.
+
+A repair is recorded in the same transaction (`operations.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from service.ledger import operations
 
 if TYPE_CHECKING:
     import asyncpg
@@ -129,7 +133,7 @@ def _standing(row: asyncpg.Record) -> StandingLane:
     return StandingLane(lane, waiting, kind, row["consumer"], row["queue"], attempt, row["error"], row["due_in"])
 
 
-async def repair(connection: Connection, lane: str) -> bool:
+async def repair(connection: Connection, lane: str, *, by: str, why: str | None) -> bool:
     """Let the first that waits in a lane come due, if nothing else of it is open and no dead letter blocks; whether so.
 
     Raises:
@@ -137,4 +141,7 @@ async def repair(connection: Connection, lane: str) -> bool:
     """
     async with connection.transaction(isolation="read_committed"):
         await connection.execute("SELECT outbox_lock_lanes(ARRAY[$1::text])", lane)
-        return await connection.fetchrow(_REPAIR, lane) is not None
+        changed = await connection.fetchrow(_REPAIR, lane) is not None
+        if changed:
+            await operations.record(connection, "repair", {"lane": lane}, by=by, why=why)
+    return changed

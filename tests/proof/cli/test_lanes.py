@@ -77,10 +77,14 @@ def test_a_stranded_lane_is_repaired_and_no_other(outbox: Outbox, rows: Rows) ->
     refused = outbox("lanes", "repair", "search:8", "search:9")
     assert (refused.code, refused.out) == (4, "Repaired 0 lanes.\n")
     assert "not stranded: search:8, search:9" in refused.err
-    assert outbox("lanes", "repair").out == "Repaired 1 lane.\n"
+    repaired = outbox("lanes", "repair", "--by", "ada", "--why", "a clean-up by hand")
+    assert repaired.out == "Repaired 1 lane.\n"
     assert [rows.sql(UNPARKED.format(f"search:{number}")) for number in (7, 8, 9)] == ["1", "1", "0"]
     assert outbox("lanes", "repair").out == "Repaired 0 lanes.\n"
     assert outbox("lanes", "list", "--stranded").out == "No lane is stranded.\n"
+    [act] = outbox("audit", "--json").json["acts"]
+    assert (act["kind"], act["by"], act["why"]) == ("repair", "ada", "a clean-up by hand")
+    assert "repaired lane search:7" in outbox("audit").out
 
 
 @pytest.mark.parametrize("command", ["status", "doctor"])
