@@ -176,6 +176,22 @@ FROM (
 ) AS tables WHERE why IS NOT NULL
 """
 
+# One of each kind, however many there are.
+STOPPED_SCHEDULES = """
+SELECT true AS bad, CASE WHEN letter IS NULL THEN name || ' has lost its next tick'
+                         ELSE name || ' is stopped by dead letter ' || letter END
+                    || CASE alike WHEN 1 THEN '' ELSE ', and ' || alike - 1 || ' more like it' END AS seen,
+       CASE WHEN letter IS NULL THEN 'schedules resume ' || name ELSE 'dead-letters replay ' || letter END AS cure
+FROM (
+    SELECT DISTINCT ON (letter IS NULL) name, letter, count(*) OVER (PARTITION BY letter IS NULL) AS alike
+    FROM (
+        SELECT name, (SELECT min(id) FROM dead_letter WHERE message_id = tick_id AND resolution IS NULL) AS letter,
+               EXISTS (SELECT FROM outbox_message WHERE id = tick_id AND state <> 'completed') AS waits
+        FROM outbox_schedule WHERE paused_at IS NULL AND next_at IS NOT NULL
+    ) AS schedules WHERE letter IS NOT NULL OR NOT waits ORDER BY letter IS NULL, name
+) AS stopped
+"""
+
 
 @asynccontextmanager
 async def look(settings: DatabaseSettings) -> AsyncIterator[Connection]:

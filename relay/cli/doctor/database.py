@@ -60,6 +60,7 @@ _LOOKS = {
     "autovacuum": ("keeps up with the ledger", (
         (diagnosis.TABLES, "{why}: {name} has {live:,} rows, {dead:,} dead, {size:,.0f} MB", "{cure}"),
     )),
+    "schedules": ("each waits for its next tick", ((diagnosis.STOPPED_SCHEDULES, "{seen}", "outbox {cure}"),)),
 }  # fmt: skip
 
 

@@ -62,6 +62,30 @@ def test_what_keeps_it_from_firing_is_told(outbox: Outbox, nightly: Rows) -> Non
     assert outbox("schedules", "list", "--json").json["schedules"][0]["state"] == "dead"
 
 
+def test_the_doctor_tells_of_those_that_fire_no_more(outbox: Outbox, nightly: Rows) -> None:
+    def problems() -> list[tuple[str, str]]:
+        found = outbox("doctor", "--json").json["findings"]
+        return [(each["seen"], each["cure"]) for each in found if each["check"] == "schedules" and each["cure"]]
+
+    assert problems() == []
+    nightly.dead_letter(consumer="'outbox.tick'", event_type="'outbox.tick'")
+    nightly.sql("UPDATE outbox_schedule SET tick_id = message_id FROM dead_letter")
+    for number in range(2):
+        nightly.sql(
+            f"""INSERT INTO outbox_schedule (name, declared, event_type, version, payload, every, tz, catch_up, queue,
+                    next_at)
+                VALUES ('ping.{number}', false, 'a.pinged', 1, '{{}}', interval '90 seconds', 'UTC', 'all', 'email',
+                    now())"""
+        )
+    assert problems() == [
+        ("report.nightly is stopped by dead letter 1", "outbox dead-letters replay 1"),
+        ("ping.0 has lost its next tick, and 1 more like it", "outbox schedules resume ping.0"),
+    ]
+    outbox("schedules", "pause", "report.nightly")
+    outbox("schedules", "resume", "ping.1")
+    assert problems() == [("ping.0 has lost its next tick", "outbox schedules resume ping.0")]
+
+
 def test_pause_and_resume(outbox: Outbox, nightly: Rows) -> None:
     ran = outbox("schedules", "pause", "report.nightly", "--by", "ann", "--why", "stocktaking")
     assert (ran.code, ran.out) == (0, "Paused report.nightly. To go on: outbox schedules resume report.nightly\n")
