@@ -132,8 +132,6 @@ def _metric(status: Status, name: str) -> float:
             return status.ledger.relays
         case "paused":
             return len(status.ledger.paused)
-        case "blocked":
-            return status.ledger.blocked
         case "stranded":
             return status.ledger.stranded
     return status.ledger.total(name)

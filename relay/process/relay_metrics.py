@@ -58,6 +58,13 @@ _COUNTED = {
     "unclaimed": "outbox_unclaimed_deliveries",
     "dead": "outbox_dead_letters",
 }
+_COUNTED_IN_ORDER = {
+    "parked": "outbox_parked_deliveries",
+    "blocked": "outbox_blocked_lanes",
+    "behind": "outbox_blocked_deliveries",
+    "blocked_for": "outbox_blocked_seconds",
+}
+"""Told of consumers that were seen to wait for a turn."""
 _DURATIONS = {
     "run": "outbox_run_duration_seconds",
     "start": "outbox_start_latency_seconds",
@@ -125,6 +132,7 @@ class _Collector:
         # What was there before and is not now counts as 0: a number that vanishes looks like one that stayed.
         self._queues: set[str] = set()
         self._consumers: set[tuple[str, str]] = set()
+        self._in_order: set[tuple[str, str]] = set()
         self._parts = (
             _Part("ledger", self._ask_ledger, kept=0),
             _Part("counts", self._ask_counts, kept=_KEPT),
@@ -199,11 +207,16 @@ class _Collector:
         finally:
             await connection.close(timeout=2)
         self._consumers |= counted.consumers.keys()
-        samples = [Sample("outbox_relays", (), counted.relays)]
+        self._in_order |= {labels for labels, of in counted.consumers.items() if of.parked or of.blocked}
+        samples = [
+            Sample("outbox_relays", (), counted.relays),
+            Sample("outbox_stranded_lanes", (), counted.stranded),
+        ]
         for labels in self._consumers:
             of = counted.consumers.get(labels, counting.Counts())
             samples += [Sample("outbox_open_deliveries", (*labels, state), getattr(of, state)) for state in _STATES]
-            samples += [Sample(name, labels, getattr(of, attribute)) for attribute, name in _COUNTED.items()]
+            names = _COUNTED | _COUNTED_IN_ORDER if labels in self._in_order else _COUNTED
+            samples += [Sample(name, labels, getattr(of, attribute) or 0) for attribute, name in names.items()]
         return samples
 
     async def _ask_broker(self) -> list[Sample]:

@@ -99,11 +99,12 @@ def _deliveries() -> list[timeseries.Panel]:
         _graph("Due for longest", "0 if nothing is due.", _query(_LATE, "{{queue}}"), unit="s"),
         _graph(
             "Waiting",
-            "For a retry, for a worker that claims it, for a person.",
+            "For a retry, for a worker that claims it, for a person, and behind a dead letter of their lane.",
             *(
                 _query(f"sum({_ledger(f'outbox_{name}')})", name.replace("_", " "))
                 for name in ("retrying_deliveries", "unclaimed_deliveries", "dead_letters")
             ),
+            _query(f"sum({_ledger('outbox_blocked_deliveries')}) or vector(0)", "blocked deliveries"),
         ),
     ]
 
@@ -236,7 +237,7 @@ def _graph(title: str, meaning: str, *queries: _Query, unit: str = "none", stack
     )
     if stacked:
         panel = panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
-    for ref, query in zip("ABC", queries, strict=False):
+    for ref, query in zip("ABCD", queries, strict=False):
         panel = panel.with_target(query.ref_id(ref))
     return panel
 

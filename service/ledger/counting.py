@@ -37,7 +37,18 @@ SELECT queue, consumer,
        extract(epoch FROM clock_timestamp() - min(due_at) FILTER (WHERE due_at <= now()))::float8 AS oldest
 FROM outbox_message WHERE state <> 'completed' GROUP BY queue, consumer
 """  # noqa: S608
-_BLOCKED = "SELECT count(*) FROM dead_letter WHERE blocks AND coalesce(resolution, '') = ''"
+# Of each consumer whose dead letters block lanes. What waits is counted lane by lane, in the index that has no others.
+_BLOCKED = """
+SELECT queue, consumer, count(*) AS blocked, sum(waiting)::bigint AS behind,
+       extract(epoch FROM clock_timestamp() - min(died_at))::float8 AS blocked_for
+FROM (
+    SELECT DISTINCT ON (lane) lane, position, queue, consumer, died_at FROM dead_letter
+    WHERE blocks AND coalesce(resolution, '') = '' ORDER BY lane, position
+) AS first CROSS JOIN LATERAL (
+    SELECT count(*) AS waiting FROM outbox_message AS held
+    WHERE held.lane = first.lane AND held.position > first.position AND state <> 'completed'
+) AS held GROUP BY queue, consumer
+"""
 _DEAD = "SELECT queue, consumer, count(*) AS dead FROM dead_letter WHERE resolution IS NULL GROUP BY queue, consumer"
 _COMPLETED = """
 SELECT queue, consumer, count(*) AS completed FROM outbox_message WHERE state = 'completed' GROUP BY queue, consumer
@@ -59,7 +70,8 @@ WHERE datname = current_database() AND split_part(application_name, ' ', 1) = 'o
 class Counts:
     """Deliveries of one consumer; `oldest` is in seconds.
 
-    Of `pending`, `parked` wait for their turn in a lane, and `failed` for a retry.
+    Of `pending`, `parked` wait for their turn in a lane, and `failed` for a retry. `blocked` lanes wait for somebody to
+    deal with a dead letter of this consumer, the first of them for `blocked_for`, with the deliveries `behind` it.
     """
 
     pending: int = 0
@@ -69,7 +81,10 @@ class Counts:
     failed: int = 0
     unclaimed: int = 0
     dead: int = 0
+    blocked: int = 0
+    behind: int = 0
     completed: int | None = None
+    blocked_for: float | None = None
     oldest: float | None = None
 
     @property
@@ -99,13 +114,9 @@ class CompletedCount:
 
 @dataclass(slots=True)
 class LedgerCounts:
-    """All of it, of one moment; `consumers` by queue and consumer.
-
-    `blocked` lanes wait for somebody to deal with a dead letter, `stranded` ones for a repair.
-    """
+    """All of it, of one moment; `consumers` by queue and consumer. `stranded` lanes wait for a repair."""
 
     relays: int = 0
-    blocked: int = 0
     stranded: int = 0
     consumers: dict[tuple[str, str], Counts] = field(default_factory=dict)
     completed: CompletedCount = CompletedCount(None, True)
@@ -114,6 +125,10 @@ class LedgerCounts:
 
     def total(self, name: str) -> int:
         return sum(getattr(each, name) or 0 for each in self.consumers.values())
+
+    @property
+    def blocked(self) -> int:
+        return self.total("blocked")
 
     @property
     def oldest(self) -> float | None:
@@ -135,10 +150,10 @@ async def count(connection: Connection, *, exact: bool = False) -> LedgerCounts:
         await connection.execute("SET LOCAL enable_seqscan = off")
         await _add(found, connection, _OPEN)
         await _add(found, connection, _DEAD)
+        await _add(found, connection, _BLOCKED)
         found.paused = await paused_queues(connection)
         found.limited = await limited_queues(connection)
         found.relays = await connection.fetchval(_RELAYS)
-        found.blocked = await connection.fetchval(_BLOCKED)
         if found.total("parked"):
             found.stranded, _ = await standing(connection, 1, only_stranded=True)
     if counted:

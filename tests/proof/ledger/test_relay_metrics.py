@@ -41,6 +41,12 @@ SELECT id, event_id, event_type, version, consumer, queue, payload, headers, 3, 
 FROM outbox_message WHERE id = $1
 """
 
+IN_LANE = """
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, lane, due_at)
+SELECT gen_random_uuid(), event_id, event_type, version, consumer, queue, payload, headers, $1, outbox_parked()
+FROM outbox_message LIMIT 1
+"""
+
 
 async def test_a_delivery_that_is_handed_over_moves_its_numbers(ledger: Ledger, settings: Settings) -> None:
     async with watched(settings):
@@ -114,6 +120,31 @@ async def test_a_limited_queue_shows(ledger: Ledger, settings: Settings) -> None
         await shows(settings, lambda page: page("outbox_queue_limited", queue="ledger") == 1)
         await ledger.connection.execute("DELETE FROM limited_queue")
         await shows(settings, lambda page: page("outbox_queue_limited", queue="ledger") == 0)
+
+
+async def test_what_waits_behind_a_dead_letter_of_its_lane_shows(ledger: Ledger, settings: Settings) -> None:
+    bystander = await ledger.happen()
+    await ledger.connection.execute("INSERT INTO paused_queue (queue, paused_by) VALUES ('*', 'me')")
+    await ledger.connection.execute(DEAD_LETTER, bystander)
+    async with watched(settings):
+        page = await shows(settings, lambda page: page("outbox_dead_letters", **REACT) == 1)
+        assert page("outbox_stranded_lanes") == 0
+        assert page("outbox_blocked_lanes", **REACT) is page("outbox_parked_deliveries", **REACT) is None
+        await ledger.connection.execute(
+            "UPDATE dead_letter SET lane = 'a:1', position = 0, blocks = true, died_at = now() - interval '90 s'"
+        )
+        await ledger.connection.execute(IN_LANE, "a:1")
+        await ledger.connection.execute(IN_LANE, "a:2")
+        page = await shows(settings, lambda page: page("outbox_blocked_deliveries", **REACT) == 1)
+        assert page("outbox_blocked_lanes", **REACT) == 1
+        assert 90 <= (page("outbox_blocked_seconds", **REACT) or 0) < 400
+        assert page("outbox_parked_deliveries", **REACT) == 1
+        await ledger.connection.execute("UPDATE outbox_message SET due_at = outbox_parked() WHERE lane = 'a:2'")
+        await ledger.connection.execute("UPDATE dead_letter SET resolution = 'discarded', resolved_at = now()")
+        page = await shows(settings, lambda page: page("outbox_stranded_lanes") == 1)
+    assert page("outbox_blocked_lanes", **REACT) == page("outbox_blocked_deliveries", **REACT) == 0
+    assert page("outbox_blocked_seconds", **REACT) == 0
+    assert page("outbox_parked_deliveries", **REACT) == 1
 
 
 async def test_a_queue_that_takes_nothing_counts_as_refused(ledger: Ledger, settings: Settings) -> None:
