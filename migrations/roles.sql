@@ -126,7 +126,8 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
 
     \if :viewed
         REVOKE ALL ON outbox_message, dead_letter, accepted_event, paused_queue, limited_queue, idempotency_key,
-            outbox_minute, outbox_process, outbox_erasure, outbox_operation, alembic_version FROM :"viewer";
+            outbox_minute, outbox_process, outbox_erasure, outbox_operation, outbox_schedule, alembic_version
+            FROM :"viewer";
         -- All but the payloads. Whatever reads `*` is refused.
         GRANT SELECT (id, event_id, event_type, version, consumer, queue, headers, state, due_at, attempts, dispatches,
             created_at, dispatched_at, started_at, completed_at, errors, lane, position, expires_at, ended_as)
@@ -134,6 +135,8 @@ SELECT to_regclass('public.outbox_message') IS NOT NULL AS migrated
         GRANT SELECT (id, message_id, event_id, event_type, version, consumer, queue, headers, attempts, dispatches,
             created_at, errors, reason, died_at, resolution, resolved_at, resolved_by, resolved_why, resolved_role,
             lane, position, blocks) ON dead_letter TO :"viewer";
+        GRANT SELECT (name, declared, event_type, version, cron, every, tz, catch_up, queue, anchor, next_at, last_at,
+            tick_id, paused_at, paused_by, why) ON outbox_schedule TO :"viewer";
         GRANT SELECT ON paused_queue, limited_queue, outbox_minute, outbox_process, outbox_erasure, outbox_operation,
             alembic_version TO :"viewer";
     \endif

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from relay.cli.limit_commands import said
 from relay.cli.output import Column, age, plain, rounded, screen_width, table, timestamp
+from service.ledger.limit_text import said
 from service.ledger.pausing import EVERY_QUEUE
 from service.ledger.scheduling import TICK
 

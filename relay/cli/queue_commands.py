@@ -11,6 +11,7 @@ from relay.cli.command import By, CommandError, Exit, Json, Why, ask, queue_name
 from relay.cli.output import Column, age, compact, line, note, plain, print_json, table
 from service.ledger import pausing
 from service.ledger.counting import count_queues
+from service.ledger.limit_text import said
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _counts(name: str, queue: QueueCounts) -> list[str]:
 def _kept_back(queue: QueueCounts) -> tuple[str, str]:
     limit, pause = queue.limit, queue.pause
     return (
-        "-" if limit is None else f"{limit_commands.said(limit)}, {_set(limit.age, limit.limited_by, limit.why)}",
+        "-" if limit is None else f"{said(limit)}, {_set(limit.age, limit.limited_by, limit.why)}",
         "-" if pause is None else _set(pause.age, pause.paused_by, pause.why),
     )
 

@@ -24,9 +24,9 @@ _Name = Annotated[str, typer.Argument(metavar="NAME")]
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the schedules: when each fires next, and what keeps it from that."""
-    schedules = ask(scheduling.list_all)
+    schedules = ask(lambda connection: scheduling.list_all(connection))
     if as_json:
-        print_json({"schedules": [asdict(each) | {"state": _state(each)} for each in schedules]})
+        print_json({"schedules": [asdict(each) | {"state": each.state} for each in schedules]})
         return
     if not schedules:
         line("There is no schedule.")
@@ -45,40 +45,15 @@ def _cells(schedule: Listed) -> list[str]:
     waits = schedule.due_in >= timedelta()
     return [
         schedule.name,
-        _when(schedule),
+        schedule.timing,
         timestamp(schedule.next_at).removesuffix("Z"),
         age(schedule.due_in) if waits else f"-{age(schedule.due_in)}",
         _spoken(schedule),
     ]
 
 
-def _when(schedule: Listed) -> str:
-    if schedule.every is not None:
-        return f"every {_span(schedule.every)}"
-    return f"{schedule.cron} {schedule.tz}"
-
-
-def _span(every: timedelta) -> str:
-    """Exactly, in the largest unit that goes."""
-    seconds = every.total_seconds()
-    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
-        if seconds % size == 0:
-            return f"{seconds / size:g}{unit}"
-    return f"{seconds:g}s"
-
-
-def _state(schedule: Listed) -> str:
-    if schedule.paused_at is not None:
-        return "paused"
-    if schedule.dead_letter is not None:
-        return "dead"
-    if not schedule.waits:
-        return "lost"
-    return "late" if schedule.due_in < -timedelta(minutes=1) else "on"
-
-
 def _spoken(schedule: Listed) -> str:
-    match _state(schedule):
+    match schedule.state:
         case "paused":
             why = f": {schedule.why}" if schedule.why else ""
             return f"paused {age(schedule.paused_for)} ago by {schedule.paused_by}{why}"
@@ -146,10 +121,10 @@ def run(name: _Name, why: Why = None, by: By = None, as_json: Json = False) -> N
 
 
 async def _look_up(connection: Connection, name: str) -> Listed:
-    for each in await scheduling.list_all(connection):
-        if each.name == name:
-            return each
-    raise _unknown(name)
+    found = await scheduling.look_up(connection, name)
+    if found is None:
+        raise _unknown(name)
+    return found
 
 
 def _unknown(name: str) -> CommandError:

@@ -9,8 +9,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from relay.cli.command import CommandError, parse_duration
-from relay.cli.limit_commands import said
 from relay.cli.output import Column, age, compact, plain, table
+from service.ledger.limit_text import said
 from service.ledger.pausing import EVERY_QUEUE
 
 if TYPE_CHECKING:

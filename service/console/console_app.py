@@ -19,12 +19,14 @@ from service.console import (
     audit_page,
     dead_letter_pages,
     event_pages,
+    lane_pages,
     login_page,
     operation_pages,
     overview_page,
     payload_pages,
     process_page,
     queue_pages,
+    schedule_pages,
 )
 from service.console.doorkeeper import Doorkeeper
 from service.console.ledger_looks import LedgerLooks
@@ -74,7 +76,7 @@ def create_console(settings: Settings) -> FastAPI:
     # Of two that fit a path the first one serves it.
     for each in (
         overview_page, payload_pages, operation_pages, dead_letter_pages, event_pages, process_page, queue_pages,
-        audit_page, login_page,
+        schedule_pages, lane_pages, audit_page, login_page,
     ):  # fmt: skip
         app.include_router(each.router)
     app.mount("/static", StaticFiles(directory=HERE / "static"))
@@ -114,6 +116,10 @@ async def _told(request: Request, error: Exception) -> Response:
             status, said = 422, "PostgreSQL takes no such value."
         case asyncpg.QueryCanceledError():
             said = "This takes longer than the console may. Narrow what you are looking for."
+        case asyncpg.LockNotAvailableError():
+            said = (
+                "Something else holds what this takes, such as a hand-over that goes on. Nothing was done: try again."
+            )
         case asyncpg.InsufficientPrivilegeError():
             status, said = 403, "The console's own role in PostgreSQL may not do this."
         case asyncpg.UndefinedTableError() | asyncpg.UndefinedColumnError() | asyncpg.UndefinedFunctionError():

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from service.console.looks import Shared, SharedByKey
-from service.ledger import letter_groups, statistics
+from service.ledger import lanes, letter_groups, statistics
 from service.ledger.counting import LedgerCounts, count
 from service.ledger.statistics import FORGET_PROCESSES_AFTER, Histogram, SeenProcess
 
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
     from service.console.looks import ConsolePool
     from service.ledger.dead_letters import LetterFilter
+    from service.ledger.lanes import StandingLane
     from service.ledger.letter_groups import LetterGroup
     from service.ledger.statistics import Key, Runs
 
 MINUTES = 60
 """Minutes that a graph shows."""
+
+LANES = 100
+"""Lanes that are shown of those that stand."""
 
 _RATE_OVER = 5
 _QUANTILE_OVER = 15
@@ -63,6 +67,7 @@ class LedgerLooks:
         self._pool = pool
         self.counts = Shared(self._count, kept=2)
         self.paces = Shared(self._pace, kept=10)
+        self.lanes = Shared(self._lanes, kept=5)
         self.processes = Shared(self._processes, kept=5)
         self.groups = SharedByKey(self._groups, kept=5)
 
@@ -74,6 +79,10 @@ class LedgerLooks:
         async with self._pool() as connection:
             now: datetime = await connection.fetchval("SELECT date_trunc('minute', clock_timestamp())")
             return paces(now, await statistics.minutes(connection, timedelta(minutes=MINUTES - 1)))
+
+    async def _lanes(self) -> tuple[int, list[StandingLane]]:
+        async with self._pool() as connection:
+            return await lanes.standing(connection, LANES)
 
     async def _processes(self) -> list[SeenProcess]:
         async with self._pool() as connection:

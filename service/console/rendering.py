@@ -17,6 +17,7 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
 from service.console.forms import TOKEN, form_token
+from service.ledger import limit_text
 from service.text import visible
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ NAVIGATION = (
     ("/", "Overview"),
     ("/dead-letters", "Dead letters"),
     ("/events", "Events"),
+    ("/schedules", "Schedules"),
+    ("/lanes", "Lanes"),
     ("/processes", "Processes"),
     ("/operations", "Operations"),
     ("/audit", "Audit"),
@@ -130,5 +133,7 @@ _templates = _environment(
         "ordinal": ordinal,
         "line": line,
         "id": element_id,
+        "limit": limit_text.said,
+        "rate": limit_text.say_rate,
     }
 )

@@ -13,6 +13,7 @@ PostgreSQL's. What a person does is recorded in the same transaction (`operation
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, text
@@ -28,7 +29,7 @@ from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 TICK = "outbox.tick"
 """The type of the event that a tick is, and the name of its consumer, which every worker has."""
+
+_LATE = timedelta(minutes=1)
 
 _COLUMNS = ("declared", "event_type", "version", "payload", "cron", "every", "tz", "catch_up", "queue")
 _NAMES = ", ".join(_COLUMNS)
@@ -140,13 +143,18 @@ SELECT $2, $3, {_KIND}, queue,
        {_HEADERS.format(event_id="$3", at="clock_timestamp()")}, clock_timestamp()
 FROM outbox_schedule WHERE name = $1 RETURNING event_id
 """  # noqa: S608
-_LIST = """
+_LISTED = """
 SELECT name, declared, event_type, cron, every, tz, catch_up, queue, next_at, last_at, paused_at, paused_by, why,
        next_at - clock_timestamp() AS due_in, clock_timestamp() - paused_at AS paused_for,
        EXISTS (SELECT FROM outbox_message WHERE id = tick_id AND state <> 'completed') AS waits,
        (SELECT id FROM dead_letter WHERE message_id = tick_id AND resolution IS NULL LIMIT 1) AS dead_letter
-FROM outbox_schedule ORDER BY name
+FROM outbox_schedule
 """
+_LIST = f"""
+SELECT * FROM ({_LISTED} WHERE strpos(lower(name), lower($1)) > 0) AS listed
+WHERE NOT $2 OR paused_at IS NOT NULL OR dead_letter IS NOT NULL OR NOT waits OR due_in < interval '-1 minute'
+ORDER BY name LIMIT $3
+"""  # noqa: S608
 
 _MARK = text("UPDATE outbox_process SET schedules = :mine WHERE id = :id")
 _OTHERS = text("""
@@ -187,6 +195,29 @@ class Listed:
     paused_for: timedelta | None
     waits: bool
     dead_letter: int | None
+
+    @property
+    def state(self) -> str:
+        """`on`; or what keeps it from firing: it is `paused`, `dead`, `lost` (without a tick), or `late`."""
+        if self.paused_at is not None:
+            return "paused"
+        if self.dead_letter is not None:
+            return "dead"
+        if not self.waits:
+            return "lost"
+        return "late" if self.due_in < -_LATE else "on"
+
+    @property
+    def timing(self) -> str:
+        """When it fires: `every 5m`, or `0 3 * * * Europe/Berlin`."""
+        if self.every is None:
+            return f"{self.cron} {self.tz}"
+        seconds = self.every.total_seconds()
+        # Exactly, in the largest unit that goes.
+        for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+            if seconds % size == 0:
+                return f"every {seconds / size:g}{unit}"
+        return f"every {seconds:g}s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,9 +351,18 @@ async def count_others(session: AsyncSession, mine: str) -> int:
     return int(await session.scalar(_OTHERS, {"mine": mine, "alive": ALIVE}) or 0)
 
 
-async def list_all(connection: Connection) -> list[Listed]:
-    """Every schedule, by name."""
-    return [Listed(**row) for row in await connection.fetch(_LIST)]
+async def list_all(
+    connection: Connection, *, having: str = "", only_standing: bool = False, limit: int | None = None
+) -> list[Listed]:
+    """Schedules by name: those that have this in it, and if so asked only what is paused or does not fire in time."""
+    rows = await connection.fetch(_LIST, storable(having), only_standing, limit)
+    return [Listed(**row) for row in rows]
+
+
+async def look_up(connection: Connection, name: str) -> Listed | None:
+    """The schedule of this name."""
+    row = await connection.fetchrow(f"{_LISTED} WHERE name = $1", storable(name))
+    return None if row is None else Listed(**row)
 
 
 async def pause(connection: Connection, name: str, *, by: str, why: str | None) -> bool:

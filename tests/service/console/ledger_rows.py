@@ -41,6 +41,19 @@ class LedgerRows:
         usual = {"consumer": "'orders.reserve_stock'", "queue": "'stock'"}
         return self._insert("outbox_message", "id", count, usual | columns, event_id, number)
 
+    def schedule(self, name: str, tick: UUID | None = None, **columns: str) -> None:
+        """One that fires each night, an hour from now; by default with its tick."""
+        if tick is None:
+            kind = {"event_type": "'outbox.tick'", "consumer": "'outbox.tick'", "queue": "'email'"}
+            [tick] = self.messages(1, None, 1, due_at="now() + interval '1 hour'", **kind)
+        usual = {
+            "declared": "true", "event_type": "'report.due'", "version": "1", "payload": literal({"it": SECRET}),
+            "cron": "'0 3 * * *'", "tz": "'Europe/Berlin'", "catch_up": "'latest'", "queue": "'email'",
+            "next_at": "now() + interval '1 hour'", "tick_id": f"'{tick}'",
+        }  # fmt: skip
+        given = {"name": f"$${name}$$"} | usual | columns
+        self.sql(f"INSERT INTO outbox_schedule ({', '.join(given)}) VALUES ({', '.join(given.values())})")
+
     def _insert(
         self, table: str, key: str, count: int, columns: dict[str, str], event_id: UUID | None = None, number: int = 1
     ) -> list[UUID]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 
+from service.console.audit_page import KINDS
 from service.console.operators import SECRET_HEADER
-from service.ledger import replaying
+from service.ledger import operations, replaying
+from service.ledger.ids import new_event_id
 from tests.service.api.serving import serve
 from tests.service.console.ledger_rows import SECRET, literal
 from tests.waiting import until
@@ -23,6 +27,12 @@ if TYPE_CHECKING:
 ACTS = [
     ("/queues/pause", {"queue": "stock"}),
     ("/queues/resume", {"queue": "email"}),
+    ("/queues/limit", {"queue": "stock", "concurrency": "3"}),
+    ("/queues/unlimit", {"queue": "email"}),
+    ("/lanes/repair", {"lane": "stranded"}),
+    ("/schedules/pause", {"schedule": "on"}),
+    ("/schedules/resume", {"schedule": "off"}),
+    ("/schedules/run", {"schedule": "on"}),
     ("/dead-letters/1/replay", {}),
     ("/dead-letters/1/discard", {}),
     ("/dead-letters/replay/many", {"until": "2999-01-01T00:00:00+00:00"}),
@@ -50,10 +60,19 @@ def state(rows: LedgerRows) -> str:
     """Of all that an act could change."""
     return rows.sql(
         "SELECT (SELECT string_agg(queue, ',' ORDER BY queue) FROM paused_queue), "
+        "(SELECT string_agg(queue || concurrency, ',' ORDER BY queue) FROM limited_queue), "
+        "(SELECT count(*) FROM outbox_message WHERE due_at > '9000-01-01' AND lane IS NOT NULL), "
+        "(SELECT string_agg(name, ',' ORDER BY name) FROM outbox_schedule WHERE paused_at IS NOT NULL), "
         "(SELECT count(*) FROM outbox_message), "
         "(SELECT string_agg(coalesce(resolution, 'open'), ',' ORDER BY id) FROM dead_letter), "
         "(SELECT count(*) FROM outbox_operation)"
     )
+
+
+def strand(rows: LedgerRows, lane: str) -> None:
+    """Leave two deliveries that wait for nothing in a lane."""
+    rows.messages(2, lane=f"'{lane}'", due_at="outbox_parked()")
+    rows.sql(f"UPDATE outbox_message SET due_at = outbox_parked() WHERE lane = '{lane}'")
 
 
 @pytest.mark.parametrize(("path", "fields"), ACTS)
@@ -63,6 +82,10 @@ async def test_nothing_is_done_for_who_may_not_or_does_not_say_why(
 ) -> None:
     rows.dead_letters(2)
     rows.sql("INSERT INTO paused_queue VALUES ('email', now(), 'ann', 'x')")
+    rows.sql("INSERT INTO limited_queue (queue, concurrency, limited_by) VALUES ('email', 1, 'ann')")
+    strand(rows, "stranded")
+    rows.schedule("on")
+    rows.schedule("off", new_event_id(), paused_at="now()", paused_by="'ann'")
     before = state(rows)
     groups = ["viewer"] if wrong == "a viewer" else ["operator", "payload"]
     async with serve(make_console()) as client:
@@ -92,6 +115,91 @@ async def test_a_queue_is_paused_and_resumed_with_a_reason(console: httpx.AsyncC
     assert (await send(console, "/queues/pause", queue="a b")).status_code == 422
     audit = (await console.get("/audit")).text
     assert audit.count("<td>pause</td>") == audit.count("<td>resume</td>") == 2
+
+
+async def test_a_queue_is_limited_and_unlimited_with_a_reason(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    rows.dead_letters()
+    limits = "SELECT concurrency, per_second, burst, limited_by, why FROM limited_queue"
+    given = {"queue": "partner", "concurrency": "4", "rate": "600/m"}
+    assert (await send(console, "/queues/limit", "the contract", **given)).headers["location"] == "/"
+    assert rows.sql(limits) == "4|10|1|ann|the contract"
+    form = (await console.get("/queues/limit?queue=partner")).text
+    assert "Limited to 4 at once and 10/s, 1 at a time" in form
+    assert re.findall(r'value="([^"]*)"></label>', form) == ["4", "10/s", "1"]
+    for wrong, said in (
+        ({}, "Limit it to what?"), ({"concurrency": "many"}, "is no number"), ({"concurrency": "0"}, "is not between"),
+        ({"rate": "10"}, "is no rate"), ({"concurrency": "1", "burst": "2"}, "it needs one"), ({"queue": "*"}, "name"),
+    ):  # fmt: skip
+        answer = await send(console, "/queues/limit", **{"queue": "partner"} | wrong)
+        assert (answer.status_code, said in answer.text) == (422, True), wrong
+    for _ in range(2):  # somebody may have been faster
+        assert (await send(console, "/queues/unlimit", queue="partner")).status_code == 303
+    assert rows.sql(limits) == ""
+    audit = (await console.get("/audit")).text
+    assert (audit.count("<td>limit</td>"), audit.count("<td>unlimit</td>")) == (1, 1)
+
+
+async def test_a_limit_that_a_hand_over_holds_up_is_refused_and_that_is_said(
+    console: httpx.AsyncClient, rows: LedgerRows, database_url: str
+) -> None:
+    rows.dead_letters()
+    relay = await asyncpg.connect(database_url)
+    try:
+        async with relay.transaction():
+            await relay.execute("SELECT FROM limited_queue")
+            answer = await send(console, "/queues/limit", queue="partner", concurrency="1")
+        assert (answer.status_code, "Nothing was done: try again" in answer.text) == (503, True)
+    finally:
+        await relay.close()
+    assert rows.sql("SELECT count(*) FROM limited_queue") == "0"
+
+
+async def test_a_stranded_lane_is_repaired_with_a_reason(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    rows.dead_letters()
+    strand(rows, "order:7")
+    assert "Repair lane order:7" in (await console.get("/lanes/repair?lane=order:7")).text
+    for _ in range(2):  # somebody may have been faster
+        assert (await send(console, "/lanes/repair", lane="order:7")).headers["location"] == "/lanes"
+    assert rows.sql("SELECT count(*) FROM outbox_message WHERE due_at <= now()") == "1"
+    assert rows.sql("SELECT kind, about, asked_by, why FROM outbox_operation") == (
+        'repair|{"lane": "order:7"}|ann|a test'
+    )
+
+
+async def test_a_schedule_is_paused_resumed_and_run_with_a_reason(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    rows.dead_letters()
+    name = "reminder:7 & <b>"
+    rows.schedule(name)
+    ticks = "SELECT count(*) FROM outbox_message WHERE consumer = 'outbox.tick'"
+    paused = "SELECT paused_by, why FROM outbox_schedule"
+    asked = await console.get("/schedules/pause", params={"schedule": name})
+    assert 'name="schedule" value="reminder:7 &amp; &lt;b&gt;"' in asked.text
+    assert "the latest one follows then" in asked.text
+    for _ in range(2):  # somebody may have been faster
+        assert (await send(console, "/schedules/pause", schedule=name)).headers["location"] == "/schedules"
+    assert (rows.sql(paused), rows.sql(ticks)) == ("ann|a test", "0")
+    answer = await send(console, "/schedules/run", "they ask for it", schedule=name)
+    event = answer.headers["location"].removeprefix("/events/")
+    assert rows.sql(f"SELECT payload ->> 'why' FROM outbox_message WHERE event_id = '{event}'") == "they ask for it"
+    assert (await console.get(answer.headers["location"])).status_code == 200
+    for _ in range(2):
+        assert (await send(console, "/schedules/resume", schedule=name)).status_code == 303
+    assert (rows.sql(paused), rows.sql(ticks)) == ("|", "2")
+    for act in ("pause", "resume", "run"):
+        assert (await console.get(f"/schedules/{act}?schedule=none")).status_code == 404
+        assert (await send(console, f"/schedules/{act}", schedule="none")).status_code == 404
+    kinds = (
+        "SELECT string_agg(kind, ' ' ORDER BY id) FROM outbox_operation WHERE about ->> 'schedule' = $$" + name + "$$"
+    )
+    assert rows.sql(kinds) == "pause run resume"
+    assert "<td>run</td>" in (await console.get("/audit?kind=run")).text
+
+
+def test_the_audit_can_be_narrowed_to_each_kind_of_act() -> None:
+    ledger = Path(operations.__file__).parent
+    recorded = {kind for file in ledger.glob("*.py") for kind in re.findall(r'record\(\w+, "(\w+)"', file.read_text())}
+    assert {"pause", "run", "edit"} <= recorded
+    assert recorded - set(KINDS) == set()
 
 
 async def test_one_dead_letter_is_replayed_and_another_discarded(console: httpx.AsyncClient, rows: LedgerRows) -> None:

@@ -47,8 +47,15 @@ def pages(rows: LedgerRows) -> list[str]:
         "INSERT INTO outbox_operation (kind, about, asked_by, why, state, ids, total, done, seen_at) VALUES "
         f"('replay', '{{\"error\": \"{LONG}\"}}', 'ann', 'repaired', 'stopped', '{{1,2,3}}', 3, 1, now())"
     )
-    return ["/", "/dead-letters", "/dead-letters?state=any", "/dead-letters/1", "/events", f"/events/{event}",
-            "/processes", "/operations", "/operations/1", "/audit", "/queues/pause?queue=email",
+    rows.schedule("nightly")
+    rows.schedule(LONG, new_event_id(), paused_at="now()", paused_by="'ann'", why=f"'{LONG}'")
+    rows.messages(2, None, 1, lane="'stranded'", due_at="outbox_parked()")
+    rows.sql("UPDATE outbox_message SET due_at = outbox_parked() WHERE lane = 'stranded'")
+    rows.dead_letters(1, reason=f"'{LONG}'", lane=f"'order:{LONG}'", position="1", blocks="true")
+    rows.sql("INSERT INTO limited_queue (queue, concurrency, limited_by) VALUES ('stock', 1, 'ann')")
+    return ["/", "/schedules", f"/schedules/resume?schedule={LONG}", "/lanes", "/lanes/repair?lane=stranded",
+            "/queues/limit?queue=stock", "/dead-letters", "/dead-letters?state=any", "/dead-letters/1", "/events",
+            f"/events/{event}", "/processes", "/operations", "/operations/1", "/audit", "/queues/pause?queue=email",
             "/queues/resume?queue=stock", "/dead-letters/replay/many", "/nowhere"]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
@@ -121,6 +122,19 @@ async def test_every_act_from_the_dead_letter_to_its_effect(
         await say_why(page, "Resume queue tries", "repaired")
         await until(lambda: rows.sql("SELECT count(*) FROM effect WHERE subject = 'one'") == "2", what="the effect")
 
+        await page.get_by_role("link", name="Limit tries").click()
+        await page.get_by_label("So many at once").fill("0")
+        await say_why(page, "Limit queue tries", "the partner asks for it")
+        await page.get_by_text("is not between").wait_for()
+        await page.go_back()
+        await page.get_by_label("So many at once").fill("2")
+        await page.get_by_label("So many start").fill("6000/m")
+        await say_why(page, "Limit queue tries", "the partner asks for it")
+        await page.get_by_text("limited to 2 at once and 100/s, 10 at a time by ann").wait_for()
+        await page.get_by_role("link", name="Unlimit tries").click()
+        await say_why(page, "Unlimit queue tries", "the contract ended")
+        await page.get_by_text("limited to").wait_for(state="detached")
+
         await publish_tries(sessions, *["many"] * 30)
         await until(lambda: rows.sql("SELECT count(*) FROM dead_letter WHERE resolution IS NULL") == "30")
         rows.sql("INSERT INTO repaired VALUES ('many')")
@@ -141,10 +155,45 @@ async def test_every_act_from_the_dead_letter_to_its_effect(
             "the name was wrong",
             "never mind",
             "it breaks",
+            "the partner asks for it",
+            "the contract ended",
             "many are repaired",
         ):
             await page.get_by_role("cell", name=why).first.wait_for()
         assert [each for each in visit.complaints if "422" not in each] == []
+
+
+async def test_a_schedule_and_a_lane_are_looked_after_by_the_keyboard(url: str, rows: LedgerRows, by_proxy: As) -> None:
+    rows.schedule("nightly")
+    rows.schedule("other")
+    rows.messages(2, None, 1, lane="'order:7'", due_at="outbox_parked()")
+    rows.sql("UPDATE outbox_message SET due_at = outbox_parked() WHERE lane = 'order:7'")
+    async with browsing(by_proxy("ann", "operator")) as visit:
+        page = visit.page
+        await page.goto(f"{url}/schedules")
+        await page.get_by_role("link", name="Pause nightly").press("Enter")
+        await say_why(page, "Pause nightly", "stocktaking")
+        await page.get_by_text(re.compile("paused for .* by ann: stocktaking")).wait_for()
+        await page.get_by_label("That").select_option("do not go on")
+        await page.get_by_role("button", name="Filter").press("Enter")
+        await page.get_by_role("link", name="Run other").wait_for(state="detached")
+        await page.get_by_role("link", name="Run nightly").press("Enter")
+        await say_why(page, "Run nightly", "they want it now")
+        await page.get_by_role("heading", name="outbox.tick").wait_for()
+        await page.get_by_text("It waits for its 1st attempt").wait_for()
+        await page.goto(f"{url}/schedules")
+        await page.get_by_role("link", name="Resume nightly").press("Enter")
+        await page.get_by_text("the latest one follows").wait_for()
+        await say_why(page, "Resume nightly", "counted")
+        await page.get_by_text("paused for").wait_for(state="detached")
+        assert rows.sql("SELECT count(*) FROM outbox_schedule WHERE paused_at IS NOT NULL") == "0"
+
+        await page.goto(f"{url}/lanes")
+        await page.get_by_role("link", name="Repair order:7").press("Enter")
+        await say_why(page, "Repair order:7", "somebody wrote SQL")
+        await page.get_by_text("a relay").wait_for()
+        assert visit.complaints == []
+    assert rows.sql("SELECT string_agg(kind, ' ' ORDER BY id) FROM outbox_operation") == "pause run resume repair"
 
 
 async def test_two_operators_at_once_see_who_was_faster(url: str, rows: LedgerRows, by_proxy: As) -> None:
@@ -232,9 +281,16 @@ async def test_nothing_that_was_stored_runs_in_a_browser(url: str, rows: LedgerR
     [delivery] = rows.messages(1, None, 1, **names | payload)
     rows.sql(f"INSERT INTO paused_queue VALUES ({quoted}, now(), {quoted}, {quoted})")
     rows.sql(f"INSERT INTO outbox_operation (kind, about, asked_by, why) VALUES ('x', '{{}}', {quoted}, {quoted})")
+    rows.schedule(HOSTILE, paused_at="now()", paused_by=quoted, why=quoted)
+    rows.messages(2, None, 1, lane=quoted, due_at="outbox_parked()", **names)
+    rows.sql(
+        f"INSERT INTO limited_queue (queue, concurrency, limited_by, why) VALUES ({quoted}, 1, {quoted}, {quoted})"
+    )
     async with browsing(by_proxy(HOSTILE, "operator", "payload")) as visit:
         page = visit.page
         for path in ("/", "/dead-letters", "/events", f"/events/{delivery}", "/audit", "/operations/1",
+                     "/schedules", "/lanes", f"/schedules/run?schedule={quote(HOSTILE)}",
+                     f"/lanes/repair?lane={quote(HOSTILE)}",
                      "/dead-letters/discard/many", "/dead-letters/1"):  # fmt: skip
             await page.goto(url + path)
             assert await page.evaluate("window.taken") is None, path

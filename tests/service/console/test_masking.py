@@ -37,12 +37,15 @@ async def test_every_page_is_read_by_a_role_that_may_not_see_payloads(
     app = make_console(viewer_url=SecretStr(viewer_url))
     [delivery] = rows.messages(1)
     rows.dead_letters(1)
+    rows.schedule("nightly")
+    rows.messages(2, lane="'order:7'", due_at="outbox_parked()")
     rows.sql("INSERT INTO outbox_operation (kind, asked_by) VALUES ('pause', 'bob')")
     async with serve(app) as client:
         client.headers.update(by_proxy("ann", "operator"))
         for path in (
             "/", "/dead-letters", "/dead-letters/1", "/dead-letters?state=any&error=550", "/events",
             "/events?state=dead", f"/events/{delivery}", "/processes", "/operations", "/operations/1", "/audit",
+            "/lanes", "/queues/limit?queue=stock", "/schedules", "/schedules/run?schedule=nightly",
             "/queues/pause?queue=stock", "/dead-letters/replay/many", "/dead-letters/replay/many?group=0123456789ab",
         ):  # fmt: skip
             answer = await client.get(path)
@@ -50,5 +53,6 @@ async def test_every_page_is_read_by_a_role_that_may_not_see_payloads(
             assert "did not answer" not in answer.text, path
             assert SECRET not in answer.text
         async with app.state.looking() as connection:
-            with pytest.raises(Exception, match="permission denied"):
-                await connection.fetch("SELECT payload FROM dead_letter")
+            for table in ("outbox_message", "dead_letter", "outbox_schedule"):
+                with pytest.raises(Exception, match="permission denied"):
+                    await connection.fetch(f"SELECT payload FROM {table}")

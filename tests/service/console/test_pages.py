@@ -36,6 +36,8 @@ async def test_an_empty_ledger_is_shown_as_such(console: httpx.AsyncClient) -> N
     assert "No dead letter matches" in await shown(console, "/dead-letters")
     assert "No event matches" in await shown(console, "/events")
     assert "None has reported" in await shown(console, "/processes")
+    assert "There is no schedule." in await shown(console, "/schedules")
+    assert "Nothing waits in a lane" in await shown(console, "/lanes")
 
 
 async def test_the_overview_counts_by_queue_and_consumer(console: httpx.AsyncClient, rows: LedgerRows) -> None:
@@ -64,7 +66,7 @@ async def test_a_limit_is_shown_at_its_queue_and_in_the_story_of_what_it_may_hol
         "INSERT INTO limited_queue (queue, concurrency, per_second, burst, limited_by) VALUES ('stock', 3, 2, 5, 'ann')"
     )
     [delivery] = rows.messages()
-    said = "limited to 3 at once and 2 a second, 5 at a time"
+    said = "limited to 3 at once and 2/s, 5 at a time"
     assert f"{said} by ann" in await shown(console, "/")
     assert f"Its queue is {said}" in await shown(console, f"/events/{delivery}")
 
@@ -195,6 +197,56 @@ async def test_processes_are_told_apart_from_those_that_fell_silent(
     assert "relay two 22 silent for 5 min" in page
 
 
+async def test_schedules_are_shown_with_what_keeps_them_from_firing(
+    console: httpx.AsyncClient, rows: LedgerRows
+) -> None:
+    rows.schedule("a.on")
+    rows.schedule("b.late", next_at="now() - interval '5 minutes'", declared="false")
+    rows.schedule("c.lost", new_event_id(), cron="NULL", every="interval '90 seconds'")
+    rows.schedule("d.paused", paused_at="now() - interval '3 hours'", paused_by="'ann'", why="'stocktaking'")
+    rows.schedule("e.dead", rows.dead_letters(1, consumer="'outbox.tick'")[0])
+    page = await shown(console, "/schedules")
+    assert re.search(
+        r"a.on in the code report.due queue email 0 3 \* \* \* Europe/Berlin \S+ \S+Z in 60 min \S on", page
+    )
+    assert "b.late made at run time" in page
+    assert "due for 5 min \N{EN DASH} late: no worker of queue email has run it" in page
+    assert "every 90s" in page
+    assert "its tick is lost: resume it Resume Run" in page
+    assert "once it is resumed \N{EN DASH} paused for 3 h by ann: stocktaking Resume Run" in page
+    assert "stopped by dead letter 1 Pause Run" in page
+    standing = await shown(console, "/schedules?standing=true")
+    assert [name for name in ("a.on", "b.late", "c.lost", "d.paused", "e.dead") if name not in standing] == ["a.on"]
+    one = await shown(console, "/schedules?name=LATE")
+    assert [name for name in ("a.on", "b.late", "c.lost") if name in one] == ["b.late"]
+    await shown(console, "/schedules?standing=wrong", 422)
+
+
+async def test_lanes_are_shown_with_what_they_wait_for(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    parked = {"due_at": "outbox_parked()"}
+    rows.messages(3, None, 1, lane="'order:running'", **parked)  # and so the first is due
+    rows.sql("UPDATE outbox_message SET state = 'running', attempts = 2 WHERE due_at < outbox_parked()")
+    rows.dead_letters(1, lane="'order:dead'", position="1", blocks="true", died_at="now() - interval '3 hours'")
+    rows.messages(2, None, 1, lane="'order:dead'", **parked)
+    rows.messages(2, None, 1, lane="'order:stranded'", **parked)
+    rows.sql("UPDATE outbox_message SET due_at = outbox_parked() WHERE lane = 'order:stranded'")
+    page = await shown(console, "/lanes")
+    assert "order:dead 2 dead letter 1 , 3 h ago: failed 3 times orders.send_confirmation queue email" in page
+    assert "order:running 2 a worker, which is at attempt 2 orders.reserve_stock queue stock" in page
+    assert "order:stranded 2 nothing: it has to be repaired Repair" in page
+    assert page.index("order:stranded") < page.index("order:dead") < page.index("order:running")
+
+
+async def test_of_very_many_schedules_the_first_are_shown(console: httpx.AsyncClient, rows: LedgerRows) -> None:
+    rows.sql(
+        "INSERT INTO outbox_schedule (name, declared, event_type, version, payload, cron, tz, catch_up, queue, next_at)"
+        " SELECT 'n' || n, false, 'a', 1, '{}', '* * * * *', 'UTC', 'all', 'q', now() FROM generate_series(1, 300) AS n"
+    )
+    page = await shown(console, "/schedules")
+    assert page.count("made at run time") == 200
+    assert "The first 200" in page
+
+
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 6 }}\u202egnp"
 
 
@@ -205,7 +257,10 @@ async def test_what_was_stored_reaches_a_page_as_text(console: httpx.AsyncClient
     [delivery] = rows.dead_letters(1, reason=quoted, **names | {"errors": literal(errors)})
     rows.messages(1, None, 1, **names)
     rows.sql(f"INSERT INTO paused_queue VALUES ({quoted}, now(), {quoted}, {quoted})")
-    pages = ["/", "/dead-letters", "/dead-letters/1", "/events", f"/events/{delivery}"]
+    rows.schedule(HOSTILE, paused_at="now()", paused_by=quoted, why=quoted)
+    rows.messages(2, None, 1, lane=quoted, due_at="outbox_parked()", **names)
+    pages = ["/", "/dead-letters", "/dead-letters/1", "/events", f"/events/{delivery}", "/schedules", "/lanes"]
+    pages += [f"/schedules/run?schedule={quote_plus(HOSTILE)}", f"/lanes/repair?lane={quote_plus(HOSTILE)}"]
     pages += [f"/dead-letters?{quote_plus(name)}={quote_plus(HOSTILE)}" for name in ("consumer", "error", "queue")]
     for path in pages:
         answer = await console.get(path)
