@@ -139,6 +139,7 @@ async def test_a_queue_is_limited_and_unlimited_with_a_reason(console: httpx.Asy
     assert (audit.count("<td>limit</td>"), audit.count("<td>unlimit</td>")) == (1, 1)
 
 
+@pytest.mark.slow
 async def test_a_limit_that_a_hand_over_holds_up_is_refused_and_that_is_said(
     console: httpx.AsyncClient, rows: LedgerRows, database_url: str
 ) -> None:
@@ -267,7 +268,7 @@ async def test_a_console_that_stops_leaves_its_operation_stopped(
         client.headers.update(by_proxy("ann", "operator"))
         client.headers["Origin"] = str(client.base_url).rstrip("/")
         await send(client, "/dead-letters/replay/many", until="2999-01-01T00:00:00+00:00", rate="1")
-        await until(lambda: rows.sql("SELECT done FROM outbox_operation") == "1")
+        await until(lambda: rows.sql("SELECT done > 0 FROM outbox_operation") == "t")
     assert rows.sql("SELECT state FROM outbox_operation") == "stopped"
 
 
