@@ -57,6 +57,17 @@ SELECT CASE WHEN coalesce(current_setting('outbox.transaction', true), '') <> '{
 COMMIT
 """
 
+
+def refuse_to_end(query: str) -> None:
+    """Whoever was lent a transaction does not end it.
+
+    Raises:
+        TransactionError: for a statement that would.
+    """
+    if _ENDS.match(query):
+        raise TransactionError("SQL may not end the transaction that is lent: remove the statement, or raise")
+
+
 ENDED = "the transaction was committed or rolled back inside its block: leave that to whoever lent the session"
 
 
@@ -140,8 +151,8 @@ class PreparedBegin(Connection):
         Raises:
             TransactionError: for a statement that would end a transaction that is lent.
         """
-        if self.mark and _ENDS.match(query):
-            raise TransactionError("SQL may not end the transaction that is lent: remove the statement, or raise")
+        if self.mark:
+            refuse_to_end(query)
         return super().prepare(query, **options)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy import text
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from service.database.driver import Connection
+    from service.database.lent_connection import LentConnection
     from service.ledger.delivering import Claim
 
 # A query and not SET: it takes the snapshot, after which PostgreSQL refuses another isolation level. The mark of the
@@ -72,6 +73,7 @@ class Delivery:
         self,
         claim: Claim,
         sessions: Callable[..., AbstractAsyncContextManager[AsyncSession]],
+        connections: Callable[[str, Callable[[Connection], str]], AbstractAsyncContextManager[LentConnection]],
         progress: Progress,
         *,
         is_async: bool,
@@ -88,6 +90,7 @@ class Delivery:
         self.correlation_id = claim.headers.get("correlation_id")
         self._claim = claim
         self._sessions = sessions
+        self._connections = connections
         self._progress = progress
         self._is_async = is_async
         self._timeout_ms = timeout_ms
@@ -99,18 +102,32 @@ class Delivery:
             DeliveryError: for a second `begin()`, in a `def` consumer, or when the consumer ended the transaction
                 itself. The delivery then goes to the dead letters: running it again would repeat half an effect.
         """
-        if not self._is_async:
-            raise DeliveryError("a `def` consumer cannot call begin(): make it `async def`, or return to complete it")
-        if self._progress.begun:
-            raise DeliveryError("begin() can be entered once: put everything that must happen together into one block")
-        self._progress.begun = True
+        self._enter("begin()")
         return self._begin()
+
+    def connection(self) -> AbstractAsyncContextManager[LentConnection]:
+        """asyncpg's connection in such a transaction, in place of `begin()`: for an effect that is plain SQL.
+
+        It costs the worker less than a session, and knows neither models nor `publish`.
+
+        Raises:
+            DeliveryError: as `begin()`, and for both in one run.
+        """
+        self._enter("connection()")
+        return self._connection()
 
     def read(self) -> AbstractAsyncContextManager[AsyncSession]:
         """A read-only session, for what must be known before an effect outside the database."""
         if not self._is_async:
             raise DeliveryError("a `def` consumer has no session: make it `async def`, or pass it what it needs")
         return self._read()
+
+    def _enter(self, name: str) -> None:
+        if not self._is_async:
+            raise DeliveryError(f"a `def` consumer cannot call {name}: make it `async def`, or return to complete it")
+        if self._progress.begun:
+            raise DeliveryError(f"{name} comes second: put all that must happen together into one block, entered once")
+        self._progress.begun = True
 
     @asynccontextmanager
     async def _begin(self) -> AsyncIterator[AsyncSession]:
@@ -134,6 +151,15 @@ class Delivery:
         self._progress.completed = True
 
     @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[LentConnection]:
+        self._progress.unreached = True
+        async with self._connections(str(self._claim.token), self._first) as lent:
+            self._progress.unreached = False
+            yield lent
+            await self._complete(cast("Connection", lent))  # it does what is asked of one
+        self._progress.completed = True
+
+    @asynccontextmanager
     async def _read(self) -> AsyncIterator[AsyncSession]:
         self._progress.unreached = True
         async with self._sessions(info={READ_ONLY: True}) as session:
@@ -154,8 +180,7 @@ class Delivery:
             driver: Connection | None = raw.driver_connection
             assert driver is not None
             assert raw.dbapi_connection is not None
-            timeout = "transaction_timeout" if has_transaction_timeout(driver) else "statement_timeout"
-            start = _START.format(token=self._claim.token, timeout=timeout, milliseconds=self._timeout_ms)
+            start = self._first(driver)
             # asyncpg answers isinstance() with True for every connection.
             if type(driver) is PreparedBegin and raw.dbapi_connection.isolation_level == "read_committed":
                 driver.prepare_begin(start)
@@ -170,10 +195,15 @@ class Delivery:
             raise DeliveryError(f"a delivery runs at READ COMMITTED, not {isolation.upper()}")
         return driver
 
+    def _first(self, driver: Connection) -> str:
+        """What comes first in the transaction."""
+        timeout = "transaction_timeout" if has_transaction_timeout(driver) else "statement_timeout"
+        return _START.format(token=self._claim.token, timeout=timeout, milliseconds=self._timeout_ms)
+
     async def _complete(self, driver: Connection) -> None:
         unbroken, completed = await delivering.complete_in_transaction(driver, self._claim)
         if not unbroken:
-            raise DeliveryError("the transaction of begin() was committed or rolled back inside its block")
+            raise DeliveryError("the delivery's transaction was committed or rolled back inside its block")
         if not completed:
             self._progress.lost = True
             raise LeaseLostError

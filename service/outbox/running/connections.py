@@ -10,13 +10,16 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from service.database.lent_connection import lend_connection
 from service.errors import DatabaseUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+    from service.database.driver import PreparedBegin
+    from service.database.lent_connection import LentConnection
     from service.database.sessions import SessionFactory
     from service.outbox.running.clock import Clock
 
@@ -25,6 +28,7 @@ class Connections:
     """Those of one engine, on one event loop.
 
     Args:
+        engine: Whose they are.
         sessions: Opens a session.
         count: How many of them the engine has connections for at a time.
 
@@ -34,7 +38,8 @@ class Connections:
         when_enough: Called when no run waits for one any more.
     """
 
-    def __init__(self, sessions: SessionFactory, count: int) -> None:
+    def __init__(self, engine: AsyncEngine, sessions: SessionFactory, count: int) -> None:
+        self.engine = engine
         self.sessions = sessions
         self.count = count
         self.timeouts = 0
@@ -74,7 +79,7 @@ class Connections:
 
 
 class Lender:
-    """Opens the sessions of one run: `async with lender(mark=...) as session`."""
+    """Lends one run what it asks for: `async with lender(mark=...) as session`."""
 
     def __init__(self, connections: Connections, clock: Clock) -> None:
         self._connections = connections
@@ -84,13 +89,23 @@ class Lender:
     @asynccontextmanager
     async def __call__(self, **options: Any) -> AsyncIterator[AsyncSession]:
         """A session, made with these options."""
+        async with self._in_line(), self._connections.sessions(**options) as session:
+            yield session
+
+    @asynccontextmanager
+    async def connection(self, mark: str, first: Callable[[PreparedBegin], str]) -> AsyncIterator[LentConnection]:
+        """A connection without a session; see `lend_connection`."""
+        async with self._in_line(), lend_connection(self._connections.engine, mark, first) as lent:
+            yield lent
+
+    @asynccontextmanager
+    async def _in_line(self) -> AsyncIterator[None]:
         first = self._lent == 0
         if first:
             await self._connections.take(self._clock)
         self._lent += 1
         try:
-            async with self._connections.sessions(**options) as session:
-                yield session
+            yield
         finally:
             self._lent -= 1
             if first:

@@ -65,6 +65,8 @@ def _message(error: BaseException, payload: Mapping[str, Any]) -> str:
         case DBAPIError():
             # Below the first line PostgreSQL repeats the row's values.
             text = (str(error.orig) or type(error.orig).__name__).partition("\n")[0]
+        case asyncpg.PostgresError():
+            text = str(error).partition("\n")[0]
         case _:
             text = said(error)
     return _without_values(text, payload)

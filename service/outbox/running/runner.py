@@ -98,7 +98,7 @@ class Runner:
     def __init__(self, settings: Settings, engine: AsyncEngine) -> None:
         self._settings: OutboxSettings = settings.outbox
         self._lease = timedelta(seconds=settings.outbox.lease)
-        self.connections = Connections(session_factory(engine, OneTransaction), settings.database.pool_size)
+        self.connections = Connections(engine, session_factory(engine, OneTransaction), settings.database.pool_size)
         self._ledger = LedgerPool(settings)
         beat_on = partial(connect, settings.database, "outbox-worker-heartbeat")
         self._heartbeat = Heartbeat(beat_on, self._lease, transactions=settings.database.pooler)
@@ -224,10 +224,11 @@ class Runner:
             self._heartbeat.watch(claim.id, claim.token, longest + timedelta(seconds=seconds))
 
         clock = Clock(limit.total_seconds(), grace, extend)
-        progress = Progress()
+        lender, progress = Lender(self.connections, clock), Progress()
         delivery = Delivery(
             claim,
-            Lender(self.connections, clock),
+            lender,
+            lender.connection,
             progress,
             is_async=spec.is_async,
             timeout_ms=int(longest.total_seconds() * 1000),
@@ -351,7 +352,9 @@ class Runner:
         if run.progress.lost:
             return Lost()
         if run.progress.begun:
-            error = DeliveryError("the error that ended begin() was swallowed: let it out, or return before begin()")
+            error = DeliveryError(
+                "the error that ended its transaction was swallowed: let it out, or return before it begins"
+            )
             return self.judge(error, run)
         return Finished()
 

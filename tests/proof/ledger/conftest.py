@@ -45,9 +45,9 @@ class Ledger:
         rows = await self.connection.fetch("SELECT id FROM outbox_message WHERE event_id = $1 ORDER BY id", event_id)
         return [row["id"] for row in rows]
 
-    async def happen(self, how: str = "") -> UUID:
+    async def happen(self, how: str = "", *, raw: bool = False) -> UUID:
         """Publish a `Happened`, and mark its row as handed to the broker."""
-        (message_id,) = await self.publish(domain.Happened(subject_id=uuid4(), how=how))
+        (message_id,) = await self.publish(domain.Happened(subject_id=uuid4(), how=how, raw=raw))
         await self.set(message_id, state="dispatched", dispatches=1)
         return message_id
 
@@ -100,6 +100,12 @@ async def connection(database_url: str) -> AsyncIterator[Connection]:
 
 
 Connect = Callable[[], Awaitable["Connection"]]
+
+
+@pytest.fixture(params=[False, True], ids=["session", "connection"])
+def raw(request: pytest.FixtureRequest) -> bool:
+    """Whether the consumer has asyncpg's connection, or a session."""
+    return bool(request.param)
 
 
 @pytest.fixture

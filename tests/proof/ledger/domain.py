@@ -16,6 +16,8 @@ from uuid import UUID
 from sqlalchemy import text
 from structlog.contextvars import get_contextvars
 
+from service.database.lent_connection import LentConnection
+from service.errors import TransactionError
 from service.outbox import Delivery, Event, Fail, Retry, consumer, publish
 from service.telemetry.logs import current_headers
 
@@ -29,10 +31,11 @@ SCHEMA = "CREATE TABLE IF NOT EXISTS effect (message_id uuid NOT NULL, consumer 
 
 
 class Happened(Event, type="ledger.happened"):
-    """Every consumer below that takes it does as `how` says."""
+    """Every consumer below that takes it does as `how` says, with a session or with asyncpg's connection (`raw`)."""
 
     subject_id: UUID
     how: str = ""
+    raw: bool = False
 
 
 class FannedOut(Event, type="ledger.fanned_out"):
@@ -48,9 +51,12 @@ class Computed(Event, type="ledger.computed"):
     how: str = ""
 
 
-async def write_effect(session: AsyncSession, delivery: Delivery, note: str = "") -> None:
+async def write_effect(where: AsyncSession | LentConnection, delivery: Delivery, note: str = "") -> None:
     """Insert this delivery's effect."""
-    await session.execute(
+    if isinstance(where, LentConnection):
+        await where.execute("INSERT INTO effect VALUES ($1, $2, $3)", delivery.idempotency_key, delivery.consumer, note)
+        return
+    await where.execute(
         text("INSERT INTO effect VALUES (:id, :consumer, :note)"),
         {"id": delivery.idempotency_key, "consumer": delivery.consumer, "note": note},
     )
@@ -78,6 +84,16 @@ async def react(event: Happened, delivery: Delivery) -> None:
             await asyncio.sleep(1 if event.how == "slow" else 3)
         case "hang":
             await asyncio.sleep(3600)
+    await take_effect(event, delivery)
+
+
+async def take_effect(event: Happened, delivery: Delivery) -> None:
+    """Write it, and misbehave."""
+    if event.raw:
+        async with delivery.connection() as connection:
+            await write_effect(connection, delivery)
+            await misbehave_in_sql(connection, event.how)
+        return
     async with delivery.begin() as session:
         await write_effect(session, delivery)
         await misbehave(session, event.how)
@@ -104,12 +120,38 @@ async def misbehave(session: AsyncSession, how: str) -> None:
             await asyncio.sleep(3600)
 
 
+_ENDS = {
+    "driver_commit": "COMMIT",
+    "driver_rollback": "ROLLBACK",
+    "another_transaction": "ROLLBACK; BEGIN",
+    "transaction_rollback": "ROLLBACK AND CHAIN",
+}
+
+
 async def by_driver(session: AsyncSession, how: str) -> None:
     """Past SQLAlchemy, and past whoever looks at how a statement begins."""
-    ends = {"driver_commit": "COMMIT", "driver_rollback": "ROLLBACK", "another_transaction": "ROLLBACK; BEGIN"}
     raw = await (await session.connection()).get_raw_connection()
     assert raw.driver_connection is not None
-    await raw.driver_connection.execute(f"SELECT 1; {ends[how]}")
+    await raw.driver_connection.execute(f"SELECT 1; {_ENDS[how]}")
+
+
+async def misbehave_in_sql(connection: LentConnection, how: str) -> None:
+    """What a consumer may do wrong inside `connection()`."""
+    match how:
+        case "sql_commit":
+            await connection.execute("COMMIT")
+        case "sql_rollback":
+            await connection.fetch("-- no effect\nROLLBACK")
+        case "driver_commit" | "driver_rollback" | "another_transaction" | "transaction_rollback":
+            with suppress(TransactionError):
+                await connection.execute(f"SELECT 1; {_ENDS[how]}")
+        case "kill_backend":
+            await connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        case "hang_inside":
+            await asyncio.sleep(3600)
+        case "conflict":
+            await connection.execute("CREATE TEMP TABLE person (name text UNIQUE) ON COMMIT DROP")
+            await connection.executemany("INSERT INTO person VALUES ($1)", [("ada",), ("ada",)])
 
 
 @consumer(FannedOut, queue="ledger", name="ledger.first")
@@ -245,6 +287,7 @@ class Gated(Event, type="ledger.gated"):
     """Its consumer waits in the middle of its effect until the test opens the gate."""
 
     subject_id: UUID
+    raw: bool = False
 
 
 class Gate:
@@ -260,11 +303,11 @@ GATES: dict[str, list[Gate]] = {}
 
 
 @consumer(Gated, queue="ledger", name="ledger.wait", max_retries=2)
-async def wait(_event: Gated, delivery: Delivery) -> None:
+async def wait(event: Gated, delivery: Delivery) -> None:
     gates = GATES.get(delivery.idempotency_key, [])
     gate = gates.pop(0) if gates else None
-    async with delivery.begin() as session:
-        await write_effect(session, delivery)
+    async with delivery.connection() if event.raw else delivery.begin() as where:
+        await write_effect(where, delivery)
         if gate is not None:
             gate.reached.set()
             await gate.opened.wait()
@@ -287,14 +330,15 @@ class Stubborn(Event, type="ledger.stubborn"):
     """Its consumer goes on in its transaction when it is cancelled."""
 
     subject_id: UUID
+    raw: bool = False
 
 
 @consumer(Stubborn, queue="ledger", name="ledger.insist")
-async def insist(_event: Stubborn, delivery: Delivery) -> None:
+async def insist(event: Stubborn, delivery: Delivery) -> None:
     gates = GATES.get(delivery.idempotency_key, [])
     gate = gates.pop(0) if gates else None
-    async with delivery.begin() as session:
-        await write_effect(session, delivery)
+    async with delivery.connection() if event.raw else delivery.begin() as where:
+        await write_effect(where, delivery)
         if gate is not None:
             gate.reached.set()
             while not gate.opened.is_set():

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from tests.proof.ledger.conftest import Ledger
 
 
-async def test_effect_and_completion_commit_together(ledger: Ledger, runner: Runner) -> None:
-    message_id = await ledger.happen()
+async def test_effect_and_completion_commit_together(ledger: Ledger, runner: Runner, raw: bool) -> None:
+    message_id = await ledger.happen(raw=raw)
     await runner.deliver(message_id)
     assert await ledger.state(message_id) == "completed"
     assert await ledger.effects(message_id) == 1
 
 
-async def test_a_second_copy_has_no_effect(ledger: Ledger, runner: Runner) -> None:
-    message_id = await ledger.happen()
+async def test_a_second_copy_has_no_effect(ledger: Ledger, runner: Runner, raw: bool) -> None:
+    message_id = await ledger.happen(raw=raw)
     await runner.deliver(message_id)
     await runner.deliver(message_id)
     assert await ledger.effects(message_id) == 1
@@ -108,8 +108,8 @@ async def test_a_session_method_cannot_end_the_transaction_early(ledger: Ledger,
 
 
 @pytest.mark.parametrize("how", ["sql_commit", "sql_rollback"])
-async def test_sql_cannot_end_the_transaction_early(ledger: Ledger, runner: Runner, how: str) -> None:
-    message_id = await ledger.happen(how)
+async def test_sql_cannot_end_the_transaction_early(ledger: Ledger, runner: Runner, how: str, raw: bool) -> None:
+    message_id = await ledger.happen(how, raw=raw)
     await runner.deliver(message_id)
     dead = await ledger.dead_letter(message_id)
     assert dead is not None
@@ -118,8 +118,8 @@ async def test_sql_cannot_end_the_transaction_early(ledger: Ledger, runner: Runn
 
 
 @pytest.mark.parametrize("how", ["driver_commit", "driver_rollback", "another_transaction", "transaction_rollback"])
-async def test_no_completion_goes_with_half_an_effect(ledger: Ledger, runner: Runner, how: str) -> None:
-    message_id = await ledger.happen(how)
+async def test_no_completion_goes_with_half_an_effect(ledger: Ledger, runner: Runner, how: str, raw: bool) -> None:
+    message_id = await ledger.happen(how, raw=raw)
     await runner.deliver(message_id)
     dead = await ledger.dead_letter(message_id)
     assert dead is not None
@@ -233,13 +233,13 @@ async def test_a_field_this_worker_does_not_know_is_ignored(ledger: Ledger, runn
     assert await ledger.effects(message_id) == 1
 
 
-async def test_a_hanging_consumer_is_ended_at_its_time_limit(ledger: Ledger, settings: Settings) -> None:
+async def test_a_hanging_consumer_is_ended_at_its_time_limit(ledger: Ledger, settings: Settings, raw: bool) -> None:
     settings.outbox.time_limit = 200
     engine = create_engine(settings.database, application_name="outbox-worker")
     runner = Runner(settings, engine)
     await runner.open()
     try:
-        message_id = await ledger.happen("hang_inside")
+        message_id = await ledger.happen("hang_inside", raw=raw)
         await runner.deliver(message_id)
     finally:
         await runner.close()
@@ -252,11 +252,11 @@ async def test_a_hanging_consumer_is_ended_at_its_time_limit(ledger: Ledger, set
 
 
 async def test_the_server_ends_a_transaction_whose_consumer_ignores_its_time_limit(
-    ledger: Ledger, settings: Settings, runner: Runner
+    ledger: Ledger, settings: Settings, runner: Runner, raw: bool
 ) -> None:
     """Dramatiq abandons such a run while it goes on; its row is another run's by then."""
     settings.outbox.time_limit, settings.outbox.grace = 1_000, 0.5
-    (message_id,) = await ledger.publish(domain.Stubborn(subject_id=uuid4()))
+    (message_id,) = await ledger.publish(domain.Stubborn(subject_id=uuid4(), raw=raw))
     gate = domain.Gate()
     domain.GATES[str(message_id)] = [gate]
     stubborn = asyncio.create_task(runner.deliver(message_id))
@@ -280,9 +280,11 @@ async def nobody_is_in_a_transaction(ledger: Ledger) -> bool:
     )
 
 
-async def test_a_stopping_worker_releases_what_does_not_end(ledger: Ledger, settings: Settings, runner: Runner) -> None:
+async def test_a_stopping_worker_releases_what_does_not_end(
+    ledger: Ledger, settings: Settings, runner: Runner, raw: bool
+) -> None:
     settings.outbox.shutdown_grace = 0.1
-    message_id = await ledger.happen("hang")
+    message_id = await ledger.happen("hang_inside" if raw else "hang", raw=raw)
     run = asyncio.create_task(runner.deliver(message_id))
 
     async def is_running() -> bool:

@@ -122,9 +122,11 @@ async def purged(ledger: Ledger, message_id: UUID, runner: Runner) -> None:
     [(recovered, 0), (handed_out_and_claimed, 1), (dead, 0), (replayed, 0), (purged, 1)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-async def test_a_zombie_has_no_effect(ledger: Ledger, runner: Runner, meanwhile: object, effects: int) -> None:
+async def test_a_zombie_has_no_effect(
+    ledger: Ledger, runner: Runner, meanwhile: object, effects: int, raw: bool
+) -> None:
     """A worker that comes back to life in mid-effect, after others took its row through the states."""
-    (message_id,) = await ledger.publish(domain.Gated(subject_id=uuid4()))
+    (message_id,) = await ledger.publish(domain.Gated(subject_id=uuid4(), raw=raw))
     await ledger.set(message_id, state="dispatched", dispatches=1)
     gate = domain.Gate()
     domain.GATES[str(message_id)] = [gate]
@@ -138,8 +140,10 @@ async def test_a_zombie_has_no_effect(ledger: Ledger, runner: Runner, meanwhile:
     assert await ledger.state(message_id) == before
 
 
-async def test_a_zombie_has_no_effect_while_another_worker_runs_its_row(ledger: Ledger, runner: Runner) -> None:
-    (message_id,) = await ledger.publish(domain.Gated(subject_id=uuid4()))
+async def test_a_zombie_has_no_effect_while_another_worker_runs_its_row(
+    ledger: Ledger, runner: Runner, raw: bool
+) -> None:
+    (message_id,) = await ledger.publish(domain.Gated(subject_id=uuid4(), raw=raw))
     await ledger.set(message_id, state="dispatched", dispatches=1)
     one, two = domain.Gate(), domain.Gate()
     domain.GATES[str(message_id)] = [one, two]
@@ -346,9 +350,9 @@ async def test_workers_lost_in_every_attempt_mean_a_dead_letter(ledger: Ledger, 
     assert await ledger.effects(message_id) == 0
 
 
-async def test_a_lost_backend_is_forgiven_three_times(ledger: Ledger, runner: Runner) -> None:
+async def test_a_lost_backend_is_forgiven_three_times(ledger: Ledger, runner: Runner, raw: bool) -> None:
     """Outages use up no attempt; a message that kills its backend every time still runs out of them."""
-    message_id = await ledger.happen("kill_backend")
+    message_id = await ledger.happen("kill_backend", raw=raw)
     for loss in (1, 2, 3):
         await ledger.set(message_id, state="dispatched", dispatches=loss)
         await runner.deliver(message_id)

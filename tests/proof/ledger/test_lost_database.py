@@ -183,11 +183,13 @@ async def test_a_connection_that_broke_while_nobody_used_it_costs_a_redispatched
     assert await attempts(ledger) == 1
 
 
-async def test_a_second_and_a_third_restart_use_up_no_attempt_either(mortal: Mortal, settings: Settings) -> None:
+async def test_a_second_and_a_third_restart_use_up_no_attempt_either(
+    mortal: Mortal, settings: Settings, raw: bool
+) -> None:
     """Eight rows are in the middle of their effects each time."""
     settings.database.pool_size = 8
     async with a_runner(settings) as (runner, _):
-        ids = [(await mortal.ledger.publish(domain.Gated(subject_id=uuid4())))[0] for _ in range(8)]
+        ids = [(await mortal.ledger.publish(domain.Gated(subject_id=uuid4(), raw=raw)))[0] for _ in range(8)]
         for restart in (1, 2, 3):
             gates = {each: domain.Gate() for each in ids}
             for each, gate in gates.items():
@@ -256,7 +258,7 @@ class Tunnel:
 
 
 async def test_connections_that_fall_silent_are_replaced(
-    ledger: Ledger, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch, raw: bool
 ) -> None:
     monkeypatch.setattr(driver, "_BEGIN_WITHIN", 1.0, raising=False)
     settings.outbox.time_limit = 60_000
@@ -264,8 +266,8 @@ async def test_connections_that_fall_silent_are_replaced(
     async with tunnel.open() as url:
         settings.database.url = type(settings.database.url)(url)
         async with a_runner(settings) as (runner, _):
-            await asyncio.gather(*[runner.deliver(await ledger.happen()) for _ in range(8)])
-            ids = [await ledger.happen() for _ in range(8)]
+            await asyncio.gather(*[runner.deliver(await ledger.happen(raw=raw)) for _ in range(8)])
+            ids = [await ledger.happen(raw=raw) for _ in range(8)]
             for message_id in ids:
                 await ledger.set(message_id, dispatches=5)
             tunnel.silence()
@@ -305,11 +307,11 @@ async def test_an_outcome_that_a_silent_connection_swallows_is_written_after_all
 
 
 async def test_a_worker_that_met_a_server_that_only_reads_recovers(
-    ledger: Ledger, settings: Settings, capsys: pytest.CaptureFixture[str]
+    ledger: Ledger, settings: Settings, capsys: pytest.CaptureFixture[str], raw: bool
 ) -> None:
     """A session begun on a standby, or under a role that may only read, stays so for good."""
     name = make_url(settings.database.dsn).database
-    message_id = await ledger.happen()
+    message_id = await ledger.happen(raw=raw)
     await ledger.connection.execute(f'ALTER ROLE postgres IN DATABASE "{name}" SET default_transaction_read_only = on')
     async with a_runner(settings) as (runner, engine):
         async with engine.connect() as connection:

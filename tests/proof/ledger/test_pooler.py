@@ -54,7 +54,7 @@ async def test_api_and_workers_work_behind_it(
                 async def post(number: int) -> None:
                     async with transaction(sessions) as session:
                         how = "fail" if number % 10 == 0 else ""
-                        publish(session, domain.Happened(subject_id=uuid4(), how=how))
+                        publish(session, domain.Happened(subject_id=uuid4(), how=how, raw=number % 2 == 1))
 
                 await asyncio.gather(*[post(number) for number in range(60)])
                 await until(lambda: all_completed(ledger))
