@@ -43,6 +43,7 @@ INSERT INTO bench_product VALUES ('00000000-0000-4000-8000-000000000001')
 PRODUCT = UUID("00000000-0000-4000-8000-000000000001")
 ORDER = "INSERT INTO bench_order (id, customer) VALUES (:id, :customer)"
 EFFECT = "INSERT INTO bench_effect (order_id, started) VALUES (:id, :started)"
+RAW_EFFECT = "INSERT INTO bench_effect (order_id, started) VALUES ($1, $2)"
 
 
 class _Base(DeclarativeBase):
@@ -106,6 +107,19 @@ async def wait(event: Waited, delivery: Delivery) -> None:
     await asyncio.sleep(0.1)
     async with delivery.begin() as session:
         await session.execute(text(EFFECT), {"id": event.order_id, "started": started})
+
+
+class Raw(Event, type="bench.raw"):
+    order_id: UUID
+    customer: str
+
+
+@consumer(Raw, queue="bench", name="bench.raw")
+async def raw(event: Raw, delivery: Delivery) -> None:
+    """As `effect`, without a session."""
+    started = time.time()
+    async with delivery.connection() as connection:
+        await connection.execute(RAW_EFFECT, event.order_id, started)
 
 
 async def nothing(event: Event, delivery: Delivery) -> None:

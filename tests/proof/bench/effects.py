@@ -10,7 +10,7 @@ import dramatiq
 
 from tests.proof.bench.drain import once
 from tests.proof.bench.plain import plain_broker
-from tests.proof.bench.stage import INSERT, WAITING
+from tests.proof.bench.stage import INSERT, RAW, WAITING
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ async def ledger(
         count: Events, all written before the worker starts.
         threads: Worker threads.
         relaying: Whether the relay works beside it, or has put all in the broker before the worker starts.
-        kind: What the consumer does: `effect`, or `wait` and then the effect.
+        kind: What the consumer does: `effect`, `wait` and then the effect, or the same `raw`, without a session.
         settings: The worker's.
     """
-    insert = INSERT if kind == "effect" else WAITING
+    insert = {"effect": INSERT, "wait": WAITING, "raw": RAW}[kind]
     async with stage.database() as database:
         connection = await asyncpg.connect(database)
         try:

@@ -172,12 +172,15 @@ async def worker(stage: Stage, result: Result, *, quick: bool) -> None:
     count = 4_000 if quick else 6_000
     sides: Sides = {
         "ledger": lambda: effects.ledger(stage, count, 8, relaying=False),
+        "raw": lambda: effects.ledger(stage, count, 8, relaying=False, kind="raw"),
         "plain": lambda: effects.plain(stage, count, 8),
         "whole path": lambda: effects.ledger(stage, count, 8, relaying=True),
     }
     values = await _in_turns(sides, 1 if quick else 3)
     name = "effects of one worker process, 8 threads"
     result.add(Figure(name, "effects/s", values["ledger"], "same actor, no ledger", values["plain"], at_least=0.75))
+    name = "effects by asyncpg's connection, one process"
+    result.add(Figure(name, "effects/s", values["raw"], "by a session", values["ledger"], at_least=1.1))
     whole = Figure("effects with the relay at work beside it", "effects/s", values["whole path"])
     result.add(whole)
     await _waiting(stage, result, count // 4, 1 if quick else 3)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-__all__ = ["INSERT", "WAITING", "Running", "Stage", "open_stage"]
+__all__ = ["INSERT", "RAW", "WAITING", "Running", "Stage", "open_stage"]
 
 # PostgreSQL as it is installed, durable, with memory and room for the log that suit the machine; the same for all.
 _POSTGRES = {
@@ -57,6 +57,9 @@ FROM (
 
 WAITING = INSERT.replace("'bench.ordered'", "'bench.waited'").replace("'bench.effect'", "'bench.wait'")
 """The same for the consumer that waits before its effect."""
+
+RAW = INSERT.replace("'bench.ordered'", "'bench.raw'").replace("'bench.effect'", "'bench.raw'")
+"""The same for the consumer whose effect needs no session."""
 
 
 @dataclass
