@@ -162,7 +162,7 @@ async def test_what_the_class_has_dropped_since_is_in_nobodys_way(ledger: Ledger
     edited = await _edit(ledger)
     row = await ledger.row(edited.delivery_id)
     assert row is not None
-    assert set(row["payload"]) == {"subject_id", "how"}
+    assert set(row["payload"]) == {"subject_id", "how", "raw"}
     await ledger.connection.execute(_COPY, delivery_id(new_event_id(), 1))
     with pytest.raises(PublishError, match="no field gone"):
         await _edit(ledger, 2, gone=2)

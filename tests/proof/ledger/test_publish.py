@@ -102,7 +102,7 @@ async def test_the_row_holds_what_the_consumer_needs(ledger: Ledger) -> None:
         (message_id,) = await ledger.publish(domain.Happened(subject_id=subject_id))
     row = await ledger.row(message_id)
     assert row is not None
-    assert json.loads(row["payload"]) == {"subject_id": str(subject_id), "how": ""}
+    assert json.loads(row["payload"]) == {"subject_id": str(subject_id), "how": "", "raw": False}
     assert json.loads(row["headers"]) == trace
     assert (row["event_type"], row["version"], row["state"], row["attempts"]) == ("ledger.happened", 1, "pending", 0)
     assert -5 < row["due_in"] <= 0
