@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from service.ledger.ids import last_delivery_of
+from service.ledger.ids import FAN_OUT, last_delivery_of
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -34,7 +34,8 @@ WHERE id > :event_id AND id <= :last AND (state || '') IN ('pending', 'dispatche
 
 _ALL_CANCELLED = text(f"""
 SELECT (SELECT coalesce(bool_and(coalesce(ended_as, '') = '{CANCELLED}'), false)
-        FROM outbox_message WHERE id > :event_id AND id <= :last)
+        FROM outbox_message WHERE id > :event_id AND id <= :last
+          AND (consumer <> '{FAN_OUT}' OR state <> 'completed' OR ended_as IS NOT NULL))
        AND NOT EXISTS (SELECT FROM dead_letter
                        WHERE message_id > :event_id AND message_id <= :last AND resolution IS NULL)
 """)  # noqa: S608

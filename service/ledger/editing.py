@@ -5,8 +5,8 @@ letter keeps what died. It has an id of its own too, since that is the idempoten
 that has seen the mistake would drop the correction.
 
 That id is in the event's range, so that the story and the purge find it; and it never was another delivery's, not even
-of one that is purged by now. Consumers are numbered from 1, corrections from 255 down, and the dead letters that were
-edited, which stay, say how many there were.
+of one that is purged by now. Consumers are numbered from 1, corrections from `MAX_CONSUMERS` down, and the dead letters
+that were edited, which stay, say how many there were.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import case, func, text
+from sqlalchemy import case, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 
 from service.ledger.tables import WAITS_ALONE, AcceptedEvent, OutboxMessage
@@ -103,6 +103,11 @@ def insert_many(connection: Connection, rows: list[dict[str, Any]], terms: Terms
 def as_objects(rows: Iterable[dict[str, Any]], terms: Terms) -> list[OutboxMessage]:
     """The same for a session that writes objects only."""
     return [OutboxMessage(**(terms.columns() | row)) for row in rows]
+
+
+async def is_in_order(session: AsyncSession, delivery_id: UUID) -> bool:
+    """Whether this delivery, which is there, has a place in a lane."""
+    return await session.scalar(select(OutboxMessage.lane).where(OutboxMessage.id == delivery_id)) is not None
 
 
 async def take_key(session: AsyncSession, key: str, event_id: UUID) -> bool:

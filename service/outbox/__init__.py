@@ -5,6 +5,7 @@ a consumer opens the session whose commit also completes the delivery. `@schedul
 again.
 """
 
+import service.outbox.fan_out  # noqa: F401  registers its consumer
 from service.ledger.ids import new_id
 from service.outbox.consumers import Fail, Retry, consumer
 from service.outbox.delivery import Delivery

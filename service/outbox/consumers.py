@@ -19,6 +19,7 @@ from service.errors import ConsumerDefinitionError
 from service.ledger.delivering import DIED
 from service.ledger.ids import MAX_CONSUMERS
 from service.ledger.message import is_queue_name
+from service.outbox.events import AnyEvent, event_named
 from service.outbox.ordering import in_order
 
 if TYPE_CHECKING:
@@ -88,7 +89,14 @@ class Consumer:
 
     def knows(self, event_type: str, version: int) -> bool:
         """Whether this code can read such an event."""
-        return event_type == self.event_type and version <= self.event.event_version
+        event = self.class_of(event_type)
+        return event is not None and version <= event.event_version
+
+    def class_of(self, event_type: str) -> type[Event] | None:
+        """As what it is handed events that are stored under this type, if it takes them."""
+        if self.event is AnyEvent:
+            return event_named(event_type)
+        return self.event if event_type == self.event_type else None
 
     @property
     def is_async(self) -> bool:

@@ -78,23 +78,24 @@ def correct(letter: Mapping[str, Any], payload: Mapping[str, Any]) -> Correction
     if not fields:
         raise PublishError("nothing differs from what died: replay it as it is")
     spec = consumer_named(letter["consumer"])
-    if spec is None or not spec.knows(letter["event_type"], letter["version"]):
+    kind = None if spec is None else spec.class_of(letter["event_type"])
+    if spec is None or kind is None or not spec.knows(letter["event_type"], letter["version"]):
         raise PublishError(
             f"this code has no consumer {letter['consumer']!r} for {letter['event_type']!r}, version "
             f"{letter['version']}: edit with the code that has it"
         )
     # What was stored under a name that the class has dropped since is passed over, as ever.
-    if unknown := (payload.keys() - spec.event.model_fields.keys()).intersection(fields):
+    if unknown := (payload.keys() - kind.model_fields.keys()).intersection(fields):
         raise PublishError(
-            f"{spec.event.__name__} has no field {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(spec.event.model_fields) or 'none'}"
+            f"{kind.__name__} has no field {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(kind.model_fields) or 'none'}"
         )
     if spec.order is not None and spec.order.field in fields:
         raise PublishError(
             f"{spec.order.field} says in which lane it stands: discard the dead letter, and publish what was meant"
         )
     try:
-        event = spec.event.model_validate_json(json.dumps(payload))
+        event = kind.model_validate_json(json.dumps(payload))
     except ValidationError as error:
         raise PublishError(f"{letter['consumer']} could not read this: {summary(error)}") from None
-    return Correction(payload_of(event), spec.event.event_version, fields)
+    return Correction(payload_of(event), kind.event_version, fields)

@@ -70,6 +70,10 @@ class Event(BaseModel):
         _EVENTS[type] = cls
 
 
+class AnyEvent(Event, type="outbox.any"):
+    """Stands for every event where a consumer of the template's own takes whatever comes."""
+
+
 def event_named(event_type: str) -> type[Event] | None:
     """The class of events that are stored under this type, if this process knows one."""
     return _EVENTS.get(event_type)

@@ -87,6 +87,19 @@ def publish(
     return event_id
 
 
+def publish_as(session: AsyncSession, event_id: UUID, event: Event) -> None:
+    """Publish what has an id already, and is in the ledger for nobody but whoever calls this.
+
+    It keeps fields that its class does not have, where they were read.
+
+    Raises:
+        PublishError: as for `publish`.
+    """
+    payload = (event.model_extra or {}) | checked_payload(event)
+    check_session(session)
+    _write(session, _rows(event_id, event, payload, None), Terms())
+
+
 def publish_all(
     session: AsyncSession,
     events: Iterable[Event],

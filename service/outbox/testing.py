@@ -24,6 +24,7 @@ from dramatiq.middleware import TimeLimit
 
 from service.database.sessions import session_factory, transaction
 from service.ledger.for_tests import defer, make_due, next_due, next_until, now, published_documents, unfinished
+from service.ledger.ids import FAN_OUT
 from service.ledger.scheduling import TICK
 from service.outbox.consumers import consumer_named, consumers_of
 from service.outbox.events import Event
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 E = TypeVar("E", bound=Event)
+
+_UNTOLD = (TICK, FAN_OUT)
+"""Consumers of the template's own, which only let others run."""
 
 _MOST = 1_000
 """Deliveries after which `deliver_all` takes it for a consumer that publishes what it consumes."""
@@ -173,7 +177,7 @@ class InlineWorker:
                 raise AssertionError(f"{_MOST:,} deliveries, and more come due: travel less far at once")
             await self._run(delivery_id, consumer, may_fail)
             await self._arrive(delivery_id)
-            if consumer != TICK:
+            if consumer not in _UNTOLD:
                 ran.append(consumer)
 
     async def _arrive(self, delivery_id: UUID | None) -> None:
@@ -194,7 +198,7 @@ class InlineWorker:
                 raise AssertionError(f"{_MOST:,} deliveries, and more are due: does {due[1]} publish what it consumes?")
             ran[due[0]] = due[1]
             await self._run(*due, may_fail)
-        return list(ran.values())
+        return [consumer for consumer in ran.values() if consumer not in _UNTOLD]
 
     async def _next_due(self, ran: list[UUID], only: str | None, event_id: UUID | None) -> tuple[UUID, str] | None:
         async with self._sessions() as session:

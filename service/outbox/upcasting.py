@@ -79,8 +79,10 @@ def check_upcasters() -> None:
                 )
 
 
-def read(event: type[E], version: int, document: str) -> E:
+def read(event: type[E], version: int, document: str, *, keep_unknown: bool = False) -> E:
     """The event that is stored as `document`, in a version that its class knows.
+
+    With `keep_unknown` it goes on with fields that its class does not have.
 
     Raises:
         ValidationError: it cannot be read; or whatever an upcaster raises.
@@ -91,4 +93,4 @@ def read(event: type[E], version: int, document: str) -> E:
         for each in range(version, event.event_version):
             fields = known[each](fields)
         document = json.dumps(fields)
-    return event.model_validate_json(document)
+    return event.model_validate_json(document, extra="allow" if keep_unknown else None)

@@ -25,6 +25,7 @@ from service.database.sessions import OneTransaction, session_factory
 from service.errors import DeliveryError, TransactionError
 from service.outbox.consumers import Consumer, Fail, Postpone, Retry, consumer_named
 from service.outbox.delivery import Delivery, LeaseLostError, Progress
+from service.outbox.events import AnyEvent
 from service.outbox.running.claims import Claims
 from service.outbox.running.clock import Clock
 from service.outbox.running.connections import Connections, Lender
@@ -89,7 +90,11 @@ class Run:
 
     def call(self) -> Any:
         """Call the consumer; of an `async def` it is a coroutine that is returned."""
-        return self.spec.fn(read(self.spec.event, self.claim.version, self.claim.document), self.delivery)
+        claim, kind = self.claim, self.spec.class_of(self.claim.event_type)
+        assert kind is not None, "it is not run otherwise"
+        # What passes an event on must not drop a field that only newer code has.
+        event = read(kind, claim.version, claim.document, keep_unknown=self.spec.event is AnyEvent)
+        return self.spec.fn(event, self.delivery)
 
 
 class Runner:
@@ -397,6 +402,8 @@ class Runner:
     def _unknown(self, claim: Claim, spec: Consumer | None) -> Unknown:
         if spec is None:
             error = _UnknownConsumerError(f"no consumer named {claim.consumer} is deployed")
+        elif spec.event is AnyEvent:
+            error = _UnknownConsumerError(f"no event {claim.event_type} of version {claim.version} is deployed")
         elif claim.event_type != spec.event_type:
             error = _UnknownConsumerError(
                 f"{claim.consumer} consumes {spec.event_type} in this worker, not {claim.event_type}"

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from service.ledger.ids import delivery_id, event_of
+from service.ledger.ids import MAX_CONSUMERS, delivery_id, event_of
 from tests.proof.ledger import domain
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def test_the_whole_payload_comes_from_stdin(outbox: Outbox, rows: Rows, dead: st
     answer = json.dumps({"subject_id": _SUBJECT})
     ran = outbox("dead-letters", "edit", "1", "--payload-file", "-", "--json", answer=answer)
     assert ran.json["fields"] == ["how"]
-    assert ran.json["message_id"] == str(delivery_id(event_of(UUID(dead)), 255))
+    assert ran.json["message_id"] == str(delivery_id(event_of(UUID(dead)), MAX_CONSUMERS))
     assert rows.sql("SELECT payload ->> 'how' FROM outbox_message") == ""
     rows.dead_letter()
     for text, says in (("[]", "a payload is a JSON object"), ("{", "this is no JSON")):

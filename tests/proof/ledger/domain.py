@@ -46,6 +46,12 @@ class Ignored(Event, type="ledger.ignored", unconsumed=True):
     subject_id: UUID
 
 
+class Lonely(Event, type="ledger.lonely"):
+    """Nobody consumes it."""
+
+    subject_id: UUID
+
+
 class Computed(Event, type="ledger.computed"):
     subject_id: UUID
     how: str = ""

@@ -11,7 +11,7 @@ from service.database.driver import read_json
 from service.errors import OutboxError, PublishError
 from service.ledger import editing
 from service.ledger.editing import Edited
-from service.ledger.ids import delivery_id, new_event_id
+from service.ledger.ids import MAX_CONSUMERS, delivery_id, new_event_id
 from service.ledger.replaying import Resolved, StaysOpen, resolve
 from service.outbox import corrections
 from tests.proof.ledger.conftest import Ledger
@@ -84,15 +84,15 @@ async def test_it_is_on_record_without_a_value(ledger: Ledger, dead: UUID) -> No
 async def test_each_correction_of_an_event_has_an_id_that_no_delivery_had(ledger: Ledger, dead: UUID) -> None:
     first = await _edit(ledger)
     event_id = await ledger.connection.fetchval("SELECT event_id FROM dead_letter")
-    assert first.delivery_id == delivery_id(event_id, 255)
+    assert first.delivery_id == delivery_id(event_id, MAX_CONSUMERS)
     await ledger.connection.execute("DELETE FROM outbox_message")  # it was completed, and purged
     other = await ledger.connection.fetchval(_COPY, delivery_id(event_id, 2))
     second = await _edit(ledger, other)
-    assert second.delivery_id == delivery_id(event_id, 254)
+    assert second.delivery_id == delivery_id(event_id, MAX_CONSUMERS - 1)
     # What was corrected may die and be corrected again.
     again = await ledger.connection.fetchval(_COPY, second.delivery_id)
     await ledger.connection.execute("DELETE FROM outbox_message")
-    assert (await _edit(ledger, again)).delivery_id == delivery_id(event_id, 253)
+    assert (await _edit(ledger, again)).delivery_id == delivery_id(event_id, MAX_CONSUMERS - 2)
 
 
 async def test_two_at_once_get_different_ids(ledger: Ledger, connect: Connect, dead: UUID) -> None:
@@ -112,7 +112,7 @@ async def test_an_event_without_a_number_left_is_refused(ledger: Ledger, dead: U
     event_id = await ledger.connection.fetchval("SELECT event_id FROM dead_letter")
     for number in range(2, 256):
         await ledger.connection.execute(_COPY, delivery_id(event_id, number))
-    with pytest.raises(OutboxError, match="255 deliveries"):
+    with pytest.raises(OutboxError, match=f"{MAX_CONSUMERS} deliveries"):
         await _edit(ledger)
     assert await ledger.connection.fetchval("SELECT count(*) FROM dead_letter WHERE resolution IS NOT NULL") == 0
 

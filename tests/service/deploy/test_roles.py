@@ -165,6 +165,26 @@ def test_lanes_take_no_other_rights(roles: Roles) -> None:
     assert _said(roles, due) == "1"
 
 
+def test_publishing_from_sql_takes_the_right_to_insert(roles: Roles) -> None:
+    """And nothing more for one that has no order."""
+    call = "SELECT outbox_publish('deploy.happened', '{}', 'deploy'"
+    other = _said(roles, "SELECT current_database() || '_relay'")  # as a role of another service would be
+    psql(roles.migrator, f'REVOKE ALL ON outbox_message FROM "{other}"; GRANT INSERT ON outbox_message TO "{other}"')
+    for role, statement in (
+        (roles.relay, f"{call})"),
+        (roles.app, f"{call})"),
+        (roles.app, f"{call}, order_key => 'a')"),
+    ):
+        psql(role, statement)
+    psql(roles.migrator, f'REVOKE INSERT ON outbox_message FROM "{other}"')
+    with pytest.raises(ServerError, match="permission denied for table outbox_message"):
+        psql(roles.relay, f"{call})")
+    definer = "RETURNS uuid SECURITY DEFINER SET search_path = public, pg_temp LANGUAGE sql"
+    psql(roles.migrator, f"CREATE FUNCTION tell() {definer} AS $${call})$$")
+    psql(roles.relay, "SELECT tell()")
+    assert _said(roles, "SELECT count(*), count(position) FROM outbox_message") == "4|1"
+
+
 async def test_the_relay_may_collect_every_part_of_its_metrics(roles: Roles, settings: Settings) -> None:
     parts = {"ledger", "counts", "broker"}
     async with watched(limited := _settings(settings, roles.relay)):
@@ -218,6 +238,7 @@ REFUSED = [
     ("viewer", "SELECT * FROM dead_letter"),
     ("viewer", "UPDATE dead_letter SET resolution = 'discarded'"),
     ("viewer", "DELETE FROM outbox_message"),
+    ("viewer", "SELECT outbox_publish('a.b', '{}', 'q')"),
     ("viewer", "INSERT INTO paused_queue (queue, paused_by) VALUES ('*', '')"),
     ("viewer", "DELETE FROM paused_queue"),
     ("viewer", "UPDATE outbox_operation SET state = 'stopped'"),

@@ -29,6 +29,7 @@ __all__ = [
     "MOVING",
     "OPERATIONS",
     "README",
+    "RECIPES",
     "RUNNING",
     "SCHEDULES",
     "SETTINGS",

@@ -17,7 +17,16 @@ from dramatiq.cli import make_argument_parser
 
 from service.dev.places import ROOT
 from service.dev.postgres import psql
-from tests.service.docs.pages import EXISTING_SERVICE, GUIDE, LATER_VERSIONS, Block, blocks, text_of
+from tests.service.docs.pages import (
+    CHANGING,
+    EXISTING_SERVICE,
+    GUIDE,
+    LATER_VERSIONS,
+    RECIPES,
+    Block,
+    blocks,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,11 +169,18 @@ def test_the_rest_of_the_code_can_be_imported(clone: Clone) -> None:
 
 
 def test_open_rows_can_be_moved_to_another_queue(database_url: str) -> None:
-    [statement] = [block.text for block in blocks(*GUIDE, language="sql")]
+    [statement] = [block.text for block in blocks(CHANGING, language="sql")]
     psql(database_url, _ROWS)
     psql(database_url, statement)
     moved = psql(database_url, "SELECT state FROM outbox_message WHERE queue = 'screening' ORDER BY state")
     assert moved.split() == ["dispatched", "pending"]
+
+
+def test_sql_publishes_what_the_page_says(database_url: str) -> None:
+    [statement] = [block.text for block in blocks(RECIPES, language="sql")]
+    event_id = psql(database_url, statement)
+    found = psql(database_url, "SELECT event_id, event_type, queue, consumer FROM outbox_message")
+    assert found == f"{event_id}|review.rating_changed|reviews|outbox.fan_out"
 
 
 def test_the_workers_that_the_pages_start_can_be_started() -> None:

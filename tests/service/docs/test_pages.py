@@ -25,6 +25,7 @@ from tests.service.docs.pages import (
     LATER_VERSIONS,
     METRICS,
     OPERATIONS,
+    RECIPES,
     RUNNING,
     TRACES,
     blocks,
@@ -42,7 +43,7 @@ _TRIED = {
     "sh": (FIRST_FEATURE, DOCS / "packages.md"),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
     "ini": (EXISTING_SERVICE, DOCS / "production.md", DOCS / "console.md"),
-    "sql": (CHANGING, RUNNING, BACKUPS, DOCS / "personal-data.md"),
+    "sql": (CHANGING, RECIPES, RUNNING, BACKUPS, DOCS / "personal-data.md"),
     "console": (
         *(FIRST_FEATURE, CONSUMERS, IN_ORDER),
         *(DOCS / f"{name}.md" for name in ("an-order", "doctor", "console")),

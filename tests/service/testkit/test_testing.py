@@ -60,6 +60,15 @@ async def test_a_connection_sees_what_was_committed(sessions: SessionFactory, en
         assert await assert_published(connection, Arrived, parcel_id=event.parcel_id) == event
 
 
+async def test_what_sql_publishes_is_delivered_like_any_other(sessions: SessionFactory, worker: InlineWorker) -> None:
+    """The step in between is not the test's concern."""
+    sql = text("SELECT outbox_publish('testkit.announced', jsonb_build_object('parcel_id', gen_random_uuid()), 'q')")
+    for only in (None, "testkit.announce"):
+        async with transaction(sessions) as session:
+            await session.execute(sql)
+        assert await worker.deliver_all(only) == ["testkit.announce"]
+
+
 async def test_the_assertions_fail(rolled_back_session: AsyncSession) -> None:
     publish(rolled_back_session, Arrived(parcel_id=new_id()))
     publish(rolled_back_session, Arrived(parcel_id=new_id()))
