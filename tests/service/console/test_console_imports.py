@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from service.console.rendering import HERE
+from service.dev.places import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +27,14 @@ def _imported() -> Iterator[tuple[str, str]]:
                     yield from ((path.name, each.name) for each in node.names)
                 case ast.ImportFrom(module=str(module)):
                     yield from ((path.name, f"{module}.{each.name}") for each in node.names)
+
+
+def test_nothing_imports_it() -> None:
+    """Else it could not be taken out."""
+    ours = (HERE, Path(__file__).parent)
+    importing = re.compile(r"^\s*(?:from|import) (?:service|tests\.service)\.console\b", re.MULTILINE)
+    sources = (file for folder in ("service", "relay", "tests", "migrations") for file in (ROOT / folder).rglob("*.py"))
+    assert [f"{each}" for each in sources if each.parent not in ours and importing.search(each.read_text())] == []
 
 
 def test_it_knows_neither_domains_nor_workers() -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, get_args
 
 from dotenv import dotenv_values
+from ruamel.yaml import YAML
 
 from service.console.rendering import NAVIGATION
+from service.dev.places import ROOT
 from service.settings import ConsoleRole, ConsoleSettings, load_settings
 from tests.service.docs.pages import DOCS, blocks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pytest
 
 PAGE = DOCS / "console.md"
@@ -34,6 +39,20 @@ def test_it_names_every_page_and_role() -> None:
     assert [f"| {name} |" for _, name in NAVIGATION if f"| {name} |" not in text] == []
     assert [role for role in get_args(ConsoleRole) if f"| `{role}` |" not in text] == []
     assert ConsoleSettings().host in text
+
+
+def test_what_takes_it_out_leaves_all_other_services_as_they_are(tmp_path: Path) -> None:
+    [block] = blocks(PAGE, language="sh")
+    removes, cuts = block.text.splitlines()
+    assert [path for path in removes.split()[3:] if not (ROOT / path).exists()] == []
+    shutil.copy(ROOT / "compose.yaml", tmp_path)
+    before = YAML(typ="safe").load(ROOT / "compose.yaml")
+    subprocess.run(["sh", "-ec", cuts], cwd=tmp_path, check=True)
+    text = (tmp_path / "compose.yaml").read_text()
+    after = YAML(typ="safe").load(text)
+    assert "service.console" in str(before["services"].pop("console"))
+    assert after == before
+    assert "docs/console.md" not in text
 
 
 def test_the_command_makes_a_user_whom_the_settings_take() -> None:

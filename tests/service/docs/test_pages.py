@@ -40,7 +40,7 @@ _LONGER = {"first-feature.md", "settings.md", "speed.md"}
 
 _TRIED = {
     "python": (*GUIDE, DOCS / "an-order.md", TRACES),
-    "sh": (FIRST_FEATURE, DOCS / "packages.md"),
+    "sh": (FIRST_FEATURE, DOCS / "packages.md", DOCS / "console.md"),
     "bash": (LATER_VERSIONS, EXISTING_SERVICE),
     "ini": (EXISTING_SERVICE, DOCS / "production.md", DOCS / "console.md"),
     "sql": (CHANGING, RECIPES, RUNNING, BACKUPS, DOCS / "personal-data.md"),
