@@ -83,12 +83,24 @@ def _corrected(
     if assignments and file is not None:
         raise CommandError("give either --set or --payload-file, not both")
     if assignments:
-        payload = letter["payload"] | dict(map(_assigned, assignments))
+        payload = _as_read_now(letter) | dict(map(_assigned, assignments))
     elif file is not None:
         payload = _parsed(_read(file))
     else:
         return _asked_in_editor(letter)
     return payload, _check(letter, payload)
+
+
+def _as_read_now(letter: Mapping[str, Any]) -> dict[str, Any]:
+    from service import domains
+    from service.outbox import corrections
+
+    domains.discover()
+    try:
+        payload, _ = corrections.as_read_now(letter)
+    except OutboxError as error:
+        raise CommandError(str(error), Exit.FAILED) from None
+    return payload
 
 
 def _check(letter: Mapping[str, Any], payload: dict[str, Any]) -> Correction:
@@ -100,6 +112,15 @@ def _check(letter: Mapping[str, Any], payload: dict[str, Any]) -> Correction:
         return corrections.correct(letter, payload)
     except OutboxError as error:
         raise CommandError(str(error), Exit.FAILED) from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    from service.outbox import corrections
+
+    try:
+        return corrections.read_payload(text)
+    except OutboxError as error:
+        raise CommandError(str(error)) from None
 
 
 def _assigned(assignment: str) -> tuple[str, Any]:
@@ -119,22 +140,12 @@ def _read(file: str) -> str:
         raise CommandError(f"--payload-file: cannot read {file}: {error}") from None
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        payload = json.loads(text)
-    except ValueError as error:
-        raise CommandError(f"this is no JSON: {error}") from None
-    if not isinstance(payload, dict):
-        raise CommandError("a payload is a JSON object: {...}")
-    return payload
-
-
 def _asked_in_editor(letter: Mapping[str, Any]) -> tuple[dict[str, Any], Correction]:
     """Open it as often as it takes, so that nothing has to be typed twice."""
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not editor:
         raise CommandError("set $EDITOR, or give --set FIELD=VALUE or --payload-file FILE")
-    original = json.dumps(letter["payload"], indent=2, ensure_ascii=False) + "\n"
+    original = json.dumps(_as_read_now(letter), indent=2, ensure_ascii=False) + "\n"
     # Nobody else may read it.
     with tempfile.TemporaryDirectory(prefix="outbox-") as folder:
         path = Path(folder) / f"dead-letter-{letter['id']}.json"

@@ -38,7 +38,13 @@ async def reveal_of_dead_letter(request: Request, caller: Revealing, number: int
         if letter is None:
             raise HTTPException(404, f"There is no dead letter {number}.")
         await operations.record(connection, "reveal", {"dead_letter": number}, by=caller.name, why=why)
-    return _editor(request, letter, _written(letter["payload"]), why)
+    payload, version, problem = letter["payload"], letter["version"], ""
+    if caller.may("operator") and not letter["resolution"]:
+        try:
+            payload, version = (await asyncio.to_thread(_corrections)).as_read_now(letter)
+        except OutboxError as error:
+            problem = f"It cannot be put right here: {error}"
+    return _editor(request, letter, _written(payload), why, version=version, problem=problem)
 
 
 @router.post("/events/{given}/payload")
@@ -63,12 +69,12 @@ async def edit(request: Request, caller: Editing, number: int, form: OwnForm) ->
         letter = await dead_letters.look_up(connection, number)
         if letter is None:
             raise HTTPException(404, f"There is no dead letter {number}.")
+        corrections = await asyncio.to_thread(_corrections)
         try:
-            payload = _read(text)
-            corrections = await asyncio.to_thread(_corrections)
+            payload = corrections.read_payload(text)
             done = await corrections.edit(connection, number, payload, by=caller.name, why=why)
         except OutboxError as error:
-            return _editor(request, letter, text, why, problem=str(error), status=422)
+            return _editor(request, letter, text, why, problem=f"Nothing was done: {error}", status=422)
     if not isinstance(done, Edited):
         return page(request, "refused.html", status=409, refused={number: done})
     return RedirectResponse(f"/events/{done.event_id}", 303)
@@ -84,20 +90,21 @@ def _corrections() -> Any:
 
 
 def _editor(
-    request: Request, letter: Mapping[str, Any], text: str, why: str, *, problem: str = "", status: int = 200
+    request: Request,
+    letter: Mapping[str, Any],
+    text: str,
+    why: str,
+    *,
+    version: int | None = None,
+    problem: str = "",
+    status: int = 200,
 ) -> Response:
-    return page(request, "editor.html", status=status, letter=letter, payload=text, why=why, problem=problem)
+    """The page with what is stored, or with what a person has made of it; `version` is that of what is shown."""
+    shown = version or letter["version"]
+    return page(
+        request, "editor.html", status=status, letter=letter, payload=text, version=shown, why=why, problem=problem
+    )
 
 
 def _written(payload: Mapping[str, Any]) -> str:
     return json.dumps(payload, indent=2, ensure_ascii=False)
-
-
-def _read(text: str) -> dict[str, Any]:
-    try:
-        payload = json.loads(text)
-    except ValueError as error:
-        raise OutboxError(f"this is not JSON: {error}") from None
-    if not isinstance(payload, dict):
-        raise OutboxError("a payload is an object: {…}")
-    return payload

@@ -2,11 +2,13 @@
 
 What must stay true: the consumer reads what was meant. So the correction is checked as `publish` checks an event,
 against the class that the consumer takes; and a field that the class does not have is refused. A consumer passes over
-what it does not know, so a misspelt one would let it run with a default, and nobody would notice.
+what it does not know, so a misspelt one would let it run with a default, and nobody would notice. What died under an
+earlier version is put right as its upcasters make it: as the consumer would have been given it.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from service.errors import PublishError
 from service.ledger import dead_letters, editing
 from service.outbox.consumers import consumer_named
 from service.outbox.payloads import payload_of, summary
+from service.outbox.upcasting import lift
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.ledger.editing import Edited
     from service.ledger.replaying import Refusal
+    from service.outbox.consumers import Consumer
+    from service.outbox.events import Event
 
 
 _ABSENT = object()
@@ -46,7 +51,7 @@ async def edit(
     Args:
         connection: One that reads JSON (`driver.read_json`).
         number: Of the dead letter.
-        payload: All of it, as JSON has it.
+        payload: All of it, as JSON has it, of the version that `as_read_now` tells.
         by: Who does it, for the record.
         why: And why.
 
@@ -66,17 +71,38 @@ async def edit(
     )
 
 
-def correct(letter: Mapping[str, Any], payload: Mapping[str, Any]) -> Correction:
-    """What would be stored in place of this dead letter's payload; the domains have been discovered.
+def read_payload(text: str) -> dict[str, Any]:
+    """A payload that a person has written.
 
     Raises:
-        PublishError: its consumer could not read it, or nothing differs.
+        PublishError: it is none.
     """
-    before: Mapping[str, Any] = letter["payload"]
-    names = before.keys() | payload.keys()
-    fields = sorted(each for each in names if before.get(each, _ABSENT) != payload.get(each, _ABSENT))
-    if not fields:
-        raise PublishError("nothing differs from what died: replay it as it is")
+    try:
+        payload = json.loads(text)
+    except ValueError as error:
+        raise PublishError(f"this is no JSON: {error}") from None
+    if not isinstance(payload, dict):
+        raise PublishError("a payload is a JSON object: {...}")
+    return payload
+
+
+def as_read_now(letter: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """A dead letter's payload as its consumer would be given it, to be corrected, and the version that it has then.
+
+    Raises:
+        PublishError: this code has no such consumer, or an upcaster fails.
+    """
+    _, kind = _known(letter)
+    fields, stored = copy.deepcopy(letter["payload"]), letter["version"]
+    try:
+        return lift(kind, stored, fields), kind.event_version
+    except Exception as error:
+        raise PublishError(
+            f"an upcaster of {kind.__name__} cannot read version {stored} of it: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _known(letter: Mapping[str, Any]) -> tuple[Consumer, type[Event]]:
     spec = consumer_named(letter["consumer"])
     kind = None if spec is None else spec.class_of(letter["event_type"])
     if spec is None or kind is None or not spec.knows(letter["event_type"], letter["version"]):
@@ -84,6 +110,21 @@ def correct(letter: Mapping[str, Any], payload: Mapping[str, Any]) -> Correction
             f"this code has no consumer {letter['consumer']!r} for {letter['event_type']!r}, version "
             f"{letter['version']}: edit with the code that has it"
         )
+    return spec, kind
+
+
+def correct(letter: Mapping[str, Any], payload: Mapping[str, Any]) -> Correction:
+    """What would be stored in place of this dead letter's payload; the domains have been discovered.
+
+    Raises:
+        PublishError: its consumer could not read it, or nothing differs.
+    """
+    spec, kind = _known(letter)
+    before, _ = as_read_now(letter)
+    names = before.keys() | payload.keys()
+    fields = sorted(each for each in names if before.get(each, _ABSENT) != payload.get(each, _ABSENT))
+    if not fields:
+        raise PublishError("nothing differs from what died: replay it as it is")
     # What was stored under a name that the class has dropped since is passed over, as ever.
     if unknown := (payload.keys() - kind.model_fields.keys()).intersection(fields):
         raise PublishError(

@@ -79,6 +79,17 @@ def check_upcasters() -> None:
                 )
 
 
+def lift(event: type[Event], version: int, fields: Fields) -> Fields:
+    """The fields that are stored in a version that the class knows, as its latest has them; `fields` may change.
+
+    Raises:
+        Exception: whatever an upcaster raises.
+    """
+    for each in range(version, event.event_version) if event.event_type in _BY_EVENT else ():
+        fields = _BY_EVENT[event.event_type][each](fields)
+    return fields
+
+
 def read(event: type[E], version: int, document: str, *, keep_unknown: bool = False) -> E:
     """The event that is stored as `document`, in a version that its class knows.
 
@@ -87,10 +98,6 @@ def read(event: type[E], version: int, document: str, *, keep_unknown: bool = Fa
     Raises:
         ValidationError: it cannot be read; or whatever an upcaster raises.
     """
-    known = _BY_EVENT.get(event.event_type)
-    if known is not None and version < event.event_version:
-        fields: Fields = json.loads(document)
-        for each in range(version, event.event_version):
-            fields = known[each](fields)
-        document = json.dumps(fields)
+    if version < event.event_version and event.event_type in _BY_EVENT:
+        document = json.dumps(lift(event, version, json.loads(document)))
     return event.model_validate_json(document, extra="allow" if keep_unknown else None)

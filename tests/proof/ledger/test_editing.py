@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 
@@ -13,14 +14,12 @@ from service.ledger import editing
 from service.ledger.editing import Edited
 from service.ledger.ids import MAX_CONSUMERS, delivery_id, new_event_id
 from service.ledger.replaying import Resolved, StaysOpen, resolve
-from service.outbox import corrections
+from service.outbox import Delivery, Event, consumer, corrections, upcaster
 from tests.proof.ledger.conftest import Ledger
 from tests.proof.ledger.looks import blocked
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from service.outbox.running.runner import Runner
     from tests.proof.ledger.conftest import Connect
 
@@ -166,6 +165,58 @@ async def test_what_the_class_has_dropped_since_is_in_nobodys_way(ledger: Ledger
     await ledger.connection.execute(_COPY, delivery_id(new_event_id(), 1))
     with pytest.raises(PublishError, match="no field gone"):
         await _edit(ledger, 2, gone=2)
+
+
+class Revised(Event, type="ledger.revised", version=3):
+    subject_id: UUID
+    cents: int
+    currency: str
+
+
+@upcaster(Revised, from_version=1)
+def _count_cents(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | {"cents": 100 * fields.pop("euros")}
+
+
+@upcaster(Revised, from_version=2)
+def _add_currency(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields | {"currency": "EUR"}
+
+
+@consumer(Revised, queue="ledger", name="ledger.revise")
+async def _revise(event: Revised, delivery: Delivery) -> None:
+    """Nothing of it runs here."""
+
+
+async def test_what_died_under_an_earlier_version_is_put_right_as_its_upcasters_make_it(
+    ledger: Ledger, dead: UUID
+) -> None:
+    await ledger.connection.execute(
+        "UPDATE dead_letter SET consumer = 'ledger.revise', event_type = 'ledger.revised', version = 1, "
+        """payload = payload - 'how' || '{"euros": 5}'"""
+    )
+    row = await ledger.dead_letter(dead)
+    assert row is not None
+    letter = dict(row)
+    payload, version = corrections.as_read_now(letter)
+    assert (payload["cents"], payload["currency"], version) == (500, "EUR", 3)
+    with pytest.raises(PublishError, match="Revised has no field euros"):
+        await corrections.edit(ledger.connection, 1, letter["payload"] | {"euros": 6}, by="ann", why=None)
+    edited = await corrections.edit(ledger.connection, 1, payload | {"cents": 600}, by="ann", why=None)
+    assert isinstance(edited, Edited)
+    row = await ledger.row(edited.delivery_id)
+    assert row is not None
+    assert (row["version"], row["payload"]["cents"], row["payload"]["currency"]) == (3, 600, "EUR")
+    record = await ledger.connection.fetchval("SELECT about FROM outbox_operation WHERE id = $1", edited.operation)
+    assert record["fields"] == ["cents"]
+
+
+async def test_what_its_upcaster_cannot_read_is_refused(ledger: Ledger, dead: UUID) -> None:
+    await ledger.connection.execute(
+        "UPDATE dead_letter SET consumer = 'ledger.revise', event_type = 'ledger.revised', version = 1"
+    )
+    with pytest.raises(PublishError, match="an upcaster of Revised cannot read version 1 of it: KeyError"):
+        await corrections.edit(ledger.connection, 1, {"cents": 1}, by="ann", why=None)
 
 
 @pytest.mark.parametrize("column", ["consumer = 'ledger.gone'", "version = 2", "event_type = 'ledger.fanned_out'"])
