@@ -35,6 +35,9 @@ def list_(
     state: Annotated[
         str | None, typer.Option(help=f"Only with a delivery that is {', '.join(event_search.STATES)}.")
     ] = None,
+    value: Annotated[
+        str | None, typer.Option(help="Only with this in its payload: all of a string or number, at any depth.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="Published since: 2h (ago), or an ISO time.")] = None,
     until: Annotated[str | None, typer.Option(help="Published before: 30m (ago), or an ISO time.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000, help="At most this many.")] = 20,
@@ -46,7 +49,8 @@ def list_(
     """
     if state is not None and state not in event_search.STATES:
         raise CommandError(f"--state: {state!r} is not one of {', '.join(event_search.STATES)}")
-    wanted = event_search.EventFilter(event_type, consumer, None, (state,) if state else event_search.STATES)
+    states = (state,) if state else event_search.STATES
+    wanted = event_search.EventFilter(event_type, consumer, None, states, value=value)
     found, listed = ask(lambda connection: _list(connection, wanted, since, until, limit))
     if as_json:
         head = {"looked_at": found.looked_at, "complete": not (found.more or found.bounded)}

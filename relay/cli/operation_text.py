@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 PAST = {"replay": "replayed", "discard": "discarded", "edit": "edited", "pause": "paused", "reveal": "revealed",
-        "repair": "repaired", "resume": "resumed", "run": "ran", "stop": "stopped", "erase": "erased",
-        "limit": "limited", "unlimit": "no longer limited"}  # fmt: skip
+        "repair": "repaired", "resume": "resumed", "run": "ran", "search": "searched", "stop": "stopped",
+        "erase": "erased", "limit": "limited", "unlimit": "no longer limited"}  # fmt: skip
 """What was done, by kind of act."""
 
 

@@ -14,7 +14,8 @@ router = APIRouter()
 SHOWN = 200
 
 KINDS = (
-    "replay", "discard", "edit", "reveal", "pause", "resume", "run", "limit", "unlimit", "repair", "stop", "erase",
+    "replay", "discard", "edit", "reveal", "search", "pause", "resume", "run", "limit", "unlimit", "repair", "stop",
+    "erase",
 )  # fmt: skip
 
 

@@ -9,10 +9,11 @@ from uuid import UUID
 from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import RedirectResponse
 
+from service.console.forms import OwnForm
 from service.console.looks import ConsolePool
-from service.console.permissions import Viewer
+from service.console.permissions import Revealing, Viewer
 from service.console.rendering import page
-from service.ledger import causes, event_search
+from service.ledger import causes, event_search, operations
 from service.ledger.history import DeliveryStory, Step, Story, tell
 from service.settings import Settings
 from service.text import TRACEPARENT
@@ -26,6 +27,12 @@ SHOWN = 50
 
 LOOKED_AT = 20_000
 """Deliveries looked at for one search."""
+
+LOOKED_INTO = 100_000
+"""The same where their payloads are looked into, by somebody who has said why."""
+
+LOOKS_FOR = 2.0
+"""Seconds of that, at most."""
 
 DeliveryState = Literal["", "pending", "dispatched", "running", "completed", "dead"]
 
@@ -52,7 +59,6 @@ async def list_events(
         )
         found = await event_search.find(connection, wanted, SHOWN, LOOKED_AT)
         events = await event_search.load(connection, found.event_ids)
-    oldest = events[-1].published_at if events else None
     return page(
         request,
         "events.html",
@@ -64,7 +70,36 @@ async def list_events(
         states=event_search.STATES,
         found=found,
         events=events,
-        older=oldest.astimezone(UTC).isoformat(timespec="milliseconds") if oldest and found.more else None,
+        older=_older(found, events),
+    )
+
+
+@router.post("/by-value")
+async def list_events_by_value(request: Request, caller: Revealing, form: OwnForm) -> Response:
+    """The newest with this value in their payload, which is looked into once that is on record.
+
+    It is sent by a form, so that no address and no log has the value.
+    """
+    acting: ConsolePool = request.app.state.acting
+    value, event_type, until, why = form["value"], form["event_type"], form["until"], form.why
+    if not value:
+        raise HTTPException(422, "Say which value.")
+    wanted = event_search.EventFilter(event_type or None, until=_moment(until), value=value)
+    about = {name: text for name, text in (("value", value), ("event_type", event_type), ("until", until)) if text}
+    async with acting() as connection:
+        await operations.record(connection, "search", about, by=caller.name, why=why)
+        found = await event_search.find(connection, wanted, SHOWN, LOOKED_INTO, LOOKS_FOR)
+        events = await event_search.load(connection, found.event_ids)
+    return page(
+        request,
+        "events_by_value.html",
+        value=value,
+        event_type=event_type,
+        until=until,
+        why=why,
+        found=found,
+        events=events,
+        older=_older(found, events),
     )
 
 
@@ -89,6 +124,12 @@ async def show_event(request: Request, caller: Viewer, given: UUID) -> Response:
         trace=_trace(story, settings.console.trace_url),
         given=given,
     )
+
+
+def _older(found: event_search.Found, events: list[event_search.ListedEvent]) -> str | None:
+    """From where on older ones are to be looked for, if there may be any."""
+    at = events[-1].published_at if found.more else found.reached
+    return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 def _steps(story: Story) -> Iterator[tuple[Step, DeliveryStory]]:

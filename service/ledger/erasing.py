@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from service.ledger.event_search import HOLDS
 from service.text import storable
 
 if TYPE_CHECKING:
@@ -41,10 +42,7 @@ _GONE = json.dumps(
 _GONE_HEADERS = [["content-length", f"{len(_GONE)}"], ["content-type", "application/problem+json"]]
 
 # $1: the values.
-_IN_PAYLOAD = """
-EXISTS (SELECT FROM jsonb_path_query(payload, '$.**') AS part
-        WHERE jsonb_typeof(part) IN ('string', 'number') AND lower(part #>> '{}') = ANY ($1))
-"""
+_IN_PAYLOAD = HOLDS.format(values="$1")
 _IN_TEXT = "EXISTS (SELECT FROM unnest($1::text[]) AS sought WHERE strpos(lower({text}), sought) > 0)"
 # $7: the values as they were given, since bytes have no case but that of ASCII.
 _IN_BYTES = """

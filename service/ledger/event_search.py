@@ -9,16 +9,19 @@ deliveries are looked at, and whoever asked is told when that was not everything
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from service.ledger.ids import first_id_after, last_delivery_of
+from service.ledger.ids import first_id_after, last_delivery_of, made_at
 from service.text import storable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
 
     from service.database.driver import Connection
 
@@ -31,14 +34,21 @@ BOUND = 100_000
 PAGE = 2_000
 """Deliveries looked at in one statement."""
 
+HOLDS = """
+EXISTS (SELECT FROM jsonb_path_query(payload, '$.**') AS part
+        WHERE jsonb_typeof(part) IN ('string', 'number') AND lower(part #>> '{{}}') = ANY ({values}))
+"""
+"""SQL: the payload has one of these values, in lower case, as all of a string or a number in it, at any depth."""
+
 # A delivery that died twice has two dead letters under one id: WITH TIES keeps them on one page.
 _PAGE = """
 WITH page AS MATERIALIZED (
     SELECT * FROM (
-        (SELECT id, event_id, event_type, consumer, state, headers FROM outbox_message
+        (SELECT id, event_id, event_type, consumer, state, headers<payload> FROM outbox_message
          WHERE id >= $1 AND id < $2 ORDER BY id DESC LIMIT $3)
         UNION ALL
-        (SELECT message_id, event_id, event_type, consumer, coalesce(resolution, 'dead'), headers FROM dead_letter
+        (SELECT message_id, event_id, event_type, consumer, coalesce(resolution, 'dead'), headers<payload>
+         FROM dead_letter
          WHERE message_id >= $1 AND message_id < $2 ORDER BY message_id DESC FETCH FIRST $3 ROWS WITH TIES)
     ) AS delivery ORDER BY id DESC FETCH FIRST $3 ROWS WITH TIES
 )
@@ -49,8 +59,12 @@ SELECT (SELECT count(*) FROM page) AS looked,
                AND ($5::text IS NULL OR consumer = $5)
                AND ($6::text IS NULL OR headers ->> 'correlation_id' = $6)
                AND ($7::text[] IS NULL OR state = ANY ($7))
+               AND ($8::text IS NULL OR <holds>)
              ORDER BY event_id DESC) AS events
 """
+# Who may not read payloads asks for none.
+_WITHOUT_PAYLOAD = _PAGE.replace("<payload>", "").replace("<holds>", "false")
+_WITH_PAYLOAD = _PAGE.replace("<payload>", ", payload").replace("<holds>", HOLDS.format(values="ARRAY[lower($8)]"))
 _DELIVERIES = """
 SELECT delivery.*, clock_timestamp() - created_at AS age
 FROM unnest($1::uuid[], $2::uuid[]) AS event (first, last) CROSS JOIN LATERAL (
@@ -74,19 +88,25 @@ class EventFilter:
     states: Sequence[str] | None = None
     since: datetime | None = None
     until: datetime | None = None
+    value: str | None = None
+    """Is in the payload; it takes the right to read them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """The ids of the newest events that match, the newest first.
 
-    `more` says that the walk ended because there were enough of them, `bounded` that it looked at too many deliveries.
+    Attributes:
+        more: The walk ended because there were enough of them.
+        bounded: It ended because it had looked at too many deliveries, or for too long.
+        reached: Until here it came, if it is `bounded`: who goes on has this as `until`.
     """
 
     event_ids: list[UUID]
     looked_at: int
     more: bool
     bounded: bool
+    reached: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +130,36 @@ class ListedEvent:
     deliveries: list[Delivered] = field(default_factory=list)
 
 
-async def find(connection: Connection, wanted: EventFilter, limit: int, bound: int | None = None) -> Found:
-    """The newest `limit` events that match, among the newest `bound` (`BOUND`) deliveries of that time."""
+async def find(
+    connection: Connection, wanted: EventFilter, limit: int, bound: int | None = None, seconds: float = math.inf
+) -> Found:
+    """The newest `limit` events that match, among the newest `bound` (`BOUND`) deliveries of that time.
+
+    After so many seconds it looks at no further page of them.
+    """
     first = first_id_after(wanted.since) if wanted.since else UUID(int=0)
     cursor = first_id_after(wanted.until) if wanted.until else UUID(int=2**128 - 1)
     # What is stored was cleaned, so what is looked for is cleaned alike.
-    texts = (wanted.event_type, wanted.consumer, wanted.correlation_id)
-    cleaned = [None if each is None else storable(each) for each in texts]
+    texts = (wanted.event_type, wanted.consumer, wanted.correlation_id, wanted.value)
+    *cleaned, value = [None if each is None else storable(each) for each in texts]
+    statement = _WITHOUT_PAYLOAD if value is None else _WITH_PAYLOAD
+    ends = time.monotonic() + seconds
     bound = BOUND if bound is None else bound
     found: dict[UUID, None] = {}
     looked, ended = 0, False
-    while not ended and len(found) < limit and looked < bound:
+    while not ended and len(found) < limit and looked < bound and (not looked or time.monotonic() < ends):
         size = min(PAGE, bound - looked)
-        page = await connection.fetchrow(_PAGE, first, cursor, size, *cleaned, wanted.states)
+        page = await connection.fetchrow(statement, first, cursor, size, *cleaned, wanted.states, value)
         assert page is not None
         found |= dict.fromkeys(page["events"])
         looked += page["looked"]
         ended, cursor = page["looked"] < size, page["last"]
     enough = len(found) >= limit
     more = len(found) > limit or (enough and not ended)
-    return Found(list(found)[:limit], looked, more, bounded=not ended and not enough)
+    bounded = not ended and not enough
+    # One that was made in the same millisecond may not have been looked at.
+    reached = made_at(cursor) + timedelta(milliseconds=1) if bounded else None
+    return Found(list(found)[:limit], looked, more, bounded, reached)
 
 
 async def load(connection: Connection, event_ids: Sequence[UUID]) -> list[ListedEvent]:

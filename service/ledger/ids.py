@@ -6,13 +6,10 @@ all deliveries of an event are one range of the primary key.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
 from uuid import UUID
 
 from uuid_utils.compat import uuid7
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 MAX_CONSUMERS = 254
 """Consumers one event type can have: as many deliveries as fit between two event ids, but for that of `FAN_OUT`."""
@@ -49,3 +46,8 @@ def last_delivery_of(event_id: UUID) -> UUID:
 def first_id_after(moment: datetime) -> UUID:
     """The least UUID v7 of that millisecond; the least of all for one before 1970."""
     return UUID(int=max(int(moment.timestamp() * 1000), 0) << 80)
+
+
+def made_at(id: UUID) -> datetime:  # noqa: A002
+    """The millisecond in which a UUID v7 was made, in UTC."""
+    return datetime.fromtimestamp((id.int >> 80) / 1000, UTC)

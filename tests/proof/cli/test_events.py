@@ -56,6 +56,14 @@ def test_one_line_per_event_the_newest_first(outbox: Outbox, rows: Rows, monkeyp
     ]
 
 
+def test_events_are_found_by_a_value_in_their_payload(outbox: Outbox, rows: Rows) -> None:
+    event_id, other = new_event_id(), new_event_id()
+    rows.message(event_id=event_id, payload="""'{"order": {"id": "A-17", "count": 3}}'""")
+    rows.message(event_id=other, payload="""'{"id": "A-177", "count": 30}'""")
+    assert _listed(outbox, "--value", "a-17") == _listed(outbox, "--value", "3") == [event_id]
+    assert _listed(outbox, "--value", "17") == _listed(outbox, "--value", "a-17", "--state", "dead") == []
+
+
 def test_the_list_fits_80_columns_and_keeps_the_states(outbox: Outbox, rows: Rows) -> None:
     event_id = new_event_id()
     for number, state in enumerate(("completed", "pending", "completed"), start=1):

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
+from service.console import event_pages
 from service.console.audit_page import KINDS
 from service.console.operators import SECRET_HEADER
 from service.ledger import operations, replaying
 from service.ledger.ids import new_event_id
+from service.outbox import Delivery, Event, consumer, upcaster
 from tests.service.api.serving import serve
 from tests.service.console.ledger_rows import SECRET, literal
 from tests.waiting import until
@@ -39,6 +41,7 @@ ACTS = [
     ("/dead-letters/discard/many", {"until": "2999-01-01T00:00:00+00:00"}),
     ("/dead-letters/1/payload", {}),
     ("/dead-letters/1/edit", {"payload": "{}"}),
+    ("/events/by-value", {"value": "17"}),
     ("/operations/1/stop", {}),
     ("/operations/1/resume", {}),
 ]
@@ -314,8 +317,8 @@ async def test_a_payload_is_shown_to_who_says_why_and_that_is_on_record(
 @pytest.mark.parametrize(
     ("payload", "said"),
     [
-        ("{", "this is not JSON"),
-        ("[]", "a payload is an object"),
+        ("{", "this is no JSON"),
+        ("[]", "a payload is a JSON object"),
         ({"order_id": "no uuid"}, "could not read this"),
         ({"order_id": "0193c3f4-8a51-7c5e-9b1a-4f6f3a2b1c0d", "ordre": 1}, "has no field ordre"),
         ({}, "could not read this"),
@@ -350,6 +353,72 @@ async def test_a_payload_is_put_right_and_the_dead_letter_keeps_the_original(
     story = await console.get(answer.headers["location"])
     assert "ann edited it: the order was merged" in re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", story.text))
     assert "edited" in (await console.get("/dead-letters?state=edited")).text
+
+
+class Moved(Event, type="console.moved", version=2):
+    """Once had its place under another name."""
+
+    place: str
+    floor: int = 0
+
+
+@upcaster(Moved, from_version=1)
+def _rename(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"place": fields["where"]}
+
+
+@consumer(Moved, queue="moves", name="console.move")
+async def _move(event: Moved, delivery: Delivery) -> None:
+    """Nothing of it runs here."""
+
+
+async def test_a_payload_of_an_earlier_version_is_put_right_as_its_consumer_is_given_it(
+    console: httpx.AsyncClient, rows: LedgerRows
+) -> None:
+    kind = {"event_type": "'console.moved'", "consumer": "'console.move'"}
+    rows.dead_letters(1, payload=literal({"where": "Rome"}), **kind)
+    rows.dead_letters(1, payload=literal({"erehw": "Rome"}), **kind)
+    shown = (await send(console, "/dead-letters/1/payload")).text
+    assert "version 1, for console.move; shown as version 2 has it" in shown
+    assert "&#34;place&#34;: &#34;Rome&#34;" in shown
+    assert "has no field where" in (await send(console, "/dead-letters/1/edit", payload='{"where": "Bari"}')).text
+    assert "nothing differs" in (await send(console, "/dead-letters/1/edit", payload='{"place": "Rome"}')).text
+    assert (await send(console, "/dead-letters/1/edit", payload='{"place": "Bari"}')).status_code == 303
+    assert rows.sql("SELECT version, payload FROM outbox_message") == '2|{"floor": 0, "place": "Bari"}'
+    assert rows.sql("SELECT version, payload FROM dead_letter WHERE id = 1") == '1|{"where": "Rome"}'
+    assert "an upcaster of Moved cannot read version 1" in (await send(console, "/dead-letters/2/payload")).text
+
+
+async def test_events_are_found_by_a_value_in_their_payload_and_that_is_on_record(
+    console: httpx.AsyncClient, rows: LedgerRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = "0193c3f4-8a51-7c5e-9b1a-4f6f3a2b1c0d"
+    [oldest] = rows.messages(1, payload=literal({"lines": [{"order": order, "count": 17}]}))
+    rows.dead_letters(1, payload=literal({"order_id": order}), event_type="'order.died'")
+    rows.messages(2, payload=literal({"note": f"of {order}", "count": 170}))
+
+    async def found(value: str, **fields: str) -> str:
+        answer = await send(console, "/events/by-value", "ticket 17", value=value, **fields)
+        assert (answer.status_code, value in str(answer.url)) == (200, False)
+        return answer.text
+
+    def types(page: str) -> list[str]:
+        return re.findall(r"</code></a></th><td>([a-z.]+)</td>", page)
+
+    assert types(await found(order.upper())) == ["order.died", "order.placed"]
+    assert types(await found("17")) == ["order.placed"]
+    assert types(await found(order, event_type="order.died")) == ["order.died"]
+    assert "No event matches" in await found("of")
+    assert (await send(console, "/events/by-value", value="")).status_code == 422
+    record = "SELECT kind, about, asked_by, why FROM outbox_operation ORDER BY id LIMIT 1"
+    assert rows.sql(record) == f'search|{{"value": "{order.upper()}"}}|ann|ticket 17'
+
+    monkeypatch.setattr(event_pages, "LOOKED_INTO", 3)  # as where there are very many
+    page = await found("17")
+    assert "Looked at the newest 3 deliveries; there are older ones" in page
+    until = re.search(r'name="until" value="([^"]+)"><input', page)
+    assert until
+    assert str(oldest)[:34] in await found("17", until=until[1])
 
 
 async def test_names_and_reasons_reach_pages_as_text(make_console: MakeConsole, by_proxy: As, rows: LedgerRows) -> None:
