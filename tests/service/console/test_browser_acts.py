@@ -112,6 +112,15 @@ async def test_every_act_from_the_dead_letter_to_its_effect(
         await say_why(page, "Discard it", "never mind")
         await page.get_by_text("It was discarded by ann").wait_for()
 
+        await page.goto(f"{url}/events")
+        await page.get_by_text("By a value in the payload").click()
+        await page.get_by_label("Value").fill("THREE")
+        await say_why(page, "Search payloads", "ticket 18")
+        await page.get_by_role("heading", name="Events with THREE").wait_for()
+        assert await page.get_by_role("row", name=re.compile("console.tried")).count() == 1
+        assert await visit.obstacles() == []
+        assert "THREE" not in page.url.upper()
+
         await page.goto(url)
         await page.get_by_role("link", name="Pause tries").click()
         await say_why(page, "Pause queue tries", "it breaks")
@@ -152,6 +161,7 @@ async def test_every_act_from_the_dead_letter_to_its_effect(
         for why in (
             "one is repaired",
             "ticket 17",
+            "ticket 18",
             "the name was wrong",
             "never mind",
             "it breaks",
