@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from tests.proof.bench.stage import Running, Stage
 
-__all__ = ["Cost", "idle", "per_event", "table"]
+__all__ = ["Cost", "idle", "per_event", "postgres_cpu", "table"]
 
 _COUNTERS = """
 SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::float8 AS wal,
@@ -58,7 +58,8 @@ class _Meter:
     commands: float
 
 
-def _postgres_cpu(stage: Stage) -> float:
+def postgres_cpu(stage: Stage) -> float:
+    """Seconds of CPU that PostgreSQL has used so far, with the sessions that have ended."""
     assert stage.postgres.pid is not None
     parent = psutil.Process(stage.postgres.pid)
     ended = sum(parent.cpu_times()[2:4])
@@ -73,7 +74,7 @@ async def _read(stage: Stage, connection: Connection, run: Running) -> _Meter:
     assert isinstance(commands, dict)
     return _Meter(
         process=run.cpu(),
-        postgres=_postgres_cpu(stage),
+        postgres=postgres_cpu(stage),
         broker=sum(psutil.Process(stage.valkey.pid).cpu_times()[:2]),
         transactions=row["transactions"],
         rows=row["rows"] or 0,

@@ -8,6 +8,7 @@ from uuid import uuid4
 import asyncpg
 import dramatiq
 
+from tests.proof.bench.cost import postgres_cpu
 from tests.proof.bench.drain import once
 from tests.proof.bench.plain import plain_broker
 from tests.proof.bench.stage import INSERT, RAW, WAITING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from tests.proof.bench.stage import Stage
 
-__all__ = ["ledger", "peer", "plain"]
+__all__ = ["ledger", "peer", "plain", "processes"]
 
 _SPAN = "SELECT count(*) AS count, extract(epoch FROM max(at) - min(at))::float8 AS seconds FROM bench_effect"
 _DISTINCT = "SELECT count(DISTINCT order_id) FROM bench_effect"
@@ -44,9 +45,16 @@ async def _at_least(connection: Connection, expected: int) -> bool:
 
 
 async def ledger(
-    stage: Stage, count: int, threads: int, *, relaying: bool, kind: str = "effect", **settings: str
+    stage: Stage,
+    count: int,
+    threads: int,
+    *,
+    relaying: bool,
+    kind: str = "effect",
+    broker: str = "valkey",
+    **settings: str,
 ) -> float:
-    """Effects per second of the service's worker.
+    """Effects per second of one worker process of the service's.
 
     Args:
         stage: The servers.
@@ -54,6 +62,7 @@ async def ledger(
         threads: Worker threads.
         relaying: Whether the relay works beside it, or has put all in the broker before the worker starts.
         kind: What the consumer does: `effect`, `wait` and then the effect, or the same `raw`, without a session.
+        broker: Between them.
         settings: The worker's.
     """
     insert = {"effect": INSERT, "wait": WAITING, "raw": RAW}[kind]
@@ -62,16 +71,37 @@ async def ledger(
         try:
             if relaying:
                 async with (
-                    stage.relay(database, OUTBOX__HIGH_WATER_MARK="5000"),
-                    stage.worker(database, threads=threads, **settings),
+                    stage.relay(database, broker, OUTBOX__HIGH_WATER_MARK="5000"),
+                    stage.worker(database, threads=threads, processes=1, broker=broker, **settings),
                 ):
                     await connection.execute(insert, count)
                     return await _rate(connection, count)
-            async with stage.relay(database, OUTBOX__REDISPATCH_AFTER="600"):
-                await connection.execute(insert, count)
-                await until(lambda: stage.waiting() >= count, timeout=60)
-            async with stage.worker(database, threads=threads, **settings):
+            await _fill(stage, database, connection, insert, count, broker)
+            async with stage.worker(database, threads=threads, processes=1, broker=broker, **settings):
                 return await _rate(connection, count)
+        finally:
+            await connection.close()
+
+
+async def _fill(
+    stage: Stage, database: str, connection: Connection, insert: str, count: int, broker: str = "valkey"
+) -> None:
+    """Let the relay put so many into the broker."""
+    async with stage.relay(database, broker, OUTBOX__REDISPATCH_AFTER="600"):
+        await connection.execute(insert, count)
+        await until(lambda: stage.waiting(broker=broker) >= count, timeout=60)
+
+
+async def processes(stage: Stage, count: int, number: int) -> tuple[float, float]:
+    """Effects per second of so many worker processes, and PostgreSQL's microseconds of CPU for each."""
+    async with stage.database() as database:
+        connection = await asyncpg.connect(database)
+        try:
+            await _fill(stage, database, connection, INSERT, count)
+            async with stage.worker(database, processes=number):
+                before = postgres_cpu(stage)
+                rate = await _rate(connection, count)
+                return rate, (postgres_cpu(stage) - before) / count * 1e6
         finally:
             await connection.close()
 

@@ -132,7 +132,7 @@ async def commits(stage: Stage, result: Result, *, quick: bool) -> None:
 
 async def api(stage: Stage, result: Result, *, quick: bool) -> None:
     """What publishing costs a request."""
-    paths = ["/order/0", "/order/1", "/order/2", "/order/4", "/row/0", "/row/1"]
+    paths = ["/order/0", "/order/1", "/order/2", "/order/4", "/row/0", "/row/1", "/plain/row"]
     values = await writers.requests(stage, paths, 2 if quick else 5, 1_600 if quick else 3_200)
     versus = "the same handler without"
     for consumers, target in ((1, 0.9), (2, None), (4, None)):
@@ -141,6 +141,8 @@ async def api(stage: Stage, result: Result, *, quick: bool) -> None:
         result.add(Figure(name, "requests/s", ours, versus, values["/order/0"], at_least=target))
     name = "POST of one row, the least a handler can do, with an event"
     result.add(Figure(name, "requests/s", values["/row/1"], versus, values["/row/0"]))
+    name, versus = "POST of one row, without an event", "plain FastAPI and SQLAlchemy"
+    result.add(Figure(name, "requests/s", values["/row/0"], versus, values["/plain/row"], at_least=0.8))
 
 
 async def callers(stage: Stage, result: Result, *, quick: bool) -> None:
@@ -197,6 +199,31 @@ async def _waiting(stage: Stage, result: Result, count: int, rounds: int) -> Non
     waits = await _in_turns({"many": lambda: wait(100), "few": lambda: wait(8)}, rounds)
     name = "effects of consumers that wait 100 ms, one process"
     result.add(Figure(name, "effects/s", waits["many"], "8 at a time", waits["few"], at_least=8))
+
+
+async def scaling(stage: Stage, result: Result, *, quick: bool) -> None:
+    """The same over RabbitMQ, and by two processes."""
+    count, rounds = (4_000, 2) if quick else (6_000, 4)
+    if stage.rabbitmq is not None:
+        sides: Sides = {
+            each: lambda each=each: effects.ledger(stage, count, 8, relaying=False, broker=each)  # type: ignore[misc]
+            for each in ("rabbitmq", "valkey")
+        }
+        values = await _in_turns(sides, rounds)
+        name = "effects of one worker process, over RabbitMQ"
+        result.add(Figure(name, "effects/s", values["rabbitmq"], "over Valkey", values["valkey"], at_least=0.9))
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for _ in range(rounds):
+        for number in random.sample((1, 2), 2):
+            found[number].append(await effects.processes(stage, count, number))
+    (rates, costs), (rates_of_one, costs_of_one) = (list(zip(*found[number], strict=True)) for number in (2, 1))
+    name = "effects of two worker processes"
+    result.add(
+        Figure(name, "effects/s", list(rates), "of one", list(rates_of_one), at_least=0.95),
+        Figure(
+            f"{name}, PostgreSQL's CPU for each", "µs", list(costs), "of one", list(costs_of_one), at_most_times=1.1
+        ),
+    )
 
 
 async def queue_peers(stage: Stage, result: Result, *, quick: bool) -> None:
@@ -337,7 +364,8 @@ async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
 
 SECTIONS: dict[str, Section] = {
     "relay": relay, "relay-peers": relay_peers, "rabbitmq": rabbitmq, "commits": commits, "api": api,
-    "callers": callers, "latency": idle_latency, "worker": worker, "queue-peers": queue_peers, "backlog": backlog,
+    "callers": callers, "latency": idle_latency, "worker": worker,
+    "scaling": scaling, "queue-peers": queue_peers, "backlog": backlog,
     "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "order": order,
     "limits": limits, "costs": costs,
 }  # fmt: skip

@@ -166,11 +166,19 @@ class Stage:
 
     @asynccontextmanager
     async def worker(
-        self, database: str, *, app: str = "app", threads: int = 8, broker: str = "valkey", **settings: str
+        self,
+        database: str,
+        *,
+        app: str = "app",
+        threads: int = 8,
+        processes: int = 1,
+        broker: str = "valkey",
+        **settings: str,
     ) -> AsyncIterator[Running]:
-        """One worker process: the service's (`app`) or one without a ledger (`plain`)."""
+        """Worker processes: the service's (`app`) or those without a ledger (`plain`)."""
         environment = self.environment(database, broker, **settings)
-        command = ("dramatiq", f"tests.proof.bench.{app}:setup_broker", "-p", "1", "-t", str(threads))
+        broker_of = f"tests.proof.bench.{app}:setup_broker"
+        command = ("dramatiq", broker_of, "-p", str(processes), "-t", str(threads))
         async with self.running(*command, environment=environment, ready="ready for action") as run:
             yield run
 

@@ -71,11 +71,16 @@ async def _write(connection: Connection, until_time: float) -> int:
     return done
 
 
+_PROTOCOL = "service.http.protocol:BoundedProtocol"
+
+
 @asynccontextmanager
-async def api(stage: Stage, database: str) -> AsyncIterator[tuple[Running, int]]:
-    """One API process, and its port."""
+async def api(stage: Stage, database: str, *, plain: bool = False) -> AsyncIterator[tuple[Running, int]]:
+    """One API process, and its port: the service's, or one that has nothing of it."""
     port = free_port()
-    application = ("tests.proof.bench.app:create_app", "--factory", "--http", "service.http.protocol:BoundedProtocol")
+    application: tuple[str, ...] = ("tests.proof.bench.plain_api:create_app", "--factory")
+    if not plain:
+        application = ("tests.proof.bench.app:create_app", "--factory", "--http", _PROTOCOL)
     command = ("uvicorn", *application, "--port", str(port), "--log-level", "info")
     environment = stage.environment(database) | {"LOG_LEVEL": "WARNING", "DATABASE__POOL_SIZE": "16"}
     async with stage.running(*command, "--no-access-log", environment=environment, ready="Uvicorn running") as run:
@@ -83,15 +88,23 @@ async def api(stage: Stage, database: str) -> AsyncIterator[tuple[Running, int]]
 
 
 async def requests(stage: Stage, paths: Sequence[str], rounds: int, count: int) -> dict[str, list[float]]:
-    """Requests per second of `POST` to each path, from 16 kept connections, in turns; `/mine` with a token."""
+    """Requests per second of `POST` to each path, from 16 kept connections, in turns.
+
+    Those that begin with `/mine` have a token, those with `/plain` go to an API that has nothing of the service.
+    """
     token = stage.issuer.token("bench", ["bench"])
     figures: dict[str, list[float]] = {each: [] for each in paths}
-    async with stage.database() as database, api(stage, database) as (_, port):
+    async with (
+        stage.database() as database,
+        api(stage, database) as (_, ours),
+        api(stage, database, plain=True) as (_, plain),
+    ):
+        ports = {each: plain if each.startswith("/plain") else ours for each in paths}
         for each in paths:
-            await post_all(port, each, 200, token)
+            await post_all(ports[each], each, 200, token)
         for _ in range(rounds):
             for each in random.sample(paths, len(paths)):
-                figures[each].append(await post_all(port, each, count, token))
+                figures[each].append(await post_all(ports[each], each, count, token))
     return figures
 
 
