@@ -212,6 +212,15 @@ async def test_a_read_goes_with_it(ledger: Ledger, runner: Runner) -> None:
     assert await ledger.state(run.claim.id) == "completed"
 
 
+async def test_an_event_from_sql_goes_with_it(ledger: Ledger, runner: Runner) -> None:
+    run = await claimed(ledger, runner)
+    count = "SELECT count(*) FROM outbox_message WHERE event_type = 'ledger.fanned_out'"
+    async with run.delivery.connection() as lent:
+        await lent.execute("SELECT outbox_publish($1, $2, queue => 'ledger')", "ledger.fanned_out", "{}")
+        assert await ledger.connection.fetchval(count) == 0
+    assert await ledger.connection.fetchval(count) == 1
+
+
 async def test_the_transaction_is_bounded(ledger: Ledger, runner: Runner, settings: Settings) -> None:
     settings.outbox.time_limit, settings.outbox.grace = 3_000, 2
     run = await claimed(ledger, runner)
