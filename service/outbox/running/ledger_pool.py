@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from service.settings import Settings
 
-_CONNECTIONS = 4
+CONNECTIONS = 4
+"""At most, of one worker process."""
 
 
 class LedgerPool:
@@ -36,7 +37,7 @@ class LedgerPool:
 
         self._pool = asyncpg.create_pool(
             min_size=0,
-            max_size=_CONNECTIONS,
+            max_size=CONNECTIONS,
             connect=connect,
             init=prepare,
             reset=_keep,
