@@ -128,6 +128,7 @@ _STEPS = {
 _NEXT = {
     "delayed": "It is delayed; its {nth} attempt is due in {span}.",
     "parked": "It waits for its turn in lane {next.lane}: `outbox lanes list`.",
+    "follows": "It is published once all consumers of event {next.follows} are done.",
     "due": "It waits for its {nth} attempt, due {since} {span}.",
     "dispatched": "It waits in the broker for a worker to take it. Otherwise the relay hands it over again in {left}.",
     "running": "A worker is at its {nth} attempt; the lease {ends} without a heartbeat.",

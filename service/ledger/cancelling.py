@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from service.ledger.follow_ups import THEN
 from service.ledger.ids import FAN_OUT, last_delivery_of
 
 if TYPE_CHECKING:
@@ -27,9 +28,17 @@ _LOCK_LANES = text("""
 SELECT outbox_lock_all_lanes(lane) FROM outbox_message WHERE id > :event_id AND id <= :last AND lane IS NOT NULL
 """)
 
+_SET = f"SET state = 'completed', completed_at = clock_timestamp(), ended_as = '{CANCELLED}'"
+
+# What was to follow the event goes with it. Where that has come due already, nothing of the event was open.
 _CANCEL = text(f"""
-UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp(), ended_as = '{CANCELLED}'
-WHERE id > :event_id AND id <= :last AND (state || '') IN ('pending', 'dispatched')
+WITH cancelled AS (
+    UPDATE outbox_message {_SET}
+    WHERE id > :event_id AND id <= :last AND (state || '') IN ('pending', 'dispatched')
+    RETURNING overlay(headers ->> '{THEN}' PLACING 'ff' FROM 35)::uuid AS follow_up
+)
+UPDATE outbox_message {_SET}
+WHERE id = ANY (ARRAY(SELECT follow_up FROM cancelled)) AND (state || '') = 'pending' AND due_at = outbox_parked()
 """)  # noqa: S608
 
 _ALL_CANCELLED = text(f"""

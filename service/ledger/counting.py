@@ -70,8 +70,9 @@ WHERE datname = current_database() AND split_part(application_name, ' ', 1) = 'o
 class Counts:
     """Deliveries of one consumer; `oldest` is in seconds.
 
-    Of `pending`, `parked` wait for their turn in a lane, and `failed` for a retry. `blocked` lanes wait for somebody to
-    deal with a dead letter of this consumer, the first of them for `blocked_for`, with the deliveries `behind` it.
+    Of `pending`, `parked` wait for their turn in a lane or for another event, and `failed` for a retry. `blocked` lanes
+    wait for somebody to deal with a dead letter of this consumer, the first of them for `blocked_for`, with the
+    deliveries `behind` it.
     """
 
     pending: int = 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from service.ledger.follow_ups import AFTER, THEN
 from service.ledger.ids import delivery_id, new_event_id
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ _DIE_AND_TELL = f"""
 {_BURY}, told AS (
     INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers)
     SELECT $7, $8, '{DIED}', version, $9, queue, payload,
-           headers - '{DUE_AFTER}'
+           headers - ARRAY['{DUE_AFTER}', '{THEN}']
            || jsonb_build_object('{DEAD_LETTER}', letter.id::text, 'causation_id', dead.id::text)
     FROM dead CROSS JOIN letter
 )
@@ -290,7 +291,7 @@ async def claim_free(connection: Connection, asked: Sequence[tuple[UUID, UUID]],
 def _claim(row: asyncpg.Record) -> Claim:
     headers = json.loads(row["headers"])
     # Of this delivery alone, and not of what it publishes.
-    due_after, letter = headers.pop(DUE_AFTER, None), headers.pop(DEAD_LETTER, None)
+    due_after, letter, *_ = [headers.pop(name, None) for name in (DUE_AFTER, DEAD_LETTER, THEN, AFTER)]
     return Claim(
         id=row["id"],
         token=row["claim_token"],

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from service.ledger import dead_letters
+from service.ledger.follow_ups import AFTER
 from service.ledger.ids import event_of, last_delivery_of
 from service.ledger.limiting import limited_queues
 from service.ledger.pausing import EVERY_QUEUE, paused_queues
@@ -66,19 +67,30 @@ class Next:
     """What happens next, unless something comes between.
 
     Attributes:
-        kind: It is `delayed`; it is `parked` in its lane; it waits to be handed over (`due`) or in the broker
-            (`dispatched`), or it is `running`; it was `completed`, `discarded`, `edited` (what was corrected is another
-            delivery), or replayed, completed and `purged`; or it is `dead`.
+        kind: It is `delayed`; it is `parked` in its lane, or `follows` another event; it waits to be handed over
+            (`due`) or in the broker (`dispatched`), or it is `running`; it was `completed`, `discarded`, `edited` (what
+            was corrected is another delivery), or replayed, completed and `purged`; or it is `dead`.
         number: The attempt that is running or comes next, or the dead letter.
         wait: Until it is due, is handed over again, or its lease ends; negative when that is past.
         kept_until: When what is completed may be purged.
         pause: What keeps it from being handed over.
         lane: Where it runs in order; of a dead letter, only if that blocks it.
         limit: What it may wait for before that.
+        follows: The event whose consumers have to be done first.
     """
 
     kind: Literal[
-        "delayed", "parked", "due", "dispatched", "running", "completed", "dead", "discarded", "edited", "purged"
+        "delayed",
+        "parked",
+        "follows",
+        "due",
+        "dispatched",
+        "running",
+        "completed",
+        "dead",
+        "discarded",
+        "edited",
+        "purged",
     ]
     number: int = 0
     wait: timedelta = timedelta()
@@ -86,6 +98,7 @@ class Next:
     pause: Pause | None = None
     lane: str | None = None
     limit: Limit | None = None
+    follows: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +223,8 @@ def _next(row: dict[str, Any], paused: dict[str, Pause], limited: dict[str, Limi
     if state == "completed":
         return Next("completed", kept_until=row["completed_at"] + keep)
     if row["parked"]:
+        if row["lane"] is None:
+            return Next("follows", pause=pause, follows=row["headers"].get(AFTER))
         return Next("parked", pause=pause, lane=row["lane"])
     if state != "pending":
         return Next(state, row["attempts"], wait, pause=pause)

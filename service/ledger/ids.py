@@ -15,7 +15,7 @@ MAX_CONSUMERS = 254
 """Consumers one event type can have: as many deliveries as fit between two event ids, but for that of `FAN_OUT`."""
 
 FAN_OUT = "outbox.fan_out"
-"""The consumer of what SQL has published: `service/outbox/fan_out.py`. Its delivery has the number 255."""
+"""The consumer of what the database publishes: `service/outbox/fan_out.py`. Its delivery has the number 255."""
 
 
 def new_id() -> UUID:

@@ -43,8 +43,8 @@ _PARKED = datetime(9000, 1, 1, tzinfo=UTC)
 """As `outbox_parked()` of the database has it."""
 
 
-def parked(lane: str) -> dict[str, Any]:
-    """The columns of a new row that waits for its turn in a lane."""
+def parked(lane: str | None) -> dict[str, Any]:
+    """The columns of a new row that waits for its turn in a lane, or outside of any."""
     return {"lane": lane, "due_at": _PARKED}
 
 

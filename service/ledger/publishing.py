@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import case, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 
+from service.ledger.follow_ups import AFTER
 from service.ledger.tables import WAITS_ALONE, AcceptedEvent, OutboxMessage
 
 if TYPE_CHECKING:
@@ -105,9 +106,12 @@ def as_objects(rows: Iterable[dict[str, Any]], terms: Terms) -> list[OutboxMessa
     return [OutboxMessage(**(terms.columns() | row)) for row in rows]
 
 
-async def is_in_order(session: AsyncSession, delivery_id: UUID) -> bool:
-    """Whether this delivery, which is there, has a place in a lane."""
-    return await session.scalar(select(OutboxMessage.lane).where(OutboxMessage.id == delivery_id)) is not None
+async def has_no_order(session: AsyncSession, delivery_id: UUID) -> bool:
+    """Whether SQL has published this, which is there, without saying what orders it."""
+    message = OutboxMessage
+    found = await session.execute(select(message.lane, message.headers.has_key(AFTER)).where(message.id == delivery_id))
+    lane, follows = found.one()
+    return lane is None and not follows
 
 
 async def take_key(session: AsyncSession, key: str, event_id: UUID) -> bool:

@@ -4,7 +4,7 @@ What must stay true: a dead letter is resolved exactly once, and never without i
 back, under its old id and with a fresh budget, in the statement that marks the dead letter, and that statement takes
 only open dead letters: of two replays at once one wins, and one that is interrupted loses nothing. The dead letter
 stays as the record of who did it, when and why. One that blocks its lane goes back to its old place there, any other
-to the end; the lanes are locked all at once.
+to the end; the lanes are locked all at once, and so is what follows the events of those that are discarded.
 
 However many there are, they are an operation (`operations.py`): each step resolves a batch of its dead letters and
 counts them in one transaction, so an operation that died with its process says what was done, and goes on.
@@ -62,12 +62,14 @@ RETURNING dead_letter.id, outbox_lock_lanes(ARRAY(SELECT lane FROM locked WHERE 
 """
 _DISCARD = """
 WITH locked AS (
-    SELECT id, lane FROM dead_letter WHERE id = ANY($1) AND resolution IS NULL ORDER BY id FOR UPDATE
+    SELECT id, lane, headers FROM dead_letter WHERE id = ANY($1) AND resolution IS NULL ORDER BY id FOR UPDATE
 )
 UPDATE dead_letter
 SET resolution = 'discarded', resolved_at = clock_timestamp(), resolved_by = $2, resolved_why = $3
 FROM locked WHERE dead_letter.id = locked.id
-RETURNING dead_letter.id, outbox_lock_lanes(ARRAY(SELECT lane FROM locked WHERE lane IS NOT NULL))
+RETURNING dead_letter.id, outbox_lock_lanes(ARRAY(SELECT lane FROM locked WHERE lane IS NOT NULL)),
+          CASE WHEN dead_letter.headers ? 'then'
+          THEN outbox_lock_follow_ups(ARRAY(SELECT headers ->> 'then' FROM locked)) END
 """
 
 _REFUSED = """

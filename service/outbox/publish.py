@@ -20,7 +20,8 @@ from service.database.sessions import FlushingSession, confirm
 from service.errors import PublishError
 from service.ledger.cancelling import cancel_open
 from service.ledger.delivering import DUE_AFTER
-from service.ledger.ids import delivery_id, new_event_id
+from service.ledger.follow_ups import AFTER, THEN
+from service.ledger.ids import FAN_OUT, delivery_id, last_delivery_of, new_event_id
 from service.ledger.lanes import parked
 from service.ledger.publishing import Terms, as_objects, insert_deliveries, insert_many, take_key
 from service.ledger.tables import OutboxMessage
@@ -54,6 +55,7 @@ def publish(
     expires: timedelta | None = None,
     unique: bool = False,
     debounce: timedelta | None = None,
+    then: Event | None = None,
 ) -> UUID:
     """Publish `event` in the session's transaction, to every consumer that is registered now.
 
@@ -65,6 +67,8 @@ def publish(
         unique: Let an equal event that no worker has begun stand for both: this one is not stored beside it. The one
             that waits is due when the first of both would be.
         debounce: The same, and put it off by `delay` each time, until it has waited for so long in all.
+        then: What is published once all its consumers are done: when each delivery is completed or has expired, or its
+            dead letter was discarded.
 
     Returns:
         The event's id, for `cancel` and for `outbox events show`. Nothing has it where another event stands for this
@@ -82,7 +86,11 @@ def publish(
     if unique or debounce is not None:
         if expires is not None:
             raise PublishError("an event that may stand for others cannot expire: publish it without `expires`")
+        if then is not None:
+            raise PublishError("an event that may stand for others has no end of its own: publish it without `then`")
         _make_unique(session, event, rows)
+    if then is not None:
+        _write(session, _follow_up(then, event_id, rows), Terms())
     _write(session, rows, terms)
     return event_id
 
@@ -198,6 +206,28 @@ def _rows(event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelt
         }
         for number, consumer in enumerate(consumers_of(type(event)), start=1)
     ]
+
+
+def _follow_up(event: Event, after: UUID, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is to be written of an event that waits for these deliveries, which are marked for it."""
+    payload, event_id, consumers = checked_payload(event), new_event_id(), consumers_of(type(event))
+    if not rows or not consumers:
+        return _rows(event_id, event, payload, None)
+    headers = {name: value for name, value in rows[0]["headers"].items() if name != DUE_AFTER}
+    for row in rows:
+        row["headers"] = row["headers"] | {THEN: str(event_id)}
+    waiting = {
+        "id": last_delivery_of(event_id),
+        "event_id": event_id,
+        "event_type": event.event_type,
+        "version": event.event_version,
+        "consumer": FAN_OUT,
+        "queue": consumers[0].queue,
+        "payload": payload,
+        "headers": headers | {AFTER: str(after)},
+        **parked(None),
+    }
+    return [waiting]
 
 
 def _write(

@@ -76,6 +76,12 @@ def test_a_limited_queue_is_part_of_what_is_next(outbox: Outbox, rows: Rows) -> 
     assert "Queue stock is limited to 10/s, 1 at a time by ann." in _next(outbox, delivery_id)
 
 
+def test_what_follows_another_event_says_so(outbox: Outbox, rows: Rows) -> None:
+    first = new_event_id()
+    (delivery_id,) = rows.message(due_at="outbox_parked()", headers=json_literal({"after": str(first)}))
+    assert f"It is published once all consumers of event {first} are done." in _next(outbox, delivery_id)
+
+
 def test_a_completed_delivery_names_its_last_attempt(outbox: Outbox, rows: Rows) -> None:
     (delivery_id,) = rows.message(
         state="'completed'",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from service.database.sessions import transaction
 from service.ledger.ids import FAN_OUT
+from service.outbox import publish
+from tests.proof.lanes.domain import Changed, Seen, changes
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -38,6 +41,14 @@ async def test_other_keys_do_not_wait(lanes: Lanes) -> None:
     for key in "aab":
         await published(lanes, key, key)
     assert await lanes.unparked() == ["a", "b"]
+
+
+async def test_what_follows_another_event_enters_the_lane_when_it_is_published(lanes: Lanes) -> None:
+    async with transaction(lanes.sessions) as session:
+        publish(session, Seen(thing="b", note=""), then=Changed(thing="a", note="2"))
+    await lanes.publish_all(changes("a", "1"))
+    await lanes.run()
+    assert await lanes.steps("a") == "12"
 
 
 async def test_without_a_key_it_is_a_dead_letter_that_says_so(lanes: Lanes) -> None:

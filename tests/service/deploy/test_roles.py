@@ -165,6 +165,31 @@ def test_lanes_take_no_other_rights(roles: Roles) -> None:
     assert _said(roles, due) == "1"
 
 
+def test_follow_ups_take_no_other_rights(roles: Roles) -> None:
+    """Whoever ends the last delivery lets it come due."""
+    columns = "event_id, event_type, version, consumer, queue, payload, headers"
+    event, then = "01937e5c-8a4e-7cc0-98c4-dc0c0c073900", "01937e5c-8a4e-7cc0-98c4-dc0c0c073a00"
+    waiting = f"""INSERT INTO outbox_message (id, {columns}, due_at) VALUES ('{then[:-2]}ff', '{then}', 'a', 1,
+                  'outbox.fan_out', 'q', '{{}}', '{{"after": "{event}"}}', outbox_parked())"""
+    values = f"""'{event[:-2]}01', '{event}', 'a', 1, 'a', 'q', '{{}}', '{{"then": "{then}"}}'"""
+    due = "SELECT count(*) FROM outbox_message WHERE consumer = 'outbox.fan_out' AND due_at < now()"
+    more = "attempts, dispatches, created_at, errors, reason"
+    letter = f"INSERT INTO dead_letter (message_id, {columns}, {more}) VALUES ({values}, 1, 1, now(), '[]', '')"
+    for role, first, last in (
+        (
+            roles.app,
+            f"INSERT INTO outbox_message (id, {columns}) VALUES ({values})",
+            "UPDATE outbox_message SET state = 'completed'",
+        ),
+        (roles.relay, letter, "UPDATE dead_letter SET resolution = 'discarded'"),
+    ):
+        psql(roles.app, f"{waiting}; {first}")
+        assert _said(roles, due) == "0"
+        psql(role, f"{last} WHERE headers ? 'then'")
+        assert _said(roles, due) == "1"
+        psql(role, "DELETE FROM outbox_message")
+
+
 def test_publishing_from_sql_takes_the_right_to_insert(roles: Roles) -> None:
     """And nothing more for one that has no order."""
     call = "SELECT outbox_publish('deploy.happened', '{}', 'deploy'"

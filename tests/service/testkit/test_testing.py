@@ -69,6 +69,18 @@ async def test_what_sql_publishes_is_delivered_like_any_other(sessions: SessionF
         assert await worker.deliver_all(only) == ["testkit.announce"]
 
 
+async def test_what_follows_is_delivered_after_all_others(sessions: SessionFactory, worker: InlineWorker) -> None:
+    async with transaction(sessions) as session:
+        publish(session, Arrived(parcel_id=new_id()), then=Weighed(parcel_id=new_id(), grams=7))
+        await assert_published(session, Weighed)
+    assert await worker.deliver_all("testkit.store") == ["testkit.store"]
+    await worker.make_due()  # what waits for others stays
+    assert (await worker.deliver_all())[-1] == "testkit.weigh"
+    assert DONE[1] == "count 1"
+    async with sessions() as session:
+        await assert_published(session, Weighed)
+
+
 async def test_the_assertions_fail(rolled_back_session: AsyncSession) -> None:
     publish(rolled_back_session, Arrived(parcel_id=new_id()))
     publish(rolled_back_session, Arrived(parcel_id=new_id()))
