@@ -95,6 +95,19 @@ async def effect(event: Ordered, delivery: Delivery) -> None:
         await session.execute(text(EFFECT), {"id": event.order_id, "started": started})
 
 
+class OrderedByCustomer(Event, type="bench.ordered_by_customer"):
+    order_id: UUID
+    customer: str
+
+
+@consumer(OrderedByCustomer, queue="bench", name="bench.in_order", order_by="customer")
+async def in_order(event: OrderedByCustomer, delivery: Delivery) -> None:
+    """As `effect`, in the order of commits."""
+    started = time.time()
+    async with delivery.begin() as session:
+        await session.execute(text(EFFECT), {"id": event.order_id, "started": started})
+
+
 class Waited(Event, type="bench.waited"):
     order_id: UUID
     customer: str

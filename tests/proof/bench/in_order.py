@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING
-from uuid import UUID, uuid4
 
 import asyncpg
 
-from service.database.driver import bound_waits
-from service.ledger import delivering
-from service.ledger.dispatching import NO_FLOOR, Pauses, take_due
 from tests.proof.bench.latency import Latency
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from service.database.driver import Connection
-    from service.ledger.delivering import Claim
     from tests.proof.bench.stage import Stage
 
 __all__ = ["Chain", "chain", "drained"]
-
-_MINUTE = timedelta(seconds=60)
 
 # As the triggers would have left it, had each row been published in a transaction of its own.
 _FILL = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers,
                             lane, position, due_at)
-SELECT (event || '01')::uuid, (event || '00')::uuid, 'bench.ordered', 1, 'bench.effect', 'bench',
+SELECT (event || '01')::uuid, (event || '00')::uuid,
+       CASE WHEN $2 > 0 THEN 'bench.ordered_by_customer' ELSE 'bench.ordered' END, 1,
+       CASE WHEN $2 > 0 THEN 'bench.in_order' ELSE 'bench.effect' END, 'bench',
        jsonb_build_object('order_id', gen_random_uuid(), 'customer', 'c-123'), '{}',
        CASE WHEN $2 > 0 THEN 'bench:' || number % $2 END, CASE WHEN $2 > 0 THEN nextval('outbox_position') END,
        CASE WHEN $2 = 0 OR number <= $2 THEN clock_timestamp() ELSE outbox_parked() END
@@ -42,11 +35,10 @@ FROM (
     FROM generate_series(1, $1::int) AS number
 ) AS events
 """
-_EFFECT = "INSERT INTO bench_effect (order_id) VALUES ($1)"
 
 
 async def drained(stage: Stage, rows: int, keys: int, seconds: float) -> float:
-    """Effects a second of a backlog: hand-over, claims in groups, and eight transactions at a time that complete.
+    """Effects a second of a backlog, through relay and worker.
 
     Args:
         stage: The servers.
@@ -54,58 +46,24 @@ async def drained(stage: Stage, rows: int, keys: int, seconds: float) -> float:
         keys: How many keys it has; 0 for no order.
         seconds: For how long it is drained.
     """
-    async with stage.database() as database, AsyncExitStack() as stack:
-        opened = [await asyncpg.connect(database) for _ in range(10)]
-        for each in opened:
-            stack.push_async_callback(each.close)
-            await bound_waits(each)
-        relay, ledger, *workers = opened
-        await relay.execute("SET plan_cache_mode = force_custom_plan; SET enable_sort = off")
-        await relay.execute("SET statement_timeout = 0; ALTER TABLE outbox_message DISABLE TRIGGER outbox_enter_lane")
-        await relay.execute(_FILL, rows, keys)
-        await relay.execute("ALTER TABLE outbox_message ENABLE TRIGGER outbox_enter_lane; ANALYZE outbox_message")
-        return await _drain(relay, ledger, workers, seconds)
-
-
-async def _drain(relay: Connection, ledger: Connection, workers: list[Connection], seconds: float) -> float:
-    claims: asyncio.Queue[Claim] = asyncio.Queue()
-    done = 0
-
-    async def work(connection: Connection) -> None:
-        nonlocal done
-        while True:
-            claim = await claims.get()
-            async with connection.transaction():
-                await connection.execute(_EFFECT, claim.event_id)
-                assert await delivering.complete(connection, claim)
-            done += 1
-
-    working = [asyncio.create_task(work(each)) for each in workers]
-    began = swept = time.monotonic()
-    floor = NO_FLOOR
-    while time.monotonic() < began + seconds:
-        if claims.qsize() > 500:
-            await asyncio.sleep(0.001)
-            continue
-        if time.monotonic() > swept + 1:
-            floor, swept = NO_FLOOR, time.monotonic()
-        async with relay.transaction():
-            pauses = Pauses(_MINUTE, _MINUTE, _MINUTE)
-            batch = await take_due(relay, "bench", floor, 500, pauses, expired_leases=True)
-        if batch is None:
-            floor = NO_FLOOR
-            await asyncio.sleep(0.0005)
-            continue
-        floor = batch.floor
-        asked = [(UUID(each.delivery_id), uuid4()) for each in batch.deliveries]
-        for claim in await delivering.claim_free(ledger, asked, _MINUTE):
-            claims.put_nowait(claim)
-    rate = done / (time.monotonic() - began)
-    for task in working:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-    return rate
+    async with stage.database() as database:
+        connection = await asyncpg.connect(database)
+        try:
+            await connection.execute("ALTER TABLE outbox_message DISABLE TRIGGER outbox_enter_lane")
+            await connection.execute(_FILL, rows, keys)
+            await connection.execute("ALTER TABLE outbox_message ENABLE TRIGGER outbox_enter_lane")
+            await connection.execute("ANALYZE outbox_message")
+            async with stage.relay(database, OUTBOX__HIGH_WATER_MARK="5000"), stage.worker(database):
+                await until(lambda: _effects(connection, 100), timeout=60)
+                before: int = await connection.fetchval("SELECT count(*) FROM bench_effect")
+                began = time.monotonic()
+                await asyncio.sleep(seconds)
+                done: int = await connection.fetchval("SELECT count(*) FROM bench_effect")
+                rate = (done - before) / (time.monotonic() - began)
+                assert done < rows, "it was drained too early"
+                return rate
+        finally:
+            await connection.close()
 
 
 @dataclass(frozen=True)
@@ -139,7 +97,7 @@ async def chain(stage: Stage, count: int) -> Chain:
 
 _PUBLISH = """
 INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, lane, due_at)
-SELECT (event || '01')::uuid, (event || '00')::uuid, 'bench.ordered', 1, 'bench.effect', 'bench',
+SELECT (event || '01')::uuid, (event || '00')::uuid, 'bench.ordered_by_customer', 1, 'bench.in_order', 'bench',
        jsonb_build_object('order_id', gen_random_uuid(), 'customer', 'c-123'), '{}', $2, outbox_parked()
 FROM (
     SELECT lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000)::bigint), 12, '0') || '7'
