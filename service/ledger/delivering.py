@@ -124,6 +124,29 @@ RETURNING {_TAKEN},
            WHERE NOT EXISTS (SELECT FROM asked WHERE asked.dispatches >= 2))
 """  # noqa: S608
 
+# What a completion let come due in its lane. It is claimed as if its message had come, but whoever is at it is not
+# waited for; and a relay, which was not woken for it, is woken if it is not taken after all. Only the first one behind
+# is looked at, since as many as there are may wait behind it.
+_CLAIM_NEXT = f"""
+WITH next AS MATERIALIZED (
+    SELECT behind.id
+    FROM outbox_message AS ended CROSS JOIN LATERAL (
+        SELECT id FROM outbox_message WHERE lane = ended.lane AND position > ended.position ORDER BY position LIMIT 1
+    ) AS behind
+    WHERE ended.id = $1
+), asked AS MATERIALIZED (
+    SELECT message.ctid, message.state, {_MINE} AS mine, asked.token
+    FROM outbox_message AS message CROSS JOIN (SELECT $2::uuid AS token) AS asked
+    WHERE message.id = (SELECT id FROM next) AND message.queue = $4 AND message.consumer = ANY($5) AND {_CLAIMABLE}
+    FOR UPDATE OF message SKIP LOCKED
+), taken AS (
+    UPDATE outbox_message AS message {_AS_RUNNING}
+    FROM asked WHERE message.ctid = asked.ctid AND {_MAY_START}
+    RETURNING {_TAKEN}, CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
+)
+SELECT taken.*, CASE WHEN taken.id IS NULL THEN outbox_wake() END FROM next LEFT JOIN taken ON true
+"""  # noqa: S608
+
 _COMPLETE = f"""
 UPDATE outbox_message AS message SET state = 'completed', completed_at = clock_timestamp()
 WHERE id = $1 AND claim_token = $2 AND {_STATE} IN ('running', 'dispatched')
@@ -131,6 +154,7 @@ WHERE id = $1 AND claim_token = $2 AND {_STATE} IN ('running', 'dispatched')
 
 # The row's lane moves on with the commit. It is locked together with those that the consumer has published to.
 _COMPLETED = "RETURNING true, CASE WHEN lane IS NOT NULL THEN outbox_lock_all_lanes(lane) END"
+_CLAIMS_NEXT = ", CASE WHEN lane IS NOT NULL THEN set_config('outbox.claims_next', lane, true) END"
 
 # It has not run, so the attempt is refunded.
 _EXPIRE = f"""
@@ -288,6 +312,17 @@ async def claim_free(connection: Connection, asked: Sequence[tuple[UUID, UUID]],
     return [_claim(row) for row in await connection.fetch(_CLAIM_FREE, ids, tokens, lease)]
 
 
+async def claim_next(
+    connection: Connection, ended: Claim, token: UUID, lease: timedelta, consumers: Sequence[str]
+) -> Claim | None:
+    """Take what is next in the lane of what was completed, if it is in the same queue and for one of these consumers.
+
+    `None` if there is nothing, or others have it or will have it. Repeatable with the same token.
+    """
+    row = await connection.fetchrow(_CLAIM_NEXT, ended.id, token, lease, ended.queue, consumers)
+    return None if row is None or row["id"] is None else _claim(row)
+
+
 def _claim(row: asyncpg.Record) -> Claim:
     headers = json.loads(row["headers"])
     # Of this delivery alone, and not of what it publishes.
@@ -313,9 +348,16 @@ def _claim(row: asyncpg.Record) -> Claim:
     )
 
 
-async def complete_in_transaction(connection: Connection, mine: Claim) -> tuple[bool, bool]:
-    """Tick the row off inside the effect's transaction: (it is still that transaction, the row was still mine)."""
-    if await connection.fetchval(f"{_COMPLETE} AND {_UNBROKEN} {_COMPLETED}", mine.id, mine.token):
+async def complete_in_transaction(
+    connection: Connection, mine: Claim, *, claims_next: bool = False
+) -> tuple[bool, bool]:
+    """Tick the row off inside the effect's transaction: (it is still that transaction, the row was still mine).
+
+    Args:
+        claims_next: No relay is woken for what comes due in its lane, since `claim_next` follows.
+    """
+    then = _CLAIMS_NEXT if claims_next else ""
+    if await connection.fetchval(f"{_COMPLETE} AND {_UNBROKEN} {_COMPLETED}{then}", mine.id, mine.token):
         return True, True
     unbroken = await connection.fetchval(f"SELECT $1::uuid IS NOT NULL AND {_UNBROKEN}", mine.id, mine.token)
     return bool(unbroken), False

@@ -10,6 +10,10 @@ of its lane come due, in the same transaction.
                 a death, a cancellation, an expiry. The next one comes due, unless a dead letter blocks the lane
     goes on     `outbox_unblock_lane`, at the commit of whatever resolved a dead letter that blocked
 
+A worker that has completed a delivery in its own loop claims what came due by that, past relay and broker, as if its
+message had come (`delivering.claim_next`). For that its completion wakes no relay. If it dies in between, the relay's
+next look finds the row, which is due like any other.
+
 All of it is triggers of the tables (`migrations/ledger/*_lanes.py`): whoever writes there need not know of lanes, not
 even an older version of this code. They are deferred to the commit, and see nothing of a savepoint that was undone.
 

@@ -19,7 +19,8 @@
                 in a limited queue `limited_dispatching.take_limited`, of as much as may be in flight
     set apart   by the same, of a suspect: its lease ended in its second attempt or later
     claim       `delivering.claim` and `claim_free`; of what is running if its lease ended, or again by the same token;
-                in a limited queue of what is dispatched alone, or again by the same token
+                in a limited queue of what is dispatched alone, or again by the same token. `claim_next` does the same
+                to what came due in a lane, without a message
     heartbeat   `delivering.heartbeat`, which also takes back what was handed over again meanwhile
     put back    `delivering.fail`, `release`, `forgive` and `postpone`
     complete    `delivering.complete_in_transaction` and `complete`

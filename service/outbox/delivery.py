@@ -51,6 +51,10 @@ class Progress:
     """The effect and the delivery's completion are committed."""
     lost: bool = False
     """The delivery is somebody else's; the effect was rolled back."""
+    may_claim_next: Callable[[], bool] = lambda: False
+    """Asked at the completion: whether the worker itself will take what is next in the lane."""
+    claims_next: bool = False
+    """What was answered."""
     unreached: bool = False
     """The session is not there yet: PostgreSQL has executed nothing of the run's."""
 
@@ -201,7 +205,8 @@ class Delivery:
         return _START.format(token=self._claim.token, timeout=timeout, milliseconds=self._timeout_ms)
 
     async def _complete(self, driver: Connection) -> None:
-        unbroken, completed = await delivering.complete_in_transaction(driver, self._claim)
+        self._progress.claims_next = claims_next = self._progress.may_claim_next()
+        unbroken, completed = await delivering.complete_in_transaction(driver, self._claim, claims_next=claims_next)
         if not unbroken:
             raise DeliveryError("the delivery's transaction was committed or rolled back inside its block")
         if not completed:

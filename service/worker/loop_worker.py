@@ -10,6 +10,7 @@ What must stay true:
   another process may have it.
 - Queues take turns for a free slot, so that a long one does not hold up the others, within Dramatiq's priorities.
 - Whatever a message does, its slot becomes free: also of a consumer that goes on although it was cancelled.
+- What is next in a lane takes over its slot only while no other message waits for one, and for a second at most.
 - A stop waits for the runs as long as the grace and a moment, and no longer. A loop that stands still is for the
   watchdog.
 - Every message passes the same hooks of Dramatiq's middleware as in a thread. They run on the loop.
@@ -45,6 +46,9 @@ ON_LOOP = "on_loop"
 
 _TOGETHER = 0.005
 """Seconds for which an acknowledgement waits for others."""
+
+_PAST_THE_RELAY = 1.0
+"""Seconds for which what is next in a lane is begun past the relay, which alone knows that a queue is paused."""
 
 
 class _Turns:
@@ -245,10 +249,16 @@ class LoopWorker(WorkerThread):
         run = await self._runner.claim(delivery_id)
         self._claiming.discard(id(item))
         self._fill_soon()
-        if run is None:
-            return
-        if run.spec.is_async:
-            await self._runner.run(run, partial(self._end, item))
-        else:
+        if run is not None and not run.spec.is_async:
             # The message names another consumer than the delivery has. The relay hands it over under its name.
             await self._runner.release(run)
+            return
+        until = self._loop.time() + _PAST_THE_RELAY
+        while run is not None:
+            await self._runner.run(run, partial(self._end, item), partial(self._may_claim_next, item, until))
+            run = await self._runner.claim_next(run)
+
+    def _may_claim_next(self, item: Any, until: float) -> bool:
+        """Whether nobody waits for the slot of this message, so that what is next in its lane may have it."""
+        waited_for = self._turns or self._arrived or self._runner.connections.short
+        return id(item) in self._begun and not waited_for and not self._stopping and self._loop.time() < until

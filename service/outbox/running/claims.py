@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from service.ledger import delivering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import timedelta
     from uuid import UUID
@@ -51,6 +51,11 @@ class Claims:
             return claim
         async with self._waiting, self._ledger() as connection:
             return await delivering.claim(connection, delivery_id, token, self._lease)
+
+    async def claim_next(self, ended: Claim, token: UUID, consumers: Sequence[str]) -> Claim | None:
+        """See `delivering.claim_next`, whose errors this raises."""
+        async with self._ledger() as connection:
+            return await delivering.claim_next(connection, ended, token, self._lease, consumers)
 
     async def _share(self) -> None:
         try:

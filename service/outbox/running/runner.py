@@ -23,7 +23,7 @@ from service.backoff import backoff
 from service.database.driver import CONTENT_ERRORS, DRIVER_ERRORS, connect
 from service.database.sessions import OneTransaction, session_factory
 from service.errors import DeliveryError, TransactionError
-from service.outbox.consumers import Consumer, Fail, Postpone, Retry, consumer_named
+from service.outbox.consumers import Consumer, Fail, Postpone, Retry, consumer_named, registered_consumers
 from service.outbox.delivery import Delivery, LeaseLostError, Progress
 from service.outbox.events import AnyEvent
 from service.outbox.running.claims import Claims
@@ -109,6 +109,8 @@ class Runner:
         self._heartbeat = Heartbeat(beat_on, self._lease, transactions=settings.database.pooler)
         self._claims = Claims(self._ledger, self._lease)
         self._recorder = Recorder(self._ledger)
+        on_loop = [spec for spec in registered_consumers() if spec.is_async]
+        self._on_loop = [name for spec in on_loop for name in (spec.name, *spec.formerly)]
         self._running: dict[asyncio.Task[Any], Claim] = {}
         self._in_threads: dict[int, Claim] = {}
         self._suspect: UUID | None = None
@@ -176,10 +178,23 @@ class Runner:
 
         Whoever is given a run calls `run`, `run_in_thread` or `release` with it.
         """
-        claim = await self._claim(delivery_id)
+        token = uuid4()
+        claim = await self._claim(delivery_id, token, partial(self._claims.claim, delivery_id, token))
         if claim is None:
             _log.debug("outbox.nothing_to_claim", delivery_id=str(delivery_id))
             return None
+        return await self._claimed(claim)
+
+    async def claim_next(self, run: Run) -> Run | None:
+        """Take what is next in the lane of a run that `claims_next`, as `claim` does; only what runs on the loop."""
+        if not run.progress.claims_next:
+            return None
+        ended, token = run.claim, uuid4()
+        ask = partial(self._claims.claim_next, ended, token, self._on_loop)
+        claim = await self._claim(ended.id, token, ask)
+        return None if claim is None else await self._claimed(claim)
+
+    async def _claimed(self, claim: Claim) -> Run | None:
         spec = consumer_named(claim.consumer)
         if self._releasing:
             # What has waited for its claim meanwhile; a run begun now would hold up the shutdown.
@@ -241,13 +256,12 @@ class Runner:
         )
         return Run(claim, spec, delivery, progress, clock)
 
-    async def _claim(self, delivery_id: UUID) -> Claim | None:
-        token = uuid4()
+    async def _claim(self, delivery_id: UUID, token: UUID, ask: Callable[[], Awaitable[Claim | None]]) -> Claim | None:
         attempt = 0
         try:
             while True:
                 try:
-                    return await self._claims.claim(delivery_id, token)
+                    return await ask()
                 except DRIVER_ERRORS as error:
                     attempt += 1
                     _log.warning("outbox.claim_waits", error=type(error).__name__, delivery_id=str(delivery_id))
@@ -255,25 +269,31 @@ class Runner:
                         break
                     await asyncio.sleep(backoff(attempt, 100, 3_000).total_seconds())
         except asyncio.CancelledError:
-            self._later(delivery_id, token, partial(self._release_unheard, delivery_id, token))
+            self._later(delivery_id, token, partial(self._release_unheard, ask))
             raise
-        self._later(delivery_id, token, partial(self._release_unheard, delivery_id, token))
+        self._later(delivery_id, token, partial(self._release_unheard, ask))
         return None
 
-    async def _release_unheard(self, delivery_id: UUID, token: UUID) -> None:
+    async def _release_unheard(self, ask: Callable[[], Awaitable[Claim | None]]) -> None:
         """Release what nobody waits for any more: it may have been claimed without a reply."""
-        claim = await self._claims.claim(delivery_id, token)
+        claim = await ask()
         if claim is not None:
             await self._write(claim, Released())
 
-    async def run(self, run: Run, abandon: Callable[[], None] = lambda: None) -> None:
+    async def run(
+        self, run: Run, abandon: Callable[[], None] = lambda: None, may_claim_next: Callable[[], bool] = lambda: False
+    ) -> None:
         """Run an `async def` consumer to its end.
 
         Args:
             run: What `claim` returned.
             abandon: Called when the consumer goes on although it was cancelled at its time limit. Its fence and its
                 transaction's timeout end it, and the row comes due when its lease does.
+            may_claim_next: Whether the caller will call `claim_next` after this; asked when a delivery of a lane is
+                completed.
         """
+        if run.spec.order is not None:
+            run.progress.may_claim_next = may_claim_next
         run.clock.start(partial(self._abandon, run, abandon))
         task = asyncio.current_task()
         assert task is not None
@@ -283,6 +303,8 @@ class Runner:
                 outcome = await self._run(run)
             finally:
                 del self._running[task]  # what is over is not to be cancelled at the end of the grace
+            if isinstance(outcome, Finished):
+                run.progress.claims_next = run.progress.may_claim_next()
             await self.settle(run.claim, outcome)
 
     def _abandon(self, run: Run, abandon: Callable[[], None]) -> None:
