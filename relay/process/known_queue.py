@@ -16,6 +16,7 @@ from service.ledger.dispatching import NO_FLOOR
 
 if TYPE_CHECKING:
     from service.ledger.dispatching import Floor
+    from service.ledger.sharing import Shares
 
 _SHORTEST_REST = 250
 _LONGEST_REST = 5_000
@@ -39,6 +40,7 @@ class KnownQueue:
         refused: How often in a row the queue took nothing.
         served_at: When it last had its turn.
         limited: Whether it had a limit at the last look.
+        shares: Whose turn it is, if keys took turns in it at the last look.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,7 @@ class KnownQueue:
         self.refused = 0
         self.served_at = 0.0
         self.limited = False
+        self.shares: Shares | None = None
         self._rests_until = 0.0
         self._held_until = 0.0
         self._handed_over_at = 0.0

@@ -32,6 +32,7 @@ from service.database.driver import DRIVER_ERRORS, bound_waits
 from service.errors import ConfigurationError
 from service.ledger.dispatching import NO_FLOOR, Batch, Pauses, QueueHead, due_queues, queue_heads, take_due
 from service.ledger.limited_dispatching import take_limited
+from service.ledger.sharing import Shares, take_shared
 from service.production import check_production
 from service.telemetry.logs import brief, configure_logging, get_logger
 from service.telemetry.loop_lag import LoopLag
@@ -195,6 +196,9 @@ class Relay:
         for head in self._heads:
             known = self._queues.setdefault(head.queue, KnownQueue())
             known.floor, known.limited = NO_FLOOR, head.limited
+            known.shares = (known.shares or Shares(head.queue)) if head.shared else None
+            if known.shares is not None:
+                await known.shares.look(connection)
         self._look_at = self._next(began, _LOOK_EVERY)
         return self._due_in()
 
@@ -301,9 +305,15 @@ class Relay:
         floors = (known.floor, NO_FLOOR) if known.floor != NO_FLOOR else (NO_FLOOR,)
         expired_leases = not self._sparing.active(self._now())
         if known.limited:
-            turn = await take_limited(connection, name, known.floor, limit, self._pauses, expired_leases=expired_leases)
+            turn = await take_limited(
+                connection, name, known.floor, limit, self._pauses, expired_leases=expired_leases, shares=known.shares
+            )
             known.hold(self._now(), turn.wait, handed_over=turn.batch is not None)
             return turn.batch
+        if known.shares is not None:
+            return await take_shared(
+                connection, name, known.shares, known.floor, limit, self._pauses, expired_leases=expired_leases
+            )
         for floor in floors:
             batch = await take_due(connection, name, floor, limit, self._pauses, expired_leases=expired_leases)
             if batch is not None:

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 ERRORS_KEPT = 10
 """Errors a row keeps: the first one and the latest."""
 
+SHARE = "share"
+"""The header with the key under which a delivery takes turns with others of its queue; see `sharing.py`."""
+
+SHARED = f"headers ->> '{SHARE}' IS NOT NULL AND state <> 'completed'"
+SHARE_KEY = f"((queue || ':' || (headers ->> '{SHARE}')) COLLATE \"C\")"
+"""Which deliveries have a place in the index of these, and its first column there."""
+
 DUE_AFTER = "due_after"
 """The header of a delivery that was delayed or replayed: seconds after its event was there at which it came due."""
 
@@ -326,7 +333,7 @@ async def claim_next(
 def _claim(row: asyncpg.Record) -> Claim:
     headers = json.loads(row["headers"])
     # Of this delivery alone, and not of what it publishes.
-    due_after, letter, *_ = [headers.pop(name, None) for name in (DUE_AFTER, DEAD_LETTER, THEN, AFTER)]
+    due_after, letter, *_ = [headers.pop(name, None) for name in (DUE_AFTER, DEAD_LETTER, THEN, AFTER, SHARE)]
     return Claim(
         id=row["id"],
         token=row["claim_token"],

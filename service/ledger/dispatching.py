@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from service.ledger.delivering import SUSPECT_FROM, WORKER_LOST, errors_with
+from service.ledger.delivering import SHARE_KEY, SHARED, SUSPECT_FROM, WORKER_LOST, errors_with
 from service.ledger.message import DueDelivery
 from service.ledger.pausing import EVERY_QUEUE
 
@@ -95,7 +95,9 @@ WITH RECURSIVE heads AS (
 )
 SELECT heads.queue, extract(epoch FROM heads.due_at - clock_timestamp())::float8 AS due_in,
        EXISTS (SELECT FROM paused_queue WHERE paused_queue.queue IN (heads.queue, '{EVERY_QUEUE}')) AS paused,
-       EXISTS (SELECT FROM limited_queue WHERE limited_queue.queue = heads.queue) AS limited
+       EXISTS (SELECT FROM limited_queue WHERE limited_queue.queue = heads.queue) AS limited,
+       EXISTS (SELECT FROM outbox_message
+               WHERE {SHARED} AND {SHARE_KEY} > heads.queue || ':' AND {SHARE_KEY} < heads.queue || ';') AS shared
 FROM heads
 """  # noqa: S608
 
@@ -142,12 +144,16 @@ class Pauses:
 
 @dataclass(frozen=True, slots=True)
 class QueueHead:
-    """A queue with open rows. `due_in` is the seconds until its first row is due, negative when it is."""
+    """A queue with open rows. `due_in` is the seconds until its first row is due, negative when it is.
+
+    It is `shared` where some of them have a key (`sharing.py`).
+    """
 
     queue: str
     due_in: float
     paused: bool
     limited: bool
+    shared: bool
 
 
 async def take_due(
@@ -158,11 +164,18 @@ async def take_due(
     Args:
         expired_leases: Whether a row that is `running` may be taken from its worker when its lease has ended.
     """
-    rows = await connection.fetch(
+    rows = await rows_due(connection, queue, floor, limit, pauses, expired_leases=expired_leases)
+    return batch_of(rows, floor) if rows else None
+
+
+async def rows_due(
+    connection: Connection, queue: str, floor: Floor, limit: int, pauses: Pauses, *, expired_leases: bool
+) -> Sequence[asyncpg.Record]:
+    """The same, for `batch_of`."""
+    return await connection.fetch(
         _TAKE_DUE, queue, floor.due_at, floor.id, limit, pauses.redispatch_after, expired_leases,
         pauses.min_backoff, pauses.max_backoff,
     )  # fmt: skip
-    return batch_of(rows, floor) if rows else None
 
 
 def batch_of(rows: Sequence[asyncpg.Record], floor: Floor) -> Batch:

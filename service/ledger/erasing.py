@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from service.ledger.delivering import SHARE
 from service.ledger.event_search import HOLDS
 from service.text import storable
 
@@ -65,7 +66,8 @@ WITH page AS MATERIALIZED (
     SELECT message.id FROM outbox_message AS message JOIN page ON page.id = message.id
     WHERE page.found AND page.closed AND $4 ORDER BY message.id FOR UPDATE OF message
 ), erased AS (
-    UPDATE outbox_message SET payload = {_NOTHING}, errors = {_ERRORS}, lane = NULL, position = NULL
+    UPDATE outbox_message SET payload = {_NOTHING}, errors = {_ERRORS}, lane = NULL, position = NULL,
+        headers = headers - '{SHARE}'
     FROM chosen WHERE outbox_message.id = chosen.id RETURNING 1
 )
 SELECT (SELECT id FROM page ORDER BY id DESC LIMIT 1) AS last, (SELECT count(*) FROM erased) AS erased,
@@ -82,7 +84,7 @@ WITH page AS MATERIALIZED (
     WHERE page.found AND $4 ORDER BY dead_letter.id FOR UPDATE OF dead_letter
 ), erased AS (
     UPDATE dead_letter SET payload = {_NOTHING}, errors = {_ERRORS}, reason = {_REPLACED.format(text="reason")},
-        lane = NULL, position = NULL, blocks = false,
+        lane = NULL, position = NULL, blocks = false, headers = headers - '{SHARE}',
         resolution = coalesce(resolution, 'discarded'), resolved_at = coalesce(resolved_at, clock_timestamp()),
         resolved_by = CASE WHEN resolution IS NULL THEN $5 ELSE resolved_by END,
         resolved_why = CASE WHEN resolution IS NULL THEN $6 ELSE {_REPLACED.format(text="resolved_why")} END

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from service.ledger.dispatching import AS_DISPATCHED, DUE, NO_FLOOR, batch_of
+from service.ledger.sharing import NO_LAST, TURNS, WITH_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from service.database.driver import Connection
     from service.ledger.dispatching import Batch, Floor, Pauses
+    from service.ledger.sharing import KeyTurn, Shares
 
 _LOCK = """
 SELECT concurrency, per_second, burst, waiting, running, empty_at, clock_timestamp() AS now
@@ -51,12 +53,15 @@ FROM outbox_message WHERE id = ANY($1::uuid[])
 """
 
 # `again` has its slots, however many wait before it.
-_TAKE = f"""
+_AGAIN = f"""
 WITH again AS MATERIALIZED (
     SELECT {DUE} FROM outbox_message
     WHERE id = ANY($9::uuid[]) AND state IN ('dispatched', 'running') AND due_at <= now() AND (state <> 'running' OR $6)
     FOR UPDATE SKIP LOCKED
 ),
+"""  # noqa: S608
+_TAKE = f"""
+{_AGAIN}
 fresh AS MATERIALIZED (
     SELECT {DUE} FROM outbox_message
     WHERE queue = $1 AND state <> 'completed' AND due_at <= now() AND (due_at, id) >= ($2, $3)
@@ -67,6 +72,13 @@ fresh AS MATERIALIZED (
 last AS (SELECT due_at, id FROM fresh ORDER BY due_at DESC, id DESC LIMIT 1),
 due AS (SELECT * FROM again UNION ALL SELECT * FROM fresh)
 {AS_DISPATCHED}
+"""  # noqa: S608
+_TAKE_TURNS = f"""
+{_AGAIN}
+fresh AS MATERIALIZED ({TURNS}),
+{NO_LAST},
+due AS (SELECT * FROM again UNION ALL SELECT * FROM fresh)
+{WITH_KEYS}
 """  # noqa: S608
 
 _KEEP = "UPDATE limited_queue SET waiting = $2, running = $3, empty_at = $4 WHERE queue = $1"
@@ -155,9 +167,19 @@ class _Slots:
 
 
 async def take_limited(
-    connection: Connection, queue: str, floor: Floor, limit: int, pauses: Pauses, *, expired_leases: bool
+    connection: Connection,
+    queue: str,
+    floor: Floor,
+    limit: int,
+    pauses: Pauses,
+    *,
+    expired_leases: bool,
+    shares: Shares | None = None,
 ) -> Turn:
-    """Mark as many due rows of a limited queue as may be handed over, `limit` at most; see `dispatching.take_due`."""
+    """Mark as many due rows of a limited queue as may be handed over, `limit` at most; see `dispatching.take_due`.
+
+    Those of the keys whose turn it is, where the queue has `shares`.
+    """
     row = await connection.fetchrow(_LOCK, queue)
     if row is None:
         return Turn(None, None)
@@ -168,14 +190,21 @@ async def take_limited(
         slots.running = []
     if slots.ids:
         slots.see(await connection.fetch(_SEE, slots.ids))
-    batch = await _take(connection, queue, floor, limit, pauses, slots, expired_leases)
+    batch = await _take(connection, queue, floor, limit, pauses, slots, expired_leases, shares)
     if (slots.waiting, slots.running, slots.empty_at) != kept:
         await connection.execute(_KEEP, queue, slots.waiting, slots.running, slots.empty_at)
     return Turn(batch, slots.wait())
 
 
 async def _take(
-    connection: Connection, queue: str, floor: Floor, limit: int, pauses: Pauses, slots: _Slots, expired_leases: bool
+    connection: Connection,
+    queue: str,
+    floor: Floor,
+    limit: int,
+    pauses: Pauses,
+    slots: _Slots,
+    expired_leases: bool,
+    shares: Shares | None,
 ) -> Batch | None:
     # What waits and is handed over again starts once; what ran and is handed over again starts again.
     ran = slots.late["running"][: _whole(slots.startable(), limit)] if expired_leases and slots.late else []
@@ -183,16 +212,24 @@ async def _take(
     fresh = _whole(min(slots.free(), slots.startable() - len(ran)), limit - len(again))
     if not again and not fresh:
         return None
-    for start in dict.fromkeys((floor, NO_FLOOR)):
-        rows = await connection.fetch(
-            _TAKE, queue, start.due_at, start.id, fresh, pauses.redispatch_after, expired_leases,
-            pauses.min_backoff, pauses.max_backoff, again, slots.ids,
-        )  # fmt: skip
-        if rows:
-            batch = batch_of(rows, floor)
-            slots.take(batch, rows)
-            return batch
-    return None
+    how = pauses.redispatch_after, expired_leases, pauses.min_backoff, pauses.max_backoff, again, slots.ids
+
+    async def of_keys(turn: KeyTurn) -> Sequence[asyncpg.Record]:
+        return await connection.fetch(_TAKE_TURNS, *turn.arguments, *how)
+
+    async def of_all(most: int) -> Sequence[asyncpg.Record]:
+        for start in dict.fromkeys((floor, NO_FLOOR)):
+            rows = await connection.fetch(_TAKE, queue, start.due_at, start.id, most, *how)
+            if rows:
+                break
+        return rows
+
+    rows = await (shares.take(fresh, of_keys, of_all, again) if shares and fresh else of_all(fresh))
+    if not rows:
+        return None
+    batch = batch_of(rows, floor)
+    slots.take(batch, rows)
+    return batch
 
 
 def _whole(number: float, most: int) -> int:

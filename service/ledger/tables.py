@@ -16,7 +16,8 @@
 
     publish     `publishing.insert_deliveries` and `as_objects`
     dispatch    `dispatching.take_due`, of what is due: a new one, one that nobody claimed, or one whose lease ended;
-                in a limited queue `limited_dispatching.take_limited`, of as much as may be in flight
+                in a limited queue `limited_dispatching.take_limited`, of as much as may be in flight; where keys take
+                turns `sharing.take_shared`
     set apart   by the same, of a suspect: its lease ended in its second attempt or later
     claim       `delivering.claim` and `claim_free`; of what is running if its lease ended, or again by the same token;
                 in a limited queue of what is dispatched alone, or again by the same token. `claim_next` does the same
@@ -64,6 +65,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.database.base import Base
+from service.ledger.delivering import SHARE_KEY, SHARED
 
 WAITS_ALONE = "unique_key IS NOT NULL AND started_at IS NULL AND state <> 'completed'"
 """Of the deliveries for which this is true there is one of a key. A claim makes it false for good, by whatever version
@@ -116,6 +118,7 @@ class OutboxMessage(Base):
             "created_at",
             postgresql_where=text("lane IS NOT NULL AND position IS NULL AND state = 'pending'"),
         ),
+        Index("ix_outbox_message_share", text(SHARE_KEY), "due_at", "id", postgresql_where=text(SHARED)),
         Index("ix_outbox_message_unique", "consumer", "unique_key", unique=True, postgresql_where=text(WAITS_ALONE)),
     )
     # publish() needs none of the server's defaults back, and an INSERT without RETURNING can be batched.

@@ -20,7 +20,7 @@ from service.ledger.delivering import DIED
 from service.ledger.ids import MAX_CONSUMERS
 from service.ledger.message import is_queue_name
 from service.outbox.events import AnyEvent, event_named
-from service.outbox.ordering import in_order
+from service.outbox.ordering import in_order, shared_by
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,6 +77,8 @@ class Consumer:
     priority: int
     formerly: tuple[str, ...]
     order: InOrder | None = None
+    share_by: str | None = None
+    """The field whose value is the key under which its deliveries take turns."""
     on_dead: Consumer | None = None
     """Takes over what this one has given up; `publish` knows nothing of it."""
     of_dead: bool = False
@@ -119,6 +121,7 @@ def consumer(
     order_by: str | None = None,
     lane: str | None = None,
     skip_dead: bool = False,
+    share_by: str | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a consumer of `event`; the function itself is returned unchanged.
 
@@ -137,9 +140,12 @@ def consumer(
     which their publishers committed. Consumers with the same `lane` share one order. When a delivery is given up, all
     behind it wait for whoever replays or discards the dead letter; with `skip_dead` they go on without it.
 
+    With `share_by`, the values of that field take turns when deliveries of the queue are handed over: a million of one
+    value hold up no other.
+
     Raises:
         ConsumerDefinitionError: for a name that is taken or malformed, a signature that cannot be called, or an order
-            that makes no sense.
+            or shares that make no sense.
     """
 
     def register(fn: F) -> F:
@@ -159,6 +165,7 @@ def consumer(
             formerly=tuple(formerly),
             on_dead=None if on_dead is None else _for_the_dead(on_dead, event, queue, [stored, *formerly]),
             order=in_order(stored, event, order_by=order_by, lane=lane, skip_dead=skip_dead, renamed=bool(formerly)),
+            share_by=shared_by(stored, event, share_by),
         )
         _register(spec)
         return fn

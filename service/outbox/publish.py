@@ -27,6 +27,7 @@ from service.ledger.publishing import Terms, as_objects, insert_deliveries, inse
 from service.ledger.tables import OutboxMessage
 from service.outbox.consumers import consumers_of
 from service.outbox.events import Event
+from service.outbox.ordering import share_of
 from service.outbox.payloads import payload_of
 from service.telemetry import tracing
 from service.telemetry.logs import current_headers
@@ -201,7 +202,7 @@ def _rows(event_id: UUID, event: Event, payload: dict[str, Any], delay: timedelt
             "consumer": consumer.name,
             "queue": consumer.queue,
             "payload": payload,
-            "headers": headers,
+            "headers": headers | share_of(payload, consumer.share_by),
             **({} if consumer.order is None else parked(consumer.order.lane_of(payload))),
         }
         for number, consumer in enumerate(consumers_of(type(event)), start=1)
@@ -264,6 +265,7 @@ def checked_payload(event: Event) -> dict[str, Any]:
     for consumer in consumers_of(type(event)):
         if consumer.order is not None:
             consumer.order.lane_of(payload)  # refused before anything is written
+        share_of(payload, consumer.share_by)
     return payload
 
 

@@ -108,6 +108,16 @@ def test_the_stories_stay(outbox: Outbox, stored: Rows) -> None:
     assert outbox("dead-letters", "replay", letter).code == 4, "it could not run"
 
 
+def test_a_key_that_takes_turns_goes_too(outbox: Outbox, rows: Rows) -> None:
+    headers = """'{"share": "ada@example.com", "correlation_id": "c"}'"""
+    payload = """'{"tenant": "ada@example.com"}'"""
+    rows.message(state="'completed'", completed_at="now()", headers=headers, payload=payload)
+    rows.dead_letter(headers=headers, payload=payload)
+    assert outbox("erase", "ada@example.com", *_WHY, "--yes").code == 0
+    for table in ("outbox_message", "dead_letter"):
+        assert rows.sql(f"SELECT DISTINCT headers FROM {table}") == ('{"correlation_id": "c"}')
+
+
 def test_what_is_open_is_left_alone_and_said(outbox: Outbox, rows: Rows) -> None:
     customer = str(uuid4())
     for state in ("pending", "dispatched", "running"):

@@ -56,10 +56,12 @@ FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, CHANGING, LATER_
 )  # fmt: skip
 METRICS = DOCS / "metrics.md"
 SCHEDULES = DOCS / "schedules.md"
+LIMITS = DOCS / "limits.md"
 TRACES = DOCS / "traces.md"
 
 GUIDE = (
-    FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, HANDLERS, CALLERS, SCHEDULES, CHANGING, SETTINGS, LATER_VERSIONS,
+    FIRST_FEATURE, CONSUMERS, RECIPES, IN_ORDER, LIMITS, HANDLERS, CALLERS, SCHEDULES, CHANGING, SETTINGS,
+    LATER_VERSIONS,
     MOVING,
     EXISTING_SERVICE,
 )  # fmt: skip
@@ -67,7 +69,8 @@ GUIDE = (
 
 OPERATIONS = (
     RUNNING,
-    *(DOCS / f"{name}.md" for name in ("limits", "alerts", "dead-letters", "personal-data", "brokers")),
+    LIMITS,
+    *(DOCS / f"{name}.md" for name in ("alerts", "dead-letters", "personal-data", "brokers")),
     DEPLOYS,
     BACKUPS,
     DOCS / "speed.md",
