@@ -108,6 +108,8 @@ class OutboxMessage(Base):
 
     __table_args__ = (
         CheckConstraint("state IN ('pending', 'dispatched', 'running', 'completed')", name="state"),
+        # Lanes and follow-ups go on by a trigger on this column.
+        CheckConstraint("state <> 'completed' OR completed_at IS NOT NULL", name="completed_at"),
         # Every change of state writes a new entry into every index, so there is no third one for all rows. The
         # deliveries of an event are a range of the primary key (see `ids.delivery_id`), and so are the oldest rows for
         # the purge.

@@ -129,6 +129,7 @@ class Rows:
             "queue": "'stock'",
             "payload": """'{"order_id": "0193"}'""",
             "headers": """'{"correlation_id": "abc"}'""",
+            "completed_at": "now()" if columns.get("state") == "'completed'" else "NULL",
         } | columns
         self.sql(
             f"INSERT INTO outbox_message (id, event_id, {', '.join(given)}) "

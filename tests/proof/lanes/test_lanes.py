@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tests.proof.lanes.conftest import Lanes
     from tests.proof.ledger.conftest import Connect
 
+_DONE = "UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp()"
+
 KINDS = pytest.mark.parametrize("kind", [None, OneTransaction], ids=["plain", "lent"])
 """Sessions that write objects, and those that write statements."""
 
@@ -188,7 +190,7 @@ async def test_many_lanes_are_replayed_and_discarded_at_once(lanes: Lanes) -> No
     assert [await lanes.steps(thing) for thing in things] == ["12"] * 20 + ["2"] * 20
 
 
-@pytest.mark.parametrize("statement", ["UPDATE outbox_message SET state = 'completed'", "DELETE FROM outbox_message"])
+@pytest.mark.parametrize("statement", [_DONE, "DELETE FROM outbox_message"])
 async def test_what_is_taken_out_of_a_lane_holds_nobody_up(lanes: Lanes, statement: str) -> None:
     """A cancellation, or an expiry: of the first one the next comes due; of one that waits nothing changes."""
     await lanes.publish_all(changes("a", "1234"))
@@ -206,7 +208,7 @@ async def test_what_is_taken_out_of_a_lane_holds_nobody_up(lanes: Lanes, stateme
 
 async def test_the_last_one_that_waits_is_taken_out_and_the_lane_is_not_free(lanes: Lanes) -> None:
     await lanes.publish_all(changes("a", "12"))
-    await lanes.sql("UPDATE outbox_message SET state = 'completed' WHERE payload ->> 'note' = '2'")
+    await lanes.sql(f"{_DONE} WHERE payload ->> 'note' = '2'")
     await lanes.publish_all(changes("a", "3"))
     assert await lanes.unparked() == ["1"]
 
@@ -217,7 +219,7 @@ async def test_a_completion_waits_for_a_cancellation_and_passes_over_what_is_gon
     await lanes.publish_all(changes("a", "123"))
     other = await connect()
     async with other.transaction():
-        await other.execute("UPDATE outbox_message SET state = 'completed' WHERE payload ->> 'note' = '2'")
+        await other.execute(f"{_DONE} WHERE payload ->> 'note' = '2'")
         run = asyncio.create_task(lanes.runner.deliver((await lanes.delivery("1"))["id"]))
         await until(lambda: blocked(lanes))
     await run
@@ -229,7 +231,7 @@ async def test_cancelled_in_the_transaction_that_published_it(lanes: Lanes) -> N
         publish(session, Changed(thing="a", note="1"))
         publish(session, Changed(thing="a", note="2"))
         await session.flush()
-        await session.execute(text("UPDATE outbox_message SET state = 'completed' WHERE payload ->> 'note' = '1'"))
+        await session.execute(text(f"{_DONE} WHERE payload ->> 'note' = '1'"))
     assert await lanes.unparked() == ["2"]
 
 
@@ -248,8 +250,7 @@ async def test_a_lost_worker_leaves_its_delivery_at_the_head(lanes: Lanes) -> No
 async def test_a_worker_of_an_older_version_moves_the_lane_on(lanes: Lanes) -> None:
     """Its statements know of no lanes."""
     await lanes.publish_all(changes("a", "12"))
-    done = "UPDATE outbox_message SET state = 'completed', completed_at = clock_timestamp()"
-    await lanes.sql(f"{done} WHERE payload ->> 'note' = '1'")
+    await lanes.sql(f"{_DONE} WHERE payload ->> 'note' = '1'")
     assert await lanes.unparked() == ["2"]
 
 

@@ -52,7 +52,7 @@ FROM outbox_message AS mine WHERE id = $1
 OPEN = "SELECT count(*) FROM outbox_message WHERE state <> 'completed'"
 # The last one that waits: so that the newest row of the lane may be one that was cancelled.
 CANCEL = """
-UPDATE outbox_message SET state = 'completed' WHERE id = (
+UPDATE outbox_message SET state = 'completed', completed_at = now() WHERE id = (
     SELECT id FROM outbox_message WHERE lane = $1 AND state = 'pending' AND due_at = outbox_parked()
     ORDER BY position {} LIMIT 1)
 """

@@ -171,8 +171,9 @@ async def test_purged_rows_are_counted(ledger: Ledger, settings: Settings, monke
     async with watched(settings) as relay:
         purger = asyncio.create_task(purge_regularly(settings, relay.tally))
         page = await shows(settings, lambda page: page("outbox_purged_rows_total", table="outbox_message") == 0)
-        await ledger.set(id_, state="completed")
-        await ledger.connection.execute("UPDATE outbox_message SET completed_at = now() - interval '1 h'")
+        await ledger.connection.execute(
+            "UPDATE outbox_message SET state = 'completed', completed_at = now() - interval '1 h' WHERE id = $1", id_
+        )
         page = await shows(settings, lambda page: page("outbox_purged_rows_total", table="outbox_message"))
         purger.cancel()
     assert page("outbox_purged_rows_total", table="outbox_message") == 1

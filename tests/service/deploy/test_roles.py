@@ -153,7 +153,7 @@ def test_lanes_take_no_other_rights(roles: Roles) -> None:
         for _ in range(2):
             psql(role, row)
         assert _said(roles, due) == "1"
-        psql(role, "UPDATE outbox_message SET state = 'completed' WHERE due_at < now()")
+        psql(role, "UPDATE outbox_message SET state = 'completed', completed_at = now() WHERE due_at < now()")
         assert _said(roles, due) == "1"
         psql(role, "DELETE FROM outbox_message")
     more = "attempts, dispatches, created_at, errors, reason, position, blocks"
@@ -179,7 +179,7 @@ def test_follow_ups_take_no_other_rights(roles: Roles) -> None:
         (
             roles.app,
             f"INSERT INTO outbox_message (id, {columns}) VALUES ({values})",
-            "UPDATE outbox_message SET state = 'completed'",
+            "UPDATE outbox_message SET state = 'completed', completed_at = now()",
         ),
         (roles.relay, letter, "UPDATE dead_letter SET resolution = 'discarded'"),
     ):

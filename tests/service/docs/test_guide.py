@@ -62,8 +62,10 @@ print(*(spec.name for spec in registered_consumers()), *(kind.__name__ for kind 
 """
 
 _ROWS = """
-INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, state)
-SELECT gen_random_uuid(), gen_random_uuid(), 'review.submitted', 1, 'reviews.screen', 'reviews', '{}', '{}', state
+INSERT INTO outbox_message (id, event_id, event_type, version, consumer, queue, payload, headers, state,
+                            completed_at)
+SELECT gen_random_uuid(), gen_random_uuid(), 'review.submitted', 1, 'reviews.screen', 'reviews', '{}', '{}', state,
+       CASE state WHEN 'completed' THEN now() END
 FROM unnest(ARRAY['pending', 'dispatched', 'running', 'completed']) AS state
 """
 
