@@ -128,7 +128,8 @@ async def show_event(request: Request, caller: Viewer, given: UUID) -> Response:
 
 def _older(found: event_search.Found, events: list[event_search.ListedEvent]) -> str | None:
     """From where on older ones are to be looked for, if there may be any."""
-    at = events[-1].published_at if found.more else found.reached
+    # Those that were found may be gone by now.
+    at = events[-1].published_at if found.more and events else found.reached
     return None if at is None else at.astimezone(UTC).isoformat(timespec="milliseconds")
 
 

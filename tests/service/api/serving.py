@@ -36,7 +36,8 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def serve(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `app`, which listens on a free loopback port."""
-    with socket.socket() as listening:
+    # Without a protocol that it knows, asyncio does not switch Nagle's algorithm off, and each answer takes 40 ms more.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         server = _Server(uvicorn.Config(app, http=BoundedProtocol, lifespan="on", log_config=None, ws="none"))
         running = asyncio.create_task(server.serve(sockets=[listening]))
