@@ -61,7 +61,27 @@ def _fill(rows: LedgerRows) -> UUID:
         rows.dead_letters(1, error=f"550 5.1.1 <customer{number}@example.com>: no such mailbox", died_at="now()")
     rows.dead_letters(6, error="451 4.7.1 try again in 300 s", died_at="now() - interval '20 minutes'")
     rows.dead_letters(2, error="no stock of product 17", consumer="'orders.reserve_stock'", queue="'stock'")
+    _schedules_and_lanes(rows)
     return _story(rows)
+
+
+def _schedules_and_lanes(rows: LedgerRows) -> None:
+    rows.schedule("report.nightly", last_at="now() - interval '23 hours'")
+    rows.schedule("stock.counted", cron="'0 9 * * MON'", paused_at="now() - interval '2 days'", paused_by="'ann'",
+                  why="'stocktaking'")  # fmt: skip
+    rows.schedule("prices.fetched", cron="NULL", every="interval '5 minutes'", tz="'UTC'", queue="'stock'",
+                  next_at="now() + interval '3 minutes'", last_at="now() - interval '2 minutes'")  # fmt: skip
+    [tick] = rows.dead_letters(1, consumer="'outbox.tick'", queue="'email'", event_type="'outbox.tick'")
+    rows.schedule("reminder:0193c3f4-8a51", tick, declared="false", event_type="'review.reminder_due'",
+                  next_at="now() - interval '7 hours'")  # fmt: skip
+    rows.dead_letters(1, lane="'product:17'", position="1", blocks="true", died_at="now() - interval '40 minutes'",
+                      reason="'failed 8 times'", consumer="'search.index'", queue="'search'")  # fmt: skip
+    kind = {"due_at": "outbox_parked()", "consumer": "'search.index'", "queue": "'search'"}
+    rows.messages(12, None, 1, lane="'product:17'", **kind)
+    rows.messages(3, None, 1, lane="'product:4'", **kind)
+    rows.sql(
+        "INSERT INTO limited_queue (queue, concurrency, limited_by, why) VALUES ('search', 2, 'bob', 'a small host')"
+    )
 
 
 def _story(rows: LedgerRows) -> UUID:
@@ -102,12 +122,14 @@ async def _take(url: str, event: UUID) -> None:
         "overview": ("/", "light"),
         "dead-letters": ("/dead-letters", "dark"),
         "event": (f"/events/{event}", "light"),
+        "schedules": ("/schedules", "dark"),
+        "lanes": ("/lanes", "light"),
     }
     _FOLDER.mkdir(exist_ok=True)
     relay = await open_connection(settings.database, "outbox-relay")  # by which it is known
     async with serve(create_console(settings)) as client:
         for name, (path, scheme) in pages.items():
-            size = {"width": 1240, "height": 760}
+            size = {"width": 1240, "height": {"schedules": 600, "lanes": 420}.get(name, 760)}
             async with browsing(headers, color_scheme=scheme, viewport=size) as visit:
                 await visit.page.goto(str(client.base_url).rstrip("/") + path)
                 await visit.page.screenshot(path=_FOLDER / f"{name}.png")
