@@ -65,7 +65,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.database.base import Base
-from service.ledger.delivering import SHARE_KEY, SHARED
+from service.ledger.delivering import SHARED
 
 WAITS_ALONE = "unique_key IS NOT NULL AND started_at IS NULL AND state <> 'completed'"
 """Of the deliveries for which this is true there is one of a key. A claim makes it false for good, by whatever version
@@ -120,7 +120,14 @@ class OutboxMessage(Base):
             "created_at",
             postgresql_where=text("lane IS NOT NULL AND position IS NULL AND state = 'pending'"),
         ),
-        Index("ix_outbox_message_share", text(SHARE_KEY), "due_at", "id", postgresql_where=text(SHARED)),
+        # In the form in which PostgreSQL says it again, without its COLLATE: a migration would drop it otherwise.
+        Index(
+            "ix_outbox_message_share",
+            text("((queue || ':') || (headers ->> 'share'))"),
+            "due_at",
+            "id",
+            postgresql_where=text(SHARED),
+        ),
         Index("ix_outbox_message_unique", "consumer", "unique_key", unique=True, postgresql_where=text(WAITS_ALONE)),
     )
     # publish() needs none of the server's defaults back, and an INSERT without RETURNING can be batched.
