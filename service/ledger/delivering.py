@@ -116,20 +116,33 @@ FROM asked WHERE message.id = $1 AND {_MAY_START}
 RETURNING {_TAKEN}, CASE WHEN dispatches < 2 THEN set_config('synchronous_commit', 'off', true) END
 """  # noqa: S608
 
-_CLAIM_FREE = f"""
+
+def claiming(condition: str = "true", *, wait: bool = False) -> str:
+    """SQL that takes those of the rows `$1` under the tokens `$2`, for the lease `$3`, that fulfil a condition as well.
+
+    Args:
+        condition: On `message`. It is asked again of a row that was waited for.
+        wait: Whether rows that somebody has locked are waited for. Whoever had the lock may have put the row elsewhere
+            in the table; one that was free keeps its place.
+    """
+    lock, place = ("", "id") if wait else ("SKIP LOCKED", "ctid")
+    return f"""
 WITH asked AS MATERIALIZED (
-    SELECT message.ctid, message.state, message.dispatches, {_MINE} AS mine, asked.token
+    SELECT message.{place}, message.state, message.dispatches, {_MINE} AS mine, asked.token
     FROM outbox_message AS message
     CROSS JOIN LATERAL (SELECT ($2::uuid[])[array_position($1::uuid[], message.id)] AS token) AS asked
-    WHERE message.id = ANY($1::uuid[]) AND {_CLAIMABLE}
-    FOR UPDATE OF message SKIP LOCKED
+    WHERE message.id = ANY($1::uuid[]) AND {_CLAIMABLE} AND {condition}
+    FOR UPDATE OF message {lock}
 )
 UPDATE outbox_message AS message {_AS_RUNNING}
-FROM asked WHERE message.ctid = asked.ctid AND {_MAY_START}
+FROM asked WHERE message.{place} = asked.{place} AND {_MAY_START}
 RETURNING {_TAKEN},
           (SELECT set_config('synchronous_commit', 'off', true)
            WHERE NOT EXISTS (SELECT FROM asked WHERE asked.dispatches >= 2))
 """  # noqa: S608
+
+
+_CLAIM_FREE = claiming()
 
 # What a completion let come due in its lane. It is claimed as if its message had come, but whoever is at it is not
 # waited for; and a relay, which was not woken for it, is woken if it is not taken after all. Only the first one behind
@@ -310,13 +323,13 @@ class Claim:
 async def claim(connection: Connection, delivery_id: UUID, token: UUID, lease: timedelta) -> Claim | None:
     """Take the row, or `None` if it is done, somebody else's, or not due. Repeatable with the same token."""
     row = await connection.fetchrow(_CLAIM, delivery_id, token, lease)
-    return None if row is None else _claim(row)
+    return None if row is None else claim_of(row)
 
 
 async def claim_free(connection: Connection, asked: Sequence[tuple[UUID, UUID]], lease: timedelta) -> list[Claim]:
     """Take what can be taken of `(id, token)` without waiting for a lock. What is missing is to be asked for alone."""
     ids, tokens = zip(*asked, strict=True)
-    return [_claim(row) for row in await connection.fetch(_CLAIM_FREE, ids, tokens, lease)]
+    return [claim_of(row) for row in await connection.fetch(_CLAIM_FREE, ids, tokens, lease)]
 
 
 async def claim_next(
@@ -327,10 +340,11 @@ async def claim_next(
     `None` if there is nothing, or others have it or will have it. Repeatable with the same token.
     """
     row = await connection.fetchrow(_CLAIM_NEXT, ended.id, token, lease, ended.queue, consumers)
-    return None if row is None or row["id"] is None else _claim(row)
+    return None if row is None or row["id"] is None else claim_of(row)
 
 
-def _claim(row: asyncpg.Record) -> Claim:
+def claim_of(row: asyncpg.Record) -> Claim:
+    """What a statement of `claiming` has returned."""
     headers = json.loads(row["headers"])
     # Of this delivery alone, and not of what it publishes.
     due_after, letter, *_ = [headers.pop(name, None) for name in (DUE_AFTER, DEAD_LETTER, THEN, AFTER, SHARE)]

@@ -25,6 +25,7 @@
     heartbeat   `delivering.heartbeat`, which also takes back what was handed over again meanwhile
     put back    `delivering.fail`, `release`, `forgive` and `postpone`
     complete    `delivering.complete_in_transaction` and `complete`
+    both        `batch_claims.claim`, `complete_in_transaction` and `complete`, of a batch
     expire      `delivering.expire`, right after a claim that came too late: completed without its effect
     cancel      `cancelling.cancel_open`, of what is pending or dispatched: the same
     die         `delivering.die`; of what is pending only right after `postpone`

@@ -8,6 +8,7 @@ again.
 import service.outbox.fan_out  # noqa: F401  registers its consumer
 from service.ledger.ids import new_id
 from service.outbox.consumers import Fail, Retry, consumer
+from service.outbox.deliveries import Deliveries
 from service.outbox.delivery import Delivery
 from service.outbox.events import Event
 from service.outbox.publish import accept, cancel, publish, publish_all
@@ -15,6 +16,7 @@ from service.outbox.schedules.definitions import schedule, scheduled, unschedule
 from service.outbox.upcasting import upcaster
 
 __all__ = [
+    "Deliveries",
     "Delivery",
     "Event",
     "Fail",

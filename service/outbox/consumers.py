@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from service.outbox.events import Event
     from service.outbox.ordering import InOrder
 
+_LARGEST_BATCH = 1_000
+
 ANY_QUEUE = "*"
 """The queue of a consumer of the template's own, which every worker has: its deliveries say where they wait."""
 
@@ -83,6 +85,8 @@ class Consumer:
     """Takes over what this one has given up; `publish` knows nothing of it."""
     of_dead: bool = False
     """It is such a one."""
+    batch: int | None = None
+    """How many deliveries it takes at once; `None` for one that takes a single event."""
 
     @property
     def event_type(self) -> str:
@@ -122,6 +126,7 @@ def consumer(
     lane: str | None = None,
     skip_dead: bool = False,
     share_by: str | None = None,
+    batch: int | None = None,
 ) -> Callable[[F], F]:
     """Register a function as a consumer of `event`; the function itself is returned unchanged.
 
@@ -143,9 +148,12 @@ def consumer(
     With `share_by`, the values of that field take turns when deliveries of the queue are handed over: a million of one
     value hold up no other.
 
+    With `batch` it takes up to so many events at once, as `(events: list[OrderPlaced], deliveries: Deliveries)`, and
+    one transaction completes all of them.
+
     Raises:
-        ConsumerDefinitionError: for a name that is taken or malformed, a signature that cannot be called, or an order
-            or shares that make no sense.
+        ConsumerDefinitionError: for a name that is taken or malformed, a signature that cannot be called, an order or
+            shares that make no sense, or a batch that cannot be.
     """
 
     def register(fn: F) -> F:
@@ -166,6 +174,7 @@ def consumer(
             on_dead=None if on_dead is None else _for_the_dead(on_dead, event, queue, [stored, *formerly]),
             order=in_order(stored, event, order_by=order_by, lane=lane, skip_dead=skip_dead, renamed=bool(formerly)),
             share_by=shared_by(stored, event, share_by),
+            batch=_batch(fn, batch, order_by),
         )
         _register(spec)
         return fn
@@ -201,6 +210,14 @@ def _bounded(option: str, value: int | None, low: int, high: int) -> int | None:
     if value is not None and not low <= value <= high:
         raise ConsumerDefinitionError(f"{option} must be from {low} to {high}, not {value}")
     return value
+
+
+def _batch(fn: Callable[..., Any], batch: int | None, order_by: str | None) -> int | None:
+    if batch is not None and order_by is not None:
+        raise ConsumerDefinitionError(f"{fn.__qualname__}: what runs in order runs alone: drop batch= or order_by=")
+    if batch is not None and not inspect.iscoroutinefunction(fn):
+        raise ConsumerDefinitionError(f"{fn.__qualname__}: batch= shares a transaction, and a `def` has none")
+    return _bounded("batch", batch, 1, _LARGEST_BATCH)
 
 
 def _check_signature(fn: Callable[..., Any]) -> None:

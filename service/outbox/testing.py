@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, nullcontext
 from contextvars import copy_context
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 from dramatiq.middleware import TimeLimit
 
@@ -29,7 +30,7 @@ from service.ledger.scheduling import TICK
 from service.outbox.consumers import consumer_named, consumers_of
 from service.outbox.events import Event
 from service.outbox.publish import publish
-from service.outbox.running.runner import Run, Runner
+from service.outbox.running.batches import BatchRunner
 from service.outbox.schedules.definitions import declared
 from service.outbox.schedules.starting import put_in_force
 from service.outbox.upcasting import read
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
+    from service.outbox.running.runner import Run
     from service.settings import Settings
 
 E = TypeVar("E", bound=Event)
@@ -91,7 +93,7 @@ def _shown(event: type[Event], fields: dict[str, Any]) -> str:
     return f"{event.__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
 
-class _RecordingRunner(Runner):
+class _RecordingRunner(BatchRunner):
     """The worker's runner; it keeps what a consumer raised, which the ledger holds only in words."""
 
     raised: BaseException | None = None
@@ -102,7 +104,9 @@ class _RecordingRunner(Runner):
 
 
 class InlineWorker:
-    """Runs deliveries one after the other, in the test's own event loop. Made by `inline_worker`.
+    """Runs deliveries one after the other, and those of batch consumers together, in the test's own event loop.
+
+    Made by `inline_worker`.
 
     Attributes:
         runner: What runs them; use it directly to run several at the same time, or one twice.
@@ -175,7 +179,7 @@ class InlineWorker:
             self._ahead = max(self._ahead, ahead)
             if len(ran) == _MOST:
                 raise AssertionError(f"{_MOST:,} deliveries, and more come due: travel less far at once")
-            await self._run(delivery_id, consumer, may_fail)
+            await self._run([delivery_id], consumer, may_fail)
             await self._arrive(delivery_id)
             if consumer not in _UNTOLD:
                 ran.append(consumer)
@@ -194,23 +198,44 @@ class InlineWorker:
             raise AssertionError(f"there is no consumer named {only!r}")
         ran: dict[UUID, str] = {}
         while (due := await self._next_due(list(ran), only, event_id)) is not None:
-            if len(ran) == _MOST:
+            if len(ran) >= _MOST:
                 raise AssertionError(f"{_MOST:,} deliveries, and more are due: does {due[1]} publish what it consumes?")
-            ran[due[0]] = due[1]
-            await self._run(*due, may_fail)
+            delivery_id, consumer = due
+            together = [delivery_id, *await self._due_with(list(ran), delivery_id, consumer, event_id)]
+            ran |= dict.fromkeys(together, consumer)
+            await self._run(together, consumer, may_fail)
         return [consumer for consumer in ran.values() if consumer not in _UNTOLD]
 
     async def _next_due(self, ran: list[UUID], only: str | None, event_id: UUID | None) -> tuple[UUID, str] | None:
         async with self._sessions() as session:
             return await next_due(session, ran, only=only, event_id=event_id)
 
-    async def _run(self, delivery_id: UUID, consumer: str, may_fail: bool) -> None:
+    async def _due_with(self, ran: list[UUID], first: UUID, consumer: str, event_id: UUID | None) -> list[UUID]:
+        """What a batch consumer would be handed beside this one."""
+        spec = consumer_named(consumer)
+        more: list[UUID] = []
+        while spec is not None and len(more) + 1 < (spec.batch or 1):
+            due = await self._next_due([*ran, first, *more], consumer, event_id)
+            if due is None:
+                break
+            more.append(due[0])
+        return more
+
+    async def _run(self, together: list[UUID], consumer: str, may_fail: bool) -> None:
         self.runner.raised = None
-        run = await self.runner.deliver(delivery_id)
-        if run is not None:
-            await self._run_in_thread(run)
-        if may_fail:
-            return
+        batch = await self.runner.claim_together(consumer, {each: uuid4() for each in together})
+        if batch is not None:
+            await self.runner.run_together(batch)
+        taken = set() if batch is None else {claim.id for claim in batch.claims}
+        for each in together:
+            run = None if each in taken else await self.runner.deliver(each)
+            if run is not None:
+                await self._run_in_thread(run)
+        if not may_fail:
+            for each in together:
+                await self._assert_finished(each, consumer)
+
+    async def _assert_finished(self, delivery_id: UUID, consumer: str) -> None:
         async with self._sessions() as session:
             failure = await unfinished(session, delivery_id)
         if failure is not None:

@@ -20,7 +20,7 @@ import structlog
 from service.text import storable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from opentelemetry.sdk.trace import TracerProvider
@@ -144,6 +144,28 @@ def running(
         SpanKind.CONSUMER,
         {**_about("process", event_type, delivery_id, headers), **about},
         [Link(creation)] if creation.is_valid else (),
+        record_exception=False,
+        set_status_on_exception=False,
+    )
+
+
+def running_together(
+    event_type: str, headers: Sequence[Mapping[str, str]], about: Mapping[str, str | int]
+) -> AbstractContextManager[object]:
+    """Around a run for many events: a trace of its own, linked to the creation of each; see `running`."""
+    if _tracer is None:
+        return nullcontext()
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Link, SpanKind, get_current_span
+
+    creations = [get_current_span(_w3c().extract(each, Context())).get_span_context() for each in headers]
+    attributes = _about("process", event_type, "", {}) | {"messaging.batch.message_count": len(headers)}
+    return _tracer.start_as_current_span(
+        f"process {event_type}",
+        Context(),
+        SpanKind.CONSUMER,
+        {name: value for name, value in attributes.items() if value != ""} | dict(about),
+        [Link(each) for each in creations if each.is_valid],
         record_exception=False,
         set_status_on_exception=False,
     )

@@ -28,6 +28,7 @@ from pika.exceptions import ChannelClosedByBroker
 from service.ledger.message import OF_LEDGER, delivery_in
 from service.network.sockets import silence_options, tls_context
 from service.telemetry.logs import flush_logs, get_logger
+from service.worker.batch_worker import BATCH
 from service.worker.bodies import can_run, disarm
 from service.worker.doorbell import DoorbellRedisBroker
 from service.worker.loop_worker import ON_LOOP
@@ -54,9 +55,10 @@ class _LedgersBroker(Broker):
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 5000) -> Consumer:
         """As Dramatiq's, which fetches twice of what its threads can run; of this queue the loop may run as well."""
-        on_loop = any(each.queue_name == queue_name and each.options.get(ON_LOOP) for each in self.actors.values())
+        on_loop = [each for each in self.actors.values() if each.queue_name == queue_name and each.options.get(ON_LOOP)]
         if on_loop and not dramatiq.worker.QUEUE_PREFETCH:
-            prefetch = min(prefetch + 2 * self.concurrency, 65_535)
+            batches = sum(each.options.get(BATCH) or 0 for each in on_loop)
+            prefetch = min(prefetch + 2 * self.concurrency + 2 * batches, 65_535)
         return super().consume(queue_name, prefetch, timeout)
 
     def get_actor(self, actor_name: str) -> dramatiq.Actor[Any, Any]:

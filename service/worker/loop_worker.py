@@ -32,6 +32,8 @@ from service.ledger.message import delivery_in
 from service.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     import dramatiq
     from dramatiq.broker import Broker, MessageProxy
 
@@ -170,8 +172,11 @@ class LoopWorker(WorkerThread):
     def _look(self) -> None:
         self._called = False
         while self._arrived:
-            self._turns.add(self._arrived.popleft())
+            self._stand_in_line(self._arrived.popleft())
         self._fill()
+
+    def _stand_in_line(self, item: Any) -> None:
+        self._turns.add(item)
 
     def _fill_soon(self) -> None:
         """Once all that is under way has come as far as it can, so that those which begin next claim together."""
@@ -182,9 +187,11 @@ class LoopWorker(WorkerThread):
     def _fill(self) -> None:
         self._filling = False
         while self._turns and self._has_room():
-            item = self._turns.next()
-            self._claiming.add(id(item))
-            self._begun[id(item)] = self._loop.create_task(self._run(item))
+            self._begin(self._turns.next())
+
+    def _begin(self, item: Any) -> None:
+        self._claiming.add(id(item))
+        self._begun[id(item)] = self._loop.create_task(self._run(item))
 
     def _has_room(self) -> bool:
         # No more claims at a time than connections: or all slots would be taken before it shows that runs wait for one.
@@ -201,16 +208,16 @@ class LoopWorker(WorkerThread):
         try:
             await self._process(item)
         finally:
-            self._end(item)
+            self._end(item, item.message)
 
-    def _end(self, item: Any) -> None:
-        """Free the slot. A run that was abandoned, and ends later, has none any more."""
-        if self._begun.pop(id(item), None) is None:
+    def _end(self, begun: Any, *messages: MessageProxy) -> None:
+        """Free the slot of what was begun. A run that was abandoned, and ends later, has none any more."""
+        if self._begun.pop(id(begun), None) is None:
             return
-        self._claiming.discard(id(item))
-        self._ended.append(item.message)
-        if len(self._ended) == 1:
+        self._claiming.discard(id(begun))
+        if not self._ended:
             self._loop.call_later(_TOGETHER, self._tell)
+        self._ended += messages
         self._fill_soon()
         if self._stopping and not self._begun:
             self._tell()
@@ -224,38 +231,59 @@ class LoopWorker(WorkerThread):
 
     async def _process(self, item: Any) -> None:
         """As Dramatiq's threads do."""
-        message = item.message
+        if self._before(item.message):
+            await self._deliver_and_tell(item)
+
+    async def _deliver_and_tell(self, item: Any, token: UUID | None = None) -> None:
+        try:
+            await self._deliver(item, token)
+        except BaseException as error:  # noqa: BLE001  it ends with the message
+            self._after(item.message, error)
+        else:
+            self._after(item.message)
+
+    def _before(self, message: MessageProxy) -> bool:
+        """Call the hooks before it is processed; whether it is to be."""
         try:
             self.broker.emit_before("process_message", message)
-            if not message.failed:
-                await self._deliver(item)
         except SkipMessage as error:
             if message.failed:
                 message.stuff_exception(error)
             self.broker.emit_after("skip_message", message)
+            return False
         except BaseException as error:  # noqa: BLE001  it is the hooks', and ends with the message
-            message.stuff_exception(error)
-            _log.exception("worker.message_failed", consumer=message.actor_name)
-            self.broker.emit_after("process_message", message, exception=error)
-        else:
-            self.broker.emit_after("process_message", message, result=None)
+            self._after(message, error)
+            return False
+        if message.failed:
+            self._after(message)
+        return not message.failed
 
-    async def _deliver(self, item: Any) -> None:
+    def _after(self, message: MessageProxy, error: BaseException | None = None) -> None:
+        """Call the hooks after it was processed."""
+        if error is None:
+            self.broker.emit_after("process_message", message, result=None)
+            return
+        message.stuff_exception(error)
+        _log.error("worker.message_failed", consumer=message.actor_name, exc_info=error)
+        self.broker.emit_after("process_message", message, exception=error)
+
+    async def _deliver(self, item: Any, token: UUID | None) -> None:
         delivery_id = delivery_in(item.message.args)
         if delivery_id is None:
             # No relay wrote it. An exception would make Dramatiq log all of it, whatever it holds.
             _log.error("worker.odd_message", consumer=item.message.actor_name)
             return
-        run = await self._runner.claim(delivery_id)
+        run = await self._runner.claim(delivery_id, token)
         self._claiming.discard(id(item))
         self._fill_soon()
         if run is not None and not run.spec.is_async:
             # The message names another consumer than the delivery has. The relay hands it over under its name.
             await self._runner.release(run)
             return
-        until = self._loop.time() + _PAST_THE_RELAY
+        free = partial(self._end, item, item.message)
+        may_claim_next = partial(self._may_claim_next, item, self._loop.time() + _PAST_THE_RELAY)
         while run is not None:
-            await self._runner.run(run, partial(self._end, item), partial(self._may_claim_next, item, until))
+            await self._runner.run(run, free, may_claim_next)
             run = await self._runner.claim_next(run)
 
     def _may_claim_next(self, item: Any, until: float) -> bool:

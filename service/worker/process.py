@@ -31,7 +31,7 @@ from service.database.engine import create_engine, pool_timeouts
 from service.ledger.message import OF_LEDGER, delivery_in
 from service.ledger.presence import Presence
 from service.outbox.consumers import ANY_QUEUE, Consumer, registered_consumers
-from service.outbox.running.runner import Runner
+from service.outbox.running.batches import BatchRunner
 from service.outbox.schedules import starting as schedules
 from service.production import exit_if_unsafe
 from service.settings import Settings, settings_at_start
@@ -39,8 +39,9 @@ from service.telemetry.logs import configure_logging, flush_logs, get_logger
 from service.telemetry.loop_lag import LoopLag
 from service.telemetry.probe import SignOfLife
 from service.telemetry.tracing import start_tracing, stop_tracing
+from service.worker.batch_worker import BATCH, BatchWorker
 from service.worker.dramatiq_broker import declare_unknown, make_broker
-from service.worker.loop_worker import ON_LOOP, LoopWorker, WorkQueue
+from service.worker.loop_worker import ON_LOOP, WorkQueue
 from service.worker.watchdog import Watchdog
 
 try:
@@ -84,8 +85,8 @@ class _Limits(TimeLimit):
 class _Outbox(Middleware):
     """Gives every worker process an engine, a runner and what watches over them, made on its event loop at boot."""
 
-    runner: Runner
-    loop_worker: LoopWorker
+    runner: BatchRunner
+    loop_worker: BatchWorker
     watchdog: Watchdog
 
     def __init__(self, settings: Settings) -> None:
@@ -111,7 +112,7 @@ class _Outbox(Middleware):
 
     async def _open(self, broker: Broker, worker: dramatiq.Worker, queues: set[str]) -> None:
         self._engine = create_engine(self._settings.database, application_name="outbox-worker")
-        self.runner = Runner(self._settings, self._engine)
+        self.runner = BatchRunner(self._settings, self._engine)
         folder = self._settings.probe_folder
         self._lag = LoopLag(
             self._settings.loop_held_after,
@@ -129,7 +130,7 @@ class _Outbox(Middleware):
         presence = Presence("worker", version, self._lag, waited, queues=queues, threads=threads)
         self.runner.report(presence)
         self._schedules = schedules.start(self._engine, presence)
-        self.loop_worker = LoopWorker(broker, worker, self.runner, self.settings)
+        self.loop_worker = BatchWorker(broker, worker, self.runner, self.settings)
         patience = self.runner.patience
         limits = [patience(spec) for spec in registered_consumers() if spec.is_async]
         self.watchdog = Watchdog(asyncio.get_running_loop(), max(limits, default=patience(None)))
@@ -205,7 +206,7 @@ def _declare(broker: Broker, outbox: _Outbox, spec: Consumer, queue: str) -> Non
             actor_name=name,
             queue_name=queue,
             priority=spec.priority,
-            options={OF_LEDGER: True, ON_LOOP: spec.is_async, "max_retries": 0},
+            options={OF_LEDGER: True, ON_LOOP: spec.is_async, BATCH: spec.batch, "max_retries": 0},
         )
 
 

@@ -8,12 +8,13 @@ that wait never have all of the ledger's connections; and whoever asks is answer
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from service.ledger import delivering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import timedelta
     from uuid import UUID
@@ -49,13 +50,19 @@ class Claims:
         claim = await answer
         if claim is not None:
             return claim
-        async with self._waiting, self._ledger() as connection:
+        async with self.waiting() as connection:
             return await delivering.claim(connection, delivery_id, token, self._lease)
 
     async def claim_next(self, ended: Claim, token: UUID, consumers: Sequence[str]) -> Claim | None:
         """See `delivering.claim_next`, whose errors this raises."""
         async with self._ledger() as connection:
             return await delivering.claim_next(connection, ended, token, self._lease, consumers)
+
+    @asynccontextmanager
+    async def waiting(self) -> AsyncIterator[Connection]:
+        """A connection for a statement that waits for locked rows."""
+        async with self._waiting, self._ledger() as connection:
+            yield connection
 
     async def _share(self) -> None:
         try:

@@ -141,7 +141,11 @@ class Runner:
 
     def report(self, presence: Presence) -> None:
         """Tell the ledger from now on what this process runs, and that it does."""
-        self._recorder.start(presence, lambda: len(self._running) + len(self._in_threads))
+        self._recorder.start(presence, self._count)
+
+    def _count(self) -> int:
+        """How many deliveries run."""
+        return len(self._running) + len(self._in_threads)
 
     def running(self, task: asyncio.Task[Any]) -> dict[str, str]:
         """Which delivery this task of the loop runs, for the log; for any thread."""
@@ -173,12 +177,16 @@ class Runner:
         await self.run(run)
         return None
 
-    async def claim(self, delivery_id: UUID) -> Run | None:
+    async def claim(self, delivery_id: UUID, token: UUID | None = None) -> Run | None:
         """Take a delivery that is to be run; `None` if there is nothing to do about it any more.
 
         Whoever is given a run calls `run`, `run_in_thread` or `release` with it.
+
+        Args:
+            delivery_id: Which.
+            token: Under which it may have been claimed already, without an answer; else a new one.
         """
-        token = uuid4()
+        token = token or uuid4()
         claim = await self._claim(delivery_id, token, partial(self._claims.claim, delivery_id, token))
         if claim is None:
             _log.debug("outbox.nothing_to_claim", delivery_id=str(delivery_id))

@@ -16,7 +16,7 @@ import service.api
 from service.http.callers import PUBLIC
 from service.http.request_session import Session  # noqa: TC001  FastAPI resolves annotations at run time
 from service.identity import Principal, needs
-from service.outbox import Delivery, Event, consumer, new_id, publish
+from service.outbox import Deliveries, Delivery, Event, consumer, new_id, publish
 from tests.servers.broker import setup_broker
 
 if TYPE_CHECKING:
@@ -106,6 +106,19 @@ async def in_order(event: OrderedByCustomer, delivery: Delivery) -> None:
     started = time.time()
     async with delivery.begin() as session:
         await session.execute(text(EFFECT), {"id": event.order_id, "started": started})
+
+
+class Gathered(Event, type="bench.gathered"):
+    order_id: UUID
+    customer: str
+
+
+@consumer(Gathered, queue="bench", name="bench.gather", batch=100)
+async def gather(events: list[Gathered], deliveries: Deliveries) -> None:
+    """As `effect`, a row for each of a batch."""
+    started = time.time()
+    async with deliveries.begin() as session:
+        await session.execute(text(EFFECT), [{"id": event.order_id, "started": started} for event in events])
 
 
 class Waited(Event, type="bench.waited"):

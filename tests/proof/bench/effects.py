@@ -11,7 +11,7 @@ import dramatiq
 from tests.proof.bench.cost import postgres_cpu
 from tests.proof.bench.drain import once
 from tests.proof.bench.plain import plain_broker
-from tests.proof.bench.stage import INSERT, RAW, WAITING
+from tests.proof.bench.stage import GATHERED, INSERT, RAW, WAITING
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -61,11 +61,12 @@ async def ledger(
         count: Events, all written before the worker starts.
         threads: Worker threads.
         relaying: Whether the relay works beside it, or has put all in the broker before the worker starts.
-        kind: What the consumer does: `effect`, `wait` and then the effect, or the same `raw`, without a session.
+        kind: What the consumer does: `effect`, `wait` and then the effect, the same `raw`, without a session, or a
+            `batch` of effects.
         broker: Between them.
         settings: The worker's.
     """
-    insert = {"effect": INSERT, "wait": WAITING, "raw": RAW}[kind]
+    insert = {"effect": INSERT, "wait": WAITING, "raw": RAW, "batch": GATHERED}[kind]
     async with stage.database() as database:
         connection = await asyncpg.connect(database)
         try:

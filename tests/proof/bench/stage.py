@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-__all__ = ["INSERT", "RAW", "WAITING", "Running", "Stage", "open_stage"]
+__all__ = ["GATHERED", "INSERT", "RAW", "WAITING", "Running", "Stage", "open_stage"]
 
 # PostgreSQL as it is installed, durable, with memory and room for the log that suit the machine; the same for all.
 _POSTGRES = {
@@ -60,6 +60,9 @@ WAITING = INSERT.replace("'bench.ordered'", "'bench.waited'").replace("'bench.ef
 
 RAW = INSERT.replace("'bench.ordered'", "'bench.raw'").replace("'bench.effect'", "'bench.raw'")
 """The same for the consumer whose effect needs no session."""
+
+GATHERED = INSERT.replace("'bench.ordered'", "'bench.gathered'").replace("'bench.effect'", "'bench.gather'")
+"""The same for the batch consumer."""
 
 
 @dataclass

@@ -9,9 +9,9 @@ import dramatiq
 from dramatiq.middleware import Middleware, SkipMessage
 
 from service.settings import load_settings
-from tests.proof.ledger import app
+from tests.proof.ledger import app, batched
 
-__all__ = ["setup_broker"]
+__all__ = ["batched", "setup_broker"]
 
 _CURRENT: ContextVar[str] = ContextVar("_CURRENT", default="")
 """What a tracer keeps of the message that runs."""

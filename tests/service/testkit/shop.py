@@ -8,9 +8,9 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from service.outbox import Delivery, Event, Fail, Retry, consumer, new_id, publish
+from service.outbox import Deliveries, Delivery, Event, Fail, Retry, consumer, new_id, publish
 
-__all__ = ["DONE", "LET_GO", "Announced", "Arrived", "Echoed", "Failing", "Forgotten", "Hanging", "Weighed"]
+__all__ = ["DONE", "LET_GO", "Announced", "Arrived", "Echoed", "Failing", "Forgotten", "Hanging", "Loaded", "Weighed"]
 
 DONE: list[str] = []
 """What the consumers below have done."""
@@ -44,6 +44,11 @@ class Hanging(Event, type="testkit.hanging"):
 
 class Echoed(Event, type="testkit.echoed"):
     parcel_id: UUID
+
+
+class Loaded(Event, type="testkit.loaded"):
+    parcel_id: UUID
+    fits: bool = True
 
 
 class Forgotten(Event, type="testkit.forgotten", unconsumed=True):
@@ -98,3 +103,12 @@ def hang(event: Hanging, delivery: Delivery) -> None:
 async def echo(event: Echoed, delivery: Delivery) -> None:
     async with delivery.begin() as session:
         publish(session, Echoed(parcel_id=event.parcel_id))
+
+
+@consumer(Loaded, queue="testkit", name="testkit.load", batch=3)
+async def load(events: list[Loaded], deliveries: Deliveries) -> None:
+    DONE.append(f"load {len(events)}")
+    if not all(event.fits for event in events):
+        raise RuntimeError("it does not fit")
+    async with deliveries.begin() as session:
+        await session.execute(text("SELECT 1"))

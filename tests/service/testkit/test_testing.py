@@ -21,7 +21,18 @@ from service.outbox.testing import (
     published,
 )
 from service.telemetry.logs import trace_context
-from tests.service.testkit.shop import DONE, LET_GO, Announced, Arrived, Echoed, Failing, Forgotten, Hanging, Weighed
+from tests.service.testkit.shop import (
+    DONE,
+    LET_GO,
+    Announced,
+    Arrived,
+    Echoed,
+    Failing,
+    Forgotten,
+    Hanging,
+    Loaded,
+    Weighed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -209,3 +220,22 @@ async def test_an_endless_chain_ends(worker: InlineWorker, monkeypatch: pytest.M
     await worker.deliver(Echoed(parcel_id=new_id()))
     with pytest.raises(AssertionError, match=r"does testkit\.echo publish what it consumes\?"):
         await worker.deliver_all()
+
+
+async def test_a_batch_consumer_is_handed_what_is_due_together(worker: InlineWorker, sessions: SessionFactory) -> None:
+    async with transaction(sessions) as session:
+        for _ in range(4):
+            publish(session, Loaded(parcel_id=new_id()))
+            publish(session, Announced(parcel_id=new_id()))
+    assert (await worker.deliver_all()).count("testkit.load") == 4
+    assert [each for each in DONE if each.startswith("load")] == ["load 3", "load 1"]
+
+
+async def test_what_fails_in_a_batch_fails_the_test(worker: InlineWorker, sessions: SessionFactory) -> None:
+    async with transaction(sessions) as session:
+        publish(session, Loaded(parcel_id=new_id()))
+        publish(session, Loaded(parcel_id=new_id(), fits=False))
+    with pytest.raises(AssertionError, match=r"testkit\.load is pending: RuntimeError") as failure:
+        await worker.deliver_all()
+    assert isinstance(failure.value.__cause__, RuntimeError)
+    assert DONE == ["load 2", "load 1", "load 1"]
