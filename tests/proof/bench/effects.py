@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from service.database.driver import Connection
     from tests.proof.bench.stage import Stage
 
-__all__ = ["ledger", "peer", "plain", "processes"]
+__all__ = ["fill", "ledger", "peer", "plain", "processes", "rate"]
 
 _SPAN = "SELECT count(*) AS count, extract(epoch FROM max(at) - min(at))::float8 AS seconds FROM bench_effect"
 _DISTINCT = "SELECT count(DISTINCT order_id) FROM bench_effect"
 
 
-async def _rate(connection: Connection, expected: int) -> float:
+async def rate(connection: Connection, expected: int) -> float:
     """Effects per second, from the first to the last."""
     await until(lambda: _at_least(connection, expected), timeout=600, every=0.2)
     await until(lambda: _all_there(connection, expected))  # the one with the last number need not be the last to commit
@@ -76,15 +76,15 @@ async def ledger(
                     stage.worker(database, threads=threads, processes=1, broker=broker, **settings),
                 ):
                     await connection.execute(insert, count)
-                    return await _rate(connection, count)
-            await _fill(stage, database, connection, insert, count, broker)
+                    return await rate(connection, count)
+            await fill(stage, database, connection, insert, count, broker)
             async with stage.worker(database, threads=threads, processes=1, broker=broker, **settings):
-                return await _rate(connection, count)
+                return await rate(connection, count)
         finally:
             await connection.close()
 
 
-async def _fill(
+async def fill(
     stage: Stage, database: str, connection: Connection, insert: str, count: int, broker: str = "valkey"
 ) -> None:
     """Let the relay put so many into the broker."""
@@ -99,11 +99,11 @@ async def processes(stage: Stage, count: int, number: int) -> tuple[float, float
     async with stage.database() as database:
         connection = await asyncpg.connect(database)
         try:
-            await _fill(stage, database, connection, INSERT, count)
+            await fill(stage, database, connection, INSERT, count)
             async with stage.worker(database, processes=number):
                 before = postgres_cpu(stage)
-                rate = await _rate(connection, count)
-                return rate, (postgres_cpu(stage) - before) / count * 1e6
+                found = await rate(connection, count)
+                return found, (postgres_cpu(stage) - before) / count * 1e6
         finally:
             await connection.close()
 
@@ -119,7 +119,7 @@ async def plain(stage: Stage, count: int, threads: int) -> float:
                 message: dramatiq.Message[None] = dramatiq.Message("bench", "bench.effect", (str(uuid4()),), {}, {})
                 sender.enqueue(message)
             async with stage.worker(database, app="plain", threads=threads):
-                return await _rate(connection, count)
+                return await rate(connection, count)
         finally:
             sender.close()
             await connection.close()
@@ -136,6 +136,6 @@ async def peer(stage: Stage, name: str, count: int, concurrency: int, *, tuned: 
             await once(module, "load", str(count), environment=environment)
             arguments = ("--concurrency", str(concurrency), *(("--tuned",) if tuned else ()))
             async with stage.running(module, "worker", *arguments, environment=environment, ready="ready"):
-                return await _rate(connection, count)
+                return await rate(connection, count)
         finally:
             await connection.close()

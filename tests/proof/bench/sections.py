@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tests.proof.bench import cold, cost, drain, effects, flat, in_order, latency, limited, writers
+from tests.proof.bench import cold, cost, drain, effects, flat, in_order, latency, limited, onlookers, writers
 from tests.proof.bench.figures import Figure
 from tests.proof.bench.peers import PROMISES, QUEUES, RELAYS
 
@@ -175,6 +175,7 @@ async def worker(stage: Stage, result: Result, *, quick: bool) -> None:
     sides: Sides = {
         "ledger": lambda: effects.ledger(stage, count, 8, relaying=False),
         "raw": lambda: effects.ledger(stage, count, 8, relaying=False, kind="raw"),
+        "batch": lambda: effects.ledger(stage, count * 10, 8, relaying=False, kind="batch"),
         "plain": lambda: effects.plain(stage, count, 8),
         "whole path": lambda: effects.ledger(stage, count, 8, relaying=True),
     }
@@ -183,6 +184,8 @@ async def worker(stage: Stage, result: Result, *, quick: bool) -> None:
     result.add(Figure(name, "effects/s", values["ledger"], "same actor, no ledger", values["plain"], at_least=0.75))
     name = "effects by asyncpg's connection, one process"
     result.add(Figure(name, "effects/s", values["raw"], "by a session", values["ledger"], at_least=1.1))
+    name = "effects of a consumer with batch=100, one process"
+    result.add(Figure(name, "effects/s", values["batch"], "one by one", values["ledger"], at_least=12))
     whole = Figure("effects with the relay at work beside it", "effects/s", values["whole path"])
     result.add(whole)
     await _waiting(stage, result, count // 4, 1 if quick else 3)
@@ -352,6 +355,17 @@ async def order(stage: Stage, result: Result, *, quick: bool) -> None:
     )
 
 
+async def console(stage: Stage, result: Result, *, quick: bool) -> None:
+    """What a worker does while ten people look at the console."""
+    if importlib.util.find_spec("service.console") is None:
+        return
+    count, rounds = (4_000, 3) if quick else (8_000, 6)
+    sides: Sides = {str(n): lambda n=n: onlookers.effects_beside(stage, count, n) for n in (10, 0)}  # type: ignore[misc]
+    values = await _in_turns(sides, rounds)
+    name = "effects of one worker process, beside ten open pages of the console"
+    result.add(Figure(name, "effects/s", values["10"], "beside none", values["0"], at_least=0.97))
+
+
 async def costs(stage: Stage, result: Result, *, quick: bool) -> None:
     """Where the time of one event goes, and what doing nothing costs."""
     result.texts.append(cost.table(await cost.per_event(stage, 1_600 if quick else 3_200)))
@@ -367,6 +381,6 @@ SECTIONS: dict[str, Section] = {
     "callers": callers, "latency": idle_latency, "worker": worker,
     "scaling": scaling, "queue-peers": queue_peers, "backlog": backlog,
     "cold": cold_queue, "held": held, "history": history, "relays": relays, "memory": memory, "order": order,
-    "limits": limits, "costs": costs,
+    "limits": limits, "console": console, "costs": costs,
 }  # fmt: skip
 """In the order in which they run."""
