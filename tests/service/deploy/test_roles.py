@@ -149,11 +149,12 @@ def test_lanes_take_no_other_rights(roles: Roles) -> None:
     values = "gen_random_uuid(), gen_random_uuid(), 'a', 1, 'a', 'q', '{}', '{}', 'l'"
     row = f"INSERT INTO outbox_message (id, {columns}, due_at) VALUES ({values}, outbox_parked())"
     due = "SELECT count(*) FROM outbox_message WHERE state = 'pending' AND due_at < now()"
-    for role in (roles.app, roles.relay):
+    ends = "UPDATE outbox_message SET state = 'completed', completed_at = now()", "DELETE FROM outbox_message"
+    for role, end in zip((roles.app, roles.relay), ends, strict=True):
         for _ in range(2):
             psql(role, row)
         assert _said(roles, due) == "1"
-        psql(role, "UPDATE outbox_message SET state = 'completed', completed_at = now() WHERE due_at < now()")
+        psql(role, f"{end} WHERE due_at < now()")
         assert _said(roles, due) == "1"
         psql(role, "DELETE FROM outbox_message")
     more = "attempts, dispatches, created_at, errors, reason, position, blocks"
