@@ -26,7 +26,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from service.outbox import Delivery, Event, Fail, consumer, publish
+from service.outbox import Deliveries, Delivery, Event, Fail, consumer, publish
 from tests.proof.chaos.strikes import dice, record
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ BLOCKED = 4.0
 """Seconds for which `block` blocks."""
 
 _PAUSE = 0.04
+_BATCH = int(os.environ.get("CHAOS_BATCH", "0"))
+"""How many are booked at once, if they are."""
+
 _SINK_TIMEOUT = float(os.environ.get("CHAOS_SINK_TIMEOUT", "12"))
 
 
@@ -98,15 +101,32 @@ class PlainlyPoisoned(Event, type="chaos.plainly_poisoned"):
     how: str
 
 
-@consumer(ThingMade, queue="stock", name="chaos.book")
-async def book(event: ThingMade, delivery: Delivery) -> None:
-    """One booking, one more in a shard, one further event; all or nothing."""
-    await misbehave(event.how, delivery.attempt)
-    async with delivery.begin() as session:
-        await write_booking(session, event.subject_id, delivery)
-        await asyncio.sleep(1.0 if event.how == "slow" else dice().uniform(0, _PAUSE))
-        await count_booking(session, event.subject_id)
-        publish(session, ThingBooked(subject_id=event.subject_id, how=event.how))
+if not _BATCH:
+
+    @consumer(ThingMade, queue="stock", name="chaos.book")
+    async def book(event: ThingMade, delivery: Delivery) -> None:
+        """One booking, one more in a shard, one further event; all or nothing."""
+        await misbehave(event.how, delivery.attempt)
+        async with delivery.begin() as session:
+            await write_booking(session, event.subject_id, delivery)
+            await asyncio.sleep(1.0 if event.how == "slow" else dice().uniform(0, _PAUSE))
+            await count_booking(session, event.subject_id)
+            publish(session, ThingBooked(subject_id=event.subject_id, how=event.how))
+
+else:
+
+    @consumer(ThingMade, queue="stock", name="chaos.book", batch=_BATCH)
+    async def book_all(events: list[ThingMade], deliveries: Deliveries) -> None:
+        """The same for many; all of all of them or nothing."""
+        for event, delivery in zip(events, deliveries, strict=True):
+            await misbehave(event.how, delivery.attempt)
+        async with deliveries.begin() as session:
+            for event, delivery in zip(events, deliveries, strict=True):
+                await write_booking(session, event.subject_id, delivery)
+                await asyncio.sleep(dice().uniform(0, _PAUSE / _BATCH))
+            for event in sorted(events, key=lambda event: event.subject_id.int % 8):  # or two batches might deadlock
+                await count_booking(session, event.subject_id)
+                publish(session, ThingBooked(subject_id=event.subject_id, how=event.how))
 
 
 async def misbehave(how: str, attempt: int) -> None:

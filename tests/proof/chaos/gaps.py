@@ -150,6 +150,13 @@ def _statements(module: Any) -> None:
         _around(module, name, "worker.before_complete", "worker.after_complete")
 
 
+@when_imported("service.ledger.batch_claims")
+def _batches(module: Any) -> None:
+    _around(module, "claim", "worker.before_claim", "worker.after_claim")
+    for name in ("complete", "complete_in_transaction"):
+        _around(module, name, "worker.before_complete", "worker.after_complete")
+
+
 @when_imported("service.outbox.delivery")
 def _delivery(module: Any) -> None:
     _around(module, "commit", after="worker.after_commit")
