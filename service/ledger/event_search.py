@@ -72,8 +72,10 @@ FROM unnest($1::uuid[], $2::uuid[]) AS event (first, last) CROSS JOIN LATERAL (
            headers ->> 'correlation_id' AS correlation_id
     FROM outbox_message WHERE id > event.first AND id <= event.last
     UNION ALL
-    SELECT message_id, event_id, event_type, consumer, 'dead', created_at, headers ->> 'correlation_id'
-    FROM dead_letter WHERE message_id > event.first AND message_id <= event.last AND resolution IS NULL
+    SELECT message_id, event_id, event_type, consumer, coalesce(resolution, 'dead'), created_at,
+           headers ->> 'correlation_id'
+    FROM dead_letter
+    WHERE message_id > event.first AND message_id <= event.last AND resolution IS DISTINCT FROM 'replayed'
 ) AS delivery ORDER BY event_id DESC, id
 """
 

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from service.ledger import event_search
-from service.ledger.ids import first_id_after, new_event_id
+from service.ledger.ids import event_of, first_id_after, new_event_id
 from tests.proof.cli.conftest import json_literal
 
 if TYPE_CHECKING:
@@ -62,6 +62,14 @@ def test_events_are_found_by_a_value_in_their_payload(outbox: Outbox, rows: Rows
     rows.message(event_id=other, payload="""'{"id": "A-177", "count": 30}'""")
     assert _listed(outbox, "--value", "a-17") == _listed(outbox, "--value", "3") == [event_id]
     assert _listed(outbox, "--value", "17") == _listed(outbox, "--value", "a-17", "--state", "dead") == []
+
+
+def test_what_was_discarded_of_an_event_is_listed_as_that(outbox: Outbox, rows: Rows) -> None:
+    [dead] = rows.dead_letter()
+    rows.message(event_id=event_of(dead), number=2)
+    outbox("dead-letters", "discard", "1", "--why", "never mind")
+    [event] = outbox("events", "list", "--json").json["events"]
+    assert [each["state"] for each in event["deliveries"]] == ["discarded", "pending"]
 
 
 def test_the_list_fits_80_columns_and_keeps_the_states(outbox: Outbox, rows: Rows) -> None:
