@@ -328,7 +328,7 @@ async def test_a_payload_is_shown_to_who_says_why_and_that_is_on_record(
 async def test_a_payload_that_the_consumer_could_not_read_is_refused(
     console: httpx.AsyncClient, rows: LedgerRows, payload: Any, said: str
 ) -> None:
-    pytest.importorskip("service.domains.orders")
+    pytest.importorskip("service.domains.orders.consumers")
     rows.dead_letters(1, event_type="'order.confirmed'")
     text = payload if isinstance(payload, str) else json.dumps(payload)
     answer = await send(console, "/dead-letters/1/edit", payload=text)
@@ -341,7 +341,7 @@ async def test_a_payload_that_the_consumer_could_not_read_is_refused(
 async def test_a_payload_is_put_right_and_the_dead_letter_keeps_the_original(
     console: httpx.AsyncClient, rows: LedgerRows
 ) -> None:
-    pytest.importorskip("service.domains.orders")
+    pytest.importorskip("service.domains.orders.consumers")
     [delivery] = rows.dead_letters(1, event_type="'order.confirmed'")
     right = {"order_id": "0193c3f4-8a51-7c5e-9b1a-4f6f3a2b1c0d"}
     answer = await send(console, "/dead-letters/1/edit", "the order was merged", payload=json.dumps(right))

@@ -138,11 +138,16 @@ def _there(path: Path) -> bool:
     deleted = [ROOT / name for name in ("tests/proof", "docs/monitoring", *_OF_THE_CONSOLE)]
     if not (ROOT / "docs" / "monitoring").exists():
         deleted += [ROOT / name for name in _OF_THE_MONITORING]
-    if not (ROOT / "service" / "domains" / "orders").exists():
+    if not _left(ROOT / "service" / "domains" / "orders"):
         deleted += [ROOT / name for name in _OF_THE_EXAMPLE]
     return path.exists() or any(
-        path.is_relative_to(each) for each in (*_BUILT, *(each for each in deleted if not each.exists()))
+        path.is_relative_to(each) for each in (*_BUILT, *(each for each in deleted if not _left(each)))
     )
+
+
+def _left(path: Path) -> bool:
+    """Whether it exists: of a package that was deleted the byte code stays behind."""
+    return path.is_file() or any(each.is_file() and each.suffix != ".pyc" for each in path.rglob("*"))
 
 
 def _headings(page: Path) -> set[str]:
