@@ -92,9 +92,10 @@ async def test_nothing_is_done_for_who_may_not_or_does_not_say_why(
     before = state(rows)
     groups = ["viewer"] if wrong == "a viewer" else ["operator", "payload"]
     async with serve(make_console()) as client:
-        client.headers.update(by_proxy("ann", *groups))
+        client.headers.update(by_proxy("ann", "operator", "payload"))
         client.headers["Origin"] = str(client.base_url).rstrip("/")
-        given = {"token": await token(client), "why": "a test", **fields}
+        given = {"token": await token(client), "why": "a test", **fields}  # pages show a viewer no form to take it from
+        client.headers.update(by_proxy("ann", *groups))
         if wrong == "no token":
             given["token"] = "0" * 64
         if wrong == "no reason":
