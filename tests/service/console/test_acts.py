@@ -13,7 +13,7 @@ import pytest
 from service.console import event_pages
 from service.console.audit_page import KINDS
 from service.console.operators import SECRET_HEADER
-from service.ledger import operations, replaying
+from service.ledger import event_search, operations, replaying
 from service.ledger.ids import new_event_id
 from service.outbox import Delivery, Event, consumer, upcaster
 from tests.service.api.serving import serve
@@ -420,6 +420,19 @@ async def test_events_are_found_by_a_value_in_their_payload_and_that_is_on_recor
     until = re.search(r'name="until" value="([^"]+)"><input', page)
     assert until
     assert str(oldest)[:34] in await found("17", until=until[1])
+
+
+async def test_a_search_is_bounded_in_rows_and_in_time(
+    console: httpx.AsyncClient, rows: LedgerRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows.dead_letters(1)  # its page has the token
+    rows.messages(5)
+    monkeypatch.setattr(event_search, "PAGE", 2)
+    monkeypatch.setattr(event_pages, "LOOKED_AT", 4)
+    assert "Looked at the newest 4 deliveries" in (await console.get("/events?event_type=no.such")).text
+    monkeypatch.setattr(event_pages, "LOOKS_FOR", 0.0)
+    answer = await send(console, "/events/by-value", "ticket 17", value="no such")
+    assert "Looked at the newest 2 deliveries" in answer.text
 
 
 async def test_names_and_reasons_reach_pages_as_text(make_console: MakeConsole, by_proxy: As, rows: LedgerRows) -> None:
